@@ -1,0 +1,8 @@
+"""``python -m tproxy_relay`` is the same as the ``tproxy-relay`` command."""
+
+import sys
+
+from tproxy_relay import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main())

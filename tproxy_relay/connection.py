@@ -1,0 +1,311 @@
+"""The life of one intercepted connection, from accept to its record.
+
+`run` is the recipe: where was it going, may it go there, connect, relay, and in the end one record. Each step
+is a call into a leaf that knows nothing of its caller. Thread A runs `run` and pumps from client to upstream;
+thread B pumps the other way; whoever leaves last closes both sockets.
+"""
+
+import errno
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tproxy_relay import endpoint, orig_dst, policy, sockets
+from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.listeners import Listener
+from tproxy_relay.policy import Destinations, RefusedError
+from tproxy_relay.record import ConnectionRecord, Outcome
+from tproxy_relay.registry import Flow, Registry
+from tproxy_relay.relay import HangupWatch, Leg, Relay
+from tproxy_relay.settings import Settings
+from tproxy_relay.sockets import Tuning
+from tproxy_relay.threads import RelayThreads
+
+THREADS = 2
+"""That a connection needs: one for each pump."""
+
+_CAPACITY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_NO_PORT = frozenset({errno.EADDRNOTAVAIL, errno.EADDRINUSE})
+_UNREACHABLE = frozenset(
+    {
+        errno.ENETUNREACH,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.EHOSTDOWN,
+        errno.EAFNOSUPPORT,
+        errno.ENOPROTOOPT,
+        errno.EPROTO,
+        errno.EINVAL,
+        errno.EACCES,  # a prohibit route, or a broadcast address
+        errno.EPERM,  # a local firewall rule
+    }
+)
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("tproxy_relay.access")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all connections of a worker share."""
+
+    settings: Settings
+    tuning: Tuning
+    destinations: Destinations
+    registry: Registry
+    threads: RelayThreads
+    watch: HangupWatch
+    ended: Callable[[], None]
+    """Called after a connection has given everything back."""
+
+
+class Connection:
+    """One accepted connection. Everybody but its own two threads may only look at it, or `abort` it."""
+
+    def __init__(self, number: str, sock: socket.socket, client: Endpoint, listener: Listener, context: Context) -> None:
+        self.id = number
+        self.client = client
+        self.orig_dst: Endpoint | None = None
+        self.destination: Endpoint | None = None
+        self.flows: list[Flow] = []
+        self._context = context
+        self._listener = listener
+        self._born_at = time.monotonic()
+        self._client = Leg("client", sock)
+        self._upstream: Leg | None = None
+        self._upstream_local: Endpoint | None = None
+        self._source = policy.RELAY
+        self._connect_seconds: float | None = None
+        self._relay: Relay | None = None
+        self._lock = threading.Lock()
+        self._told_to_end: Outcome | None = None
+        self._ended = False
+
+    def run(self) -> None:
+        """Thread A: all of it."""
+        try:
+            self._resolve()
+            self._relay = Relay(self._client, self._connect(), self._context.watch)
+            access_log.debug("connection open", extra=self._where())
+        except RefusedError as refusal:
+            self._end(refusal.outcome, str(refusal))
+        except Exception as bug:
+            log.error("a connection met a bug", extra={"id": self.id}, exc_info=True)
+            self._end(Outcome.INTERNAL_ERROR, repr(bug))
+        else:
+            self._context.threads.run(self._pump_down)
+            self._pump(self._relay, self._relay.client, self._relay.upstream)
+
+    def _resolve(self) -> None:
+        try:
+            self.orig_dst = orig_dst.original_destination(self._client.sock, self._context.settings.mode)
+        except OSError as error:  # reset before we looked
+            raise RefusedError(Outcome.CLIENT_RESET, _text(error)) from error
+        self.destination = self._context.destinations.choose(self.orig_dst, self._listener.endpoint.port)
+        flow = Flow(self.client, self.orig_dst or self.destination)
+        self.flows.append(flow)
+        if self._context.registry.is_loop_accepted(self, flow):
+            raise self._loop(flow)
+
+    @staticmethod
+    def _loop(flow: Flow) -> RefusedError:
+        return RefusedError(
+            Outcome.LOOP,
+            f"the relay's own connection {flow.source} -> {flow.destination} was intercepted: the ruleset lacks the rule "
+            "that lets packets with the relay's mark, or of its account, pass",
+        )
+
+    def _connect(self) -> Leg:
+        """The upstream leg, connected; RefusedError if there is none to be had."""
+        assert self.destination is not None
+        began, refusal = time.monotonic(), RefusedError(Outcome.INTERNAL_ERROR, "no source to connect from")
+        for source in policy.sources(self._context.settings.preserve_source, self.client, self.destination):
+            try:
+                leg = self._connect_from(source, self.destination)
+            except OSError as error:
+                refusal = self._refusal(error)
+                if error.errno not in _NO_PORT:
+                    break
+            else:
+                self._connect_seconds = time.monotonic() - began
+                self._note_upstream(leg, source)
+                return leg
+        raise refusal
+
+    def _connect_from(self, source: str, destination: Endpoint) -> Leg:
+        leg = Leg("upstream", sockets.upstream_socket(destination.family, self._context.tuning))
+        try:
+            if source != policy.RELAY:
+                sockets.bind_foreign(leg.sock, self.client if source == policy.FULL else self.client.with_port(0))
+            with self._lock:
+                self._upstream = leg
+            if self._told_to_end:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "told to end")
+            sockets.connect(leg.sock, destination, self._context.settings.connect_timeout)
+        except OSError:
+            with self._lock:
+                self._upstream = None
+            leg.sock.close()
+            raise
+        return leg
+
+    def _note_upstream(self, leg: Leg, source: str) -> None:
+        assert self.destination is not None
+        self._source = source
+        self._upstream_local = endpoint.from_sockaddr(leg.sock.getsockname())
+        flow = Flow(self._upstream_local, self.destination)
+        self.flows.append(flow)
+        if self._context.registry.is_loop_opened(self, flow):
+            raise self._loop(flow)
+
+    def _refusal(self, error: OSError) -> RefusedError:
+        """The outcome of a connect that failed."""
+        if self._told_to_end:
+            return RefusedError(self._told_to_end, "while connecting")
+        if isinstance(error, TimeoutError):
+            return RefusedError(Outcome.CONNECT_TIMEOUT, _text(error))
+        for outcome, numbers in (
+            (Outcome.CONNECT_REFUSED, (errno.ECONNREFUSED, errno.ECONNRESET)),
+            (Outcome.NO_LOCAL_PORT, _NO_PORT),
+            (Outcome.CONNECT_UNREACHABLE, _UNREACHABLE),
+            (Outcome.OVER_LIMIT, _CAPACITY),
+        ):
+            if error.errno in numbers:
+                return RefusedError(outcome, _text(error))
+        return RefusedError(Outcome.INTERNAL_ERROR, _text(error))
+
+    def _pump_down(self) -> None:
+        """Thread B."""
+        assert self._relay is not None
+        self._pump(self._relay, self._relay.upstream, self._relay.client)
+
+    def _pump(self, relay: Relay, src: Leg, dst: Leg) -> None:
+        with self._lock:
+            told = self._told_to_end
+        if told:
+            relay.abort()  # it came between connecting and relaying
+        if relay.carry(src, dst):
+            if relay.failed:
+                relay.flush()
+            self._end(*self._how_it_ended(relay))
+
+    def _how_it_ended(self, relay: Relay) -> tuple[Outcome, str | None]:
+        if relay.bug:
+            log.error("a relay met a bug", extra={"id": self.id}, exc_info=relay.bug)
+            return Outcome.INTERNAL_ERROR, repr(relay.bug)
+        if relay.failed:
+            outcome = Outcome.CLIENT_RESET if relay.failed is relay.client else Outcome.UPSTREAM_RESET
+            return outcome, _text(relay.failed.error) if relay.failed.error else None
+        if relay.clean:
+            return Outcome.COMPLETED, None
+        return self._told_to_end or Outcome.ABORTED, None
+
+    def refuse(self, refusal: RefusedError) -> None:
+        """Reset it without having served it. Main thread, in place of `run`."""
+        self._end(refusal.outcome, str(refusal))
+
+    def abort(self, outcome: Outcome) -> None:
+        """End it from outside, in whatever phase it is; the first reason counts. Both peers see a reset."""
+        with self._lock:
+            self._told_to_end = self._told_to_end or outcome
+            relay, upstream = self._relay, self._upstream
+            if relay is None and upstream is not None and not self._ended:
+                sockets.wake_reader(upstream.sock)
+        if relay is not None:
+            relay.abort()
+
+    def overdue(self, now: float) -> Outcome | None:
+        """The timeout that has run out for it at `now` (time.monotonic()), if one has."""
+        settings, relay = self._context.settings, self._relay
+        if relay is None:
+            return None
+        rest = now - relay.moved_at
+        if settings.idle_timeout and rest >= settings.idle_timeout:
+            return Outcome.IDLE
+        if settings.half_close_timeout and relay.half_closed and rest >= settings.half_close_timeout:
+            return Outcome.HALF_CLOSE_TIMEOUT
+        return None
+
+    def snapshot(self) -> dict[str, object]:
+        """The fields of a line that shows it live."""
+        now, relay = time.monotonic(), self._relay
+        state = "connecting" if relay is None else "half-closed" if relay.half_closed else "open"
+        fields = self._where()
+        fields.update(
+            state=state,
+            bytes_up=relay.upstream.sent if relay else 0,
+            bytes_down=relay.client.sent if relay else 0,
+            seconds=round(now - self._born_at, 3),
+            idle_seconds=round(now - (relay.moved_at if relay else self._born_at), 3),
+        )
+        return fields
+
+    def _where(self) -> dict[str, object]:
+        fields: dict[str, object] = {"id": self.id, "listener": self._listener.name, "client": str(self.client)}
+        for name, value in (("orig_dst", self.orig_dst), ("upstream_local", self._upstream_local)):
+            if value is not None:
+                fields[name] = str(value)
+        return fields
+
+    def _end(self, outcome: Outcome, error: str | None) -> None:
+        """Close, record, count out. Once; the sockets are nobody else's any more."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+        record = self._record(outcome, error)
+        self._close(clean=outcome is Outcome.COMPLETED)
+        _write(record)
+        self._context.registry.remove(self, outcome.value)
+        self._context.threads.release(THREADS)
+        self._context.ended()
+
+    def abandon(self) -> None:
+        """At the end of the process: record it though its threads are stuck. The kernel resets both peers
+        when the process is gone."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+        outcome = self._told_to_end or Outcome.ABORTED
+        _write(self._record(outcome, "its threads did not end in time"))
+        self._context.registry.remove(self, outcome.value)
+
+    def _record(self, outcome: Outcome, error: str | None) -> ConnectionRecord:
+        upstream = self._upstream
+        return ConnectionRecord(
+            id=self.id,
+            listener=self._listener.name,
+            client=self.client,
+            orig_dst=self.orig_dst,
+            destination=self.destination,
+            upstream_local=self._upstream_local,
+            source=self._source,
+            outcome=outcome,
+            error=error,
+            bytes_up=upstream.sent if upstream else 0,
+            bytes_down=self._client.sent,
+            seconds=time.monotonic() - self._born_at,
+            connect_seconds=self._connect_seconds,
+            client_tcp=sockets.tcp_info(self._client.sock),
+            upstream_tcp=sockets.tcp_info(upstream.sock) if upstream else None,
+        )
+
+    def _close(self, *, clean: bool) -> None:
+        for leg in (self._client, self._upstream):
+            if leg is not None:
+                if clean:
+                    sockets.finish_with_fin(leg.sock)
+                leg.sock.close()
+
+
+def _write(record: ConnectionRecord) -> None:
+    level = logging.INFO if record.outcome.ordinary else logging.WARNING
+    access_log.log(level, "connection closed", extra=record.as_fields())
+
+
+def _text(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -1,0 +1,71 @@
+"""The kernel's numbers and layouts that Python's socket module lacks, each with the header it comes from.
+
+Nothing here opens a socket or decides anything.
+"""
+
+import struct
+from typing import NamedTuple
+
+IP_TRANSPARENT = 19
+"""linux/in.h: accept and connect with addresses that are not this host's. Needs CAP_NET_RAW or CAP_NET_ADMIN."""
+
+IPV6_TRANSPARENT = 75
+"""linux/in6.h: the same for IPv6."""
+
+IP_BIND_ADDRESS_NO_PORT = 24
+"""linux/in.h: bind() to an address with port 0 leaves the port to connect(), so that one port serves many
+destinations. Works at level SOL_IP on IPv6 sockets too."""
+
+SO_ORIGINAL_DST = 80
+"""linux/netfilter_ipv4.h, level SOL_IP: the address before a REDIRECT or DNAT, as a sockaddr_in."""
+
+IP6T_SO_ORIGINAL_DST = 80
+"""linux/netfilter_ipv6/ip6_tables.h, level SOL_IPV6: the same as a sockaddr_in6."""
+
+SIOCOUTQ = 0x5411
+"""linux/sockios.h (equal to TIOCOUTQ): bytes in a TCP socket's send queue that the peer has not acknowledged."""
+
+TCP_CLOSE = 7
+"""net/tcp_states.h: the socket is dead; after our own FIN it is the ordinary end, before it somebody reset it."""
+
+SOCKADDR_IN = struct.Struct("=H2s4s8x")
+"""linux/in.h, 16 bytes: family (host order), port (network order), address."""
+
+SOCKADDR_IN6 = struct.Struct("=H2sI16sI")
+"""linux/in6.h, 28 bytes: family (host order), port (network order), flow, address, scope."""
+
+LINGER = struct.Struct("@ii")
+"""linux/socket.h, struct linger: on or off, seconds."""
+
+TIMEVAL = struct.Struct("@ll")
+"""struct timeval of SO_RCVTIMEO and SO_SNDTIMEO (socket(7)): seconds, microseconds."""
+
+TCP_INFO_LENGTH = 104
+"""linux/tcp.h, struct tcp_info up to and with tcpi_total_retrans; newer kernels only append."""
+
+_TCPI_RTT = struct.Struct("@I")
+_TCPI_RTT_OFFSET = 68
+_TCPI_TOTAL_RETRANS_OFFSET = 100
+
+
+class TcpInfo(NamedTuple):
+    """What TCP_INFO says of a connection."""
+
+    state: int
+    rtt_us: int
+    """Smoothed round-trip time in microseconds."""
+    retransmits: int
+    """Segments sent again since the connection began."""
+
+
+def unpack_tcp_info(raw: bytes) -> TcpInfo:
+    """The fields that we use of a struct tcp_info (linux/tcp.h); struct.error if it is short."""
+    (rtt,) = _TCPI_RTT.unpack_from(raw, _TCPI_RTT_OFFSET)
+    (retransmits,) = _TCPI_RTT.unpack_from(raw, _TCPI_TOTAL_RETRANS_OFFSET)
+    return TcpInfo(raw[0], rtt, retransmits)
+
+
+def pack_timeval(seconds: float) -> bytes:
+    """A struct timeval; at least one microsecond for anything above 0, because 0 means for ever."""
+    micros = max(round(seconds * 1_000_000), 1) if seconds > 0 else 0
+    return TIMEVAL.pack(micros // 1_000_000, micros % 1_000_000)

@@ -1,0 +1,183 @@
+"""Log lines: what they look like, and how they leave the process without ever stopping a relay.
+
+Relay threads put their records into a bounded queue; one thread formats and writes them. If whoever reads our
+log is stuck or gone, or the disk is full, the queue fills and records are dropped and counted: a log must not
+be able to stop traffic. How many were lost is logged as soon as lines get through again.
+
+The message of a line is constant, and the facts are fields: `key=value` in the console form, members in the
+JSON form.
+"""
+
+import json
+import logging
+import logging.handlers
+import queue
+import sys
+import threading
+import time
+from typing import Any
+
+try:
+    from pythonjsonlogger.json import JsonFormatter
+except ImportError:  # python-json-logger before 3.1
+    from pythonjsonlogger.jsonlogger import JsonFormatter  # type: ignore[attr-defined]
+
+from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.settings import Settings
+
+QUEUE_LENGTH = 10_000
+"""Records that may wait for the writer."""
+
+DROP_REPORT_INTERVAL = 1.0
+"""Seconds between two lines about dropped records, at least."""
+
+_RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+log = logging.getLogger(__name__)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """`2026-11-22T21:04:05.678Z INFO connection closed id=... client=...`, one physical line a record.
+
+    Times are UTC. Whatever is not printable is escaped, so that no field can forge a line or drive a terminal.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line for one record; a traceback follows on the same line, escaped."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        parts = [f"{when}.{int(record.msecs):03d}Z", record.levelname, _escape(record.getMessage())]
+        parts += [f"{name}={_value(value)}" for name, value in vars(record).items() if name not in _RESERVED]
+        if record.exc_info:
+            parts.append(f"traceback={_value(self.formatException(record.exc_info))}")
+        return " ".join(parts)
+
+
+def _value(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, str) and (not text or any(char in ' "=' or not char.isprintable() for char in text)):
+        text = json.dumps(text, ensure_ascii=False)
+    return _escape(text)
+
+
+def _escape(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _formatter(log_format: str) -> logging.Formatter:
+    if log_format == "json":
+        formatter: logging.Formatter = JsonFormatter("%(levelname)s %(name)s %(message)s", timestamp=True)
+        return formatter
+    return ConsoleFormatter()
+
+
+class _Enqueue(logging.Handler):
+    """What the loggers call: never waits, never raises."""
+
+    def __init__(self, records: "queue.Queue[logging.LogRecord | None]") -> None:
+        super().__init__()
+        self._records = records
+        self.dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record, or count it as dropped. logging holds this handler's lock meanwhile."""
+        try:
+            self._records.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+
+class _Sink:
+    """The writer's side: standard error or a file, and the count of lines that it did not take."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.lost = 0
+        self.handler: logging.Handler
+        if settings.log_file:
+            try:
+                self.handler = logging.handlers.WatchedFileHandler(
+                    settings.log_file, encoding="utf-8", errors="backslashreplace"
+                )
+            except OSError as error:
+                raise SystemRefusedError(f"cannot write log file {settings.log_file}: {error.strerror}") from error
+        else:
+            self.handler = logging.StreamHandler(sys.stderr)
+        self.handler.setFormatter(_formatter(settings.log_format))
+        self.handler.handleError = self._count  # type: ignore[method-assign]
+
+    def _count(self, record: logging.LogRecord) -> None:
+        """In place of logging's traceback on standard error, which may be the very thing that is broken."""
+        self.lost += 1
+
+
+class LogWriter:
+    """The queue and the thread that empties it. Between `start` and `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE_LENGTH)
+        self._entrance = _Enqueue(self._records)
+        self._sink = _Sink(settings)
+        self._reported = 0
+        self._reported_at = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._level = settings.log_level.upper()
+
+    @property
+    def dropped(self) -> int:
+        """Records that never reached the log: no room in the queue, or the write failed."""
+        return self._entrance.dropped + self._sink.lost
+
+    def start(self) -> None:
+        """Take over the root logger. Raises nothing; a sink that cannot be opened failed the constructor."""
+        root = logging.getLogger()
+        root.handlers[:] = [self._entrance]
+        root.setLevel(self._level)
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """Write what is queued, as far as the sink lets us within `seconds`."""
+        logging.getLogger().handlers[:] = []
+        self._stopping.set()
+        try:
+            self._records.put_nowait(None)
+        except queue.Full:
+            pass  # the writer looks at _stopping too
+        self._thread.join(seconds)
+
+    def _write(self) -> None:
+        while True:
+            try:
+                record = self._records.get(timeout=DROP_REPORT_INTERVAL if self._unreported else None)
+            except queue.Empty:
+                record = None
+            if record is not None:
+                self._sink.handler.handle(record)
+            if self._unreported:
+                self._report_drops()
+            if self._stopping.is_set() and self._records.empty():
+                return
+
+    @property
+    def _unreported(self) -> int:
+        return self.dropped - self._reported
+
+    def _report_drops(self) -> None:
+        now = time.monotonic()
+        if now - self._reported_at < DROP_REPORT_INTERVAL and not self._stopping.is_set():
+            return
+        self._reported_at = now
+        lost_before, dropped = self._sink.lost, self.dropped
+        fields: dict[str, Any] = {"dropped": dropped - self._reported, "dropped_total": dropped}
+        self._sink.handler.handle(_record("log records dropped", fields))
+        if self._sink.lost == lost_before:
+            self._reported = dropped
+        else:
+            self._sink.lost = lost_before  # the report is no record of anybody's
+
+
+def _record(message: str, fields: dict[str, Any]) -> logging.LogRecord:
+    return logging.makeLogRecord(
+        {"name": log.name, "levelname": "WARNING", "levelno": logging.WARNING, "msg": message, **fields}
+    )

@@ -1,0 +1,131 @@
+"""`tproxy-relay run`: a foreground process from its first signal handler to its last log line.
+
+The order is what matters here. Signals are caught first, because as PID 1 a process ignores those it has no
+handler for. Whatever can fail fails before READY. And the process ends by _exit, because the interpreter would
+wait for every pool thread, and one of them may be blocked in a send() for as long as its peer likes; the
+kernel then resets what is still open.
+"""
+
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import MutableMapping
+from typing import NoReturn
+
+from tproxy_relay import __version__, endpoint, limits, listeners, logs, notify, sockets
+from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.errors import CapabilityMissingError, ConfigError
+from tproxy_relay.policy import Destinations
+from tproxy_relay.settings import Settings
+from tproxy_relay.sockets import Tuning
+from tproxy_relay.wakeup import Wakeup
+from tproxy_relay.worker import Worker
+
+LOG_FLUSH = 1.0
+"""Seconds that the log gets at the end."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings, environ: MutableMapping[str, str]) -> NoReturn:
+    """Relay until told to stop; ends the process. Raises RelayError if it cannot begin."""
+    wakeup = Wakeup()
+    wakeup.catch(SIGNALS)
+    if os.getpid() == 1:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans of the container are ours to reap
+    writer = logs.LogWriter(settings)
+    writer.start()
+    try:
+        worker = _prepare(settings, wakeup, environ)
+    except BaseException:
+        writer.stop(LOG_FLUSH)
+        raise
+    code = _serve(worker, environ)
+    writer.stop(LOG_FLUSH)
+    _exit(code)
+
+
+def _prepare(settings: Settings, wakeup: Wakeup, environ: MutableMapping[str, str]) -> Worker:
+    target = _resolve_target(settings)
+    tuning = Tuning(settings.keepalive, settings.user_timeout, _usable_mark(settings))
+    _check_preserve_source(settings)
+    open_listeners = listeners.open_all(settings, tuning, environ)
+    room = limits.max_connections(settings.max_connections, limits.raise_descriptor_limit())
+    worker = Worker(
+        settings,
+        open_listeners,
+        wakeup,
+        tuning=tuning,
+        destinations=Destinations(frozenset(one.endpoint.port for one in open_listeners), target),
+        max_connections=room,
+    )
+    log.info(
+        "listening",
+        extra={
+            "version": __version__,
+            "listeners": ", ".join(one.name for one in open_listeners),
+            "mode": settings.mode,
+            "preserve_source": settings.preserve_source,
+            "max_connections": room,
+            "mark": f"{tuning.mark:#x}",
+        },
+    )
+    return worker
+
+
+def _serve(worker: Worker, environ: MutableMapping[str, str]) -> int:
+    notify.notify("READY=1", environ)
+    try:
+        worker.run(lambda: notify.notify("STOPPING=1", environ))
+    except Exception:
+        log.critical("the accept loop met a bug", exc_info=True)
+        return 1
+    return 0
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _resolve_target(settings: Settings) -> Endpoint | None:
+    """The target's address, looked up once: there is no name lookup in the path of a connection."""
+    if settings.target is None:
+        return None
+    try:
+        found = socket.getaddrinfo(*settings.target, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"target: cannot resolve {settings.target.host!r}: {error.strerror}") from error
+    return endpoint.from_sockaddr(found[0][4])
+
+
+def _usable_mark(settings: Settings) -> int:
+    """The relay's own fwmark, the highest bit of mark-mask; 0, said once, where the kernel refuses it."""
+    mark = 1 << (settings.mark_mask.bit_length() - 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        except PermissionError:
+            log.info("no capability for SO_MARK: the ruleset must exempt the relay by its account")
+            return 0
+    return mark
+
+
+def _check_preserve_source(settings: Settings) -> None:
+    """Find out now, not at the first connection, whether the kernel lets us bind to foreign addresses."""
+    if settings.preserve_source == "no":
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            sockets.set_transparent(probe)
+        except OSError as error:
+            if error.errno != errno.EPERM:
+                raise
+            raise CapabilityMissingError(
+                f"preserve-source needs CAP_NET_RAW for each connection; {listeners.HOW_TO_GIVE}"
+            ) from error

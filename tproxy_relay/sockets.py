@@ -1,0 +1,181 @@
+"""What we ask of the kernel about one TCP socket: options, connecting, and the ways to end.
+
+Every setsockopt of the relay is here or in listeners.py. Nothing here knows of connections or settings
+files; OSError goes to the caller as it is.
+
+Options that an accepted socket inherits from its listener (on Linux: all that `tune` sets) are set once, on
+the listener, so that they hold from the first packet on and cost nothing per connection.
+"""
+
+import array
+import fcntl
+import socket
+from dataclasses import dataclass
+
+from tproxy_relay import linux
+from tproxy_relay.endpoint import Endpoint
+
+SEND_TICK = 1.0
+"""Seconds after which a send() that found no room returns, so that its thread can see whether it is still
+wanted. shutdown(SHUT_RD) wakes a reader; nothing that sends no FIN wakes a writer."""
+
+KEEPALIVE_PROBES = 4
+"""Unanswered probes, a quarter of the idle time apart, after which the peer counts as gone."""
+
+_RESET_ON_CLOSE = linux.LINGER.pack(1, 0)
+_FIN_ON_CLOSE = linux.LINGER.pack(0, 0)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What every socket of the relay is set to, on both legs."""
+
+    keepalive: int
+    """Seconds of silence before the first probe; 0: none."""
+    user_timeout: float
+    """Seconds that sent data may stay unacknowledged (TCP_USER_TIMEOUT, tcp(7)); 0: the kernel's choice."""
+    mark: int
+    """The fwmark (SO_MARK) that exempts the relay's own packets from interception; 0: none."""
+
+
+def tune(sock: socket.socket, tuning: Tuning) -> None:
+    """Set what both legs need from birth on.
+
+    The first option matters most: while SO_LINGER is (1, 0), the kernel resets the connection whenever the
+    descriptor goes, also by kill -9 or a crash. A broken transfer must never look complete.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    set_send_timeout(sock, SEND_TICK)
+    if tuning.keepalive:
+        interval = max(1, tuning.keepalive // KEEPALIVE_PROBES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, tuning.keepalive)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    if tuning.user_timeout:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(tuning.user_timeout * 1000)))
+    if tuning.mark:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, tuning.mark)
+
+
+def set_transparent(sock: socket.socket) -> None:
+    """Let the socket accept, or bind to, addresses that are not this host's.
+
+    PermissionError without CAP_NET_RAW or CAP_NET_ADMIN in the socket's network namespace.
+    """
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, linux.IPV6_TRANSPARENT, 1)
+    else:
+        sock.setsockopt(socket.SOL_IP, linux.IP_TRANSPARENT, 1)
+
+
+def is_transparent(sock: socket.socket) -> bool:
+    """True if connections to foreign addresses may arrive at this listener."""
+    if sock.family == socket.AF_INET6:
+        return bool(sock.getsockopt(socket.IPPROTO_IPV6, linux.IPV6_TRANSPARENT))
+    return bool(sock.getsockopt(socket.SOL_IP, linux.IP_TRANSPARENT))
+
+
+def set_send_timeout(sock: socket.socket, seconds: float) -> None:
+    """SO_SNDTIMEO (socket(7)), which bounds connect() too. The kernel keeps the time: settimeout() would put
+    a poll(2) before every call."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, linux.pack_timeval(seconds))
+
+
+def set_receive_timeout(sock: socket.socket, seconds: float) -> None:
+    """SO_RCVTIMEO (socket(7)); 0 waits for ever."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, linux.pack_timeval(seconds))
+
+
+def upstream_socket(family: socket.AddressFamily, tuning: Tuning) -> socket.socket:
+    """A socket towards a server, armed and tuned, not yet bound or connected."""
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        tune(sock, tuning)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def bind_foreign(sock: socket.socket, source: Endpoint) -> None:
+    """Let the server see `source` instead of us; with port 0 the kernel picks one at connect().
+
+    SO_REUSEADDR: without it a client that reuses its port meets our own TIME_WAIT for 60 s.
+    """
+    set_transparent(sock)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if source.port == 0:
+        sock.setsockopt(socket.SOL_IP, linux.IP_BIND_ADDRESS_NO_PORT, 1)
+    sock.bind(source.sockaddr)
+
+
+def connect(sock: socket.socket, destination: Endpoint, timeout: float) -> None:
+    """Connect within `timeout` seconds; TimeoutError after that, otherwise the OSError of connect(2).
+
+    Another thread ends it early with shutdown(SHUT_RD).
+    """
+    set_send_timeout(sock, timeout)
+    try:
+        sock.connect(destination.sockaddr)
+    except BlockingIOError as error:  # EINPROGRESS: SO_SNDTIMEO has run out (socket(7))
+        raise TimeoutError("no answer to the SYN") from error
+    set_send_timeout(sock, SEND_TICK)
+
+
+def half_close(sock: socket.socket) -> None:
+    """Send a FIN; what the peer sends still arrives. A peer that is gone needs none."""
+    _shutdown(sock, socket.SHUT_WR)
+
+
+def wake_reader(sock: socket.socket) -> None:
+    """Make a blocked recv() or connect() in another thread return. Sends nothing: SHUT_RDWR would send a FIN,
+    and a reset after it comes too late to say that the transfer is broken."""
+    _shutdown(sock, socket.SHUT_RD)
+
+
+def _shutdown(sock: socket.socket, how: int) -> None:
+    try:
+        sock.shutdown(how)
+    except OSError:
+        return  # ENOTCONN: the peer has reset the connection; its reader is told by the kernel
+
+
+def finish_with_fin(sock: socket.socket) -> None:
+    """Disarm the reset: close() then lets the kernel deliver what is still queued."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FIN_ON_CLOSE)
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Bytes (and the FIN) in the send queue that the peer's kernel has not acknowledged."""
+    queued = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), linux.SIOCOUTQ, queued)
+    return queued[0]
+
+
+def tcp_info(sock: socket.socket) -> linux.TcpInfo:
+    """State, round-trip time and retransmits of a connection, now."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, linux.TCP_INFO_LENGTH)
+    return linux.unpack_tcp_info(raw)
+
+
+def is_dead(sock: socket.socket) -> bool:
+    """True if TCP has given up this socket: before our own FIN that means a reset or a timeout, whichever
+    thread's call the kernel told of it."""
+    return tcp_info(sock).state == linux.TCP_CLOSE
+
+
+def is_local_address(endpoint: Endpoint) -> bool:
+    """True if the address is one of this host's: only then may an ordinary socket bind to it.
+
+    (With net.ipv4.ip_nonlocal_bind=1 every address looks local.)
+    """
+    with socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.setsockopt(socket.SOL_IP, linux.IP_BIND_ADDRESS_NO_PORT, 1)
+        try:
+            probe.bind(endpoint.with_port(0).sockaddr)
+        except OSError:
+            return False
+    return True

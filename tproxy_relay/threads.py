@@ -1,0 +1,121 @@
+"""The pool's threads, counted, so that a connection gets all the threads it needs or is not accepted.
+
+The threads come from a ThreadPoolExecutor, which cannot be asked whether it has one to spare:
+
+- a submit() that fails to start a thread ("can't start new thread") raises, but leaves its item queued, and a
+  later thread runs it;
+- its count of idle threads goes wrong after that, and on Python 3.12 and later also when a submit() meets a thread
+  that is just becoming idle: the next item can then wait behind threads that are busy for hours;
+- it never lets a thread go.
+
+So what is submitted here is one job per thread, `_serve`, which takes tasks from our own queue for as long as
+the thread lives, and the free threads are counted here. `reserve` comes before accept(), and the second pump of a
+connection never waits for a thread.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+STACK_BYTES = 256 * 1024
+"""Of address space per thread; only touched pages cost memory. Half of it is known to crash deep recursion."""
+
+SPARE = 32
+"""Free threads that are kept, so that the next connections do not wait for threads to start."""
+
+log = logging.getLogger(__name__)
+
+Task = Callable[[], None]
+
+
+class _Start:
+    """Whether a job that the executor may still hold is wanted."""
+
+    cancelled = False
+
+
+class RelayThreads:
+    """A ThreadPoolExecutor that grows by reservation and shrinks when it rests."""
+
+    def __init__(self, limit: int, spare: int = SPARE) -> None:
+        self._limit = limit
+        self._spare = spare
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._free = 0
+        self._lowest_free = 0
+        threading.stack_size(STACK_BYTES)
+        self._executor = self._new_executor()
+        while self._free < spare and self._start_thread():
+            continue
+
+    def _new_executor(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._limit + self._spare, thread_name_prefix="relay")
+
+    def reserve(self, count: int) -> bool:
+        """Set `count` threads aside, starting what is missing. False if the system gives no more threads."""
+        with self._lock:
+            while self._free < count:
+                if not self._start_thread():
+                    return False
+            self._free -= count
+            self._lowest_free = min(self._lowest_free, self._free)
+            return True
+
+    def release(self, count: int) -> None:
+        """Give threads back that were set aside and have done their task, or never got one."""
+        with self._lock:
+            self._free += count
+
+    def run(self, task: Task) -> None:
+        """Hand a task to a thread that was set aside."""
+        self._tasks.put(task)
+
+    def _start_thread(self) -> bool:
+        start = _Start()
+        try:
+            self._executor.submit(self._serve, start)
+        except RuntimeError:
+            start.cancelled = True
+            self._retire_executor()
+            return False
+        self._free += 1
+        return True
+
+    def _retire_executor(self) -> None:
+        """Its threads go on; each of them ends when `_serve` does."""
+        self._executor.shutdown(wait=False)
+        self._executor = self._new_executor()
+
+    def _serve(self, start: _Start) -> None:
+        if start.cancelled:
+            return
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except Exception:
+                log.critical("a relay thread met a bug", exc_info=True)
+            del task  # or the last connection would live on in the waiting thread's frame
+
+    def trim(self) -> bool:
+        """Let the threads go that have been free since the last call, but for the spare ones. Call it about
+        once a second. False if there is nothing left to trim."""
+        with self._lock:
+            surplus = min(self._lowest_free, self._free) - self._spare
+            self._lowest_free = self._free
+            if surplus > 0:
+                self._end_threads(surplus)
+            return self._free > self._spare
+
+    def close(self) -> None:
+        """Let all threads go, each when its task is done. Does not wait."""
+        with self._lock:
+            self._end_threads(self._free)
+
+    def _end_threads(self, count: int) -> None:
+        self._free -= count
+        self._retire_executor()
+        for _ in range(count):
+            self._tasks.put(None)
