@@ -1,0 +1,83 @@
+"""Settings that are each fine and cannot be meant together.
+
+Refused are only pairs of which one makes the other impossible or turns it against itself. The sentence
+names both and the way out. A pair of which one merely has no effect is worth a warning.
+"""
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from tproxy_relay.errors import ConfigError, UsageError
+from tproxy_relay.settings import Settings
+from tproxy_relay.values import text_of
+
+
+class Contradiction(NamedTuple):
+    """The options that disagree, and the sentence about it."""
+
+    options: tuple[str, ...]
+    sentence: str
+
+
+def refuse(settings: Settings, origins: Mapping[str, str]) -> None:
+    """Raise the first contradiction: as the command line's fault if one of the two stood there."""
+    for options, sentence in _contradictions(settings):
+        where = ", ".join(f"{option}: {origins[option]}" for option in options)
+        on_command_line = "command line" in (origins[option] for option in options)
+        raise (UsageError if on_command_line else ConfigError)(f"{sentence} ({where})")
+
+
+def warnings(settings: Settings) -> Iterator[str]:
+    """A sentence for each setting that another one leaves without effect."""
+    most = settings.max_connections
+    if most is not None and settings.max_per_source > most:
+        yield (
+            f"max-per-source {settings.max_per_source} has no effect: "
+            f"max-connections {most} is reached first"
+        )
+
+
+def _contradictions(settings: Settings) -> Iterator[Contradiction]:
+    if settings.keep and settings.command != "demo":
+        yield Contradiction(
+            ("keep", "command"),
+            f"--keep is for 'demo', and the command is " f"{settings.command!r}: drop --keep or say demo",
+        )
+    if _target_is_own_listener(settings):
+        yield Contradiction(
+            ("target", "ports", "bind"),
+            f"target {settings.target} is this relay's own "
+            f"listener (ports {text_of(settings.ports)}, bind {text_of(settings.bind)}), so "
+            "every connection would come back: give target another address or port",
+        )
+    for address in () if settings.interface else filter(_is_link_local, settings.bind):
+        yield Contradiction(
+            ("bind", "interface"),
+            f"bind {address} is a link-local address, which means "
+            "something on one interface only: set interface too",
+        )
+
+
+def _is_link_local(address: str) -> bool:
+    # The kernel refuses to bind one without an interface (EINVAL). IPv4 has no such rule.
+    ip = ipaddress.ip_address(address)
+    return ip.version == 6 and ip.is_link_local
+
+
+def _target_is_own_listener(settings: Settings) -> bool:
+    """Sure cases only: what a name means, and which addresses this host has, shows later."""
+    target = settings.target
+    # What this host sends to itself comes in on lo, where a listener on another interface does not hear it.
+    if target is None or target.port not in settings.ports or settings.interface not in (None, "lo"):
+        return False
+    hosts = ("127.0.0.1", "::1") if target.host.lower() == "localhost" else (target.host,)
+    return all(_listens_on(host, settings.bind) for host in hosts)
+
+
+def _listens_on(host: str, bind: tuple[str, ...]) -> bool:
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+    return host in bind or (loopback and ("::" if ":" in host else "0.0.0.0") in bind)

@@ -1,0 +1,218 @@
+"""The table of options: each is described here, once.
+
+The parser, --help, docs/configuration.rst and etc/tproxy-relay.conf are all made from it, and the defaults
+are those of ``Settings``. An option is called ``connect-timeout`` everywhere: ``--connect-timeout`` on the
+command line, ``connect-timeout`` in the file, TPROXY_RELAY_CONNECT_TIMEOUT in the environment.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from tproxy_relay import values
+from tproxy_relay.settings import Settings
+
+DEFAULT_FILE = "/etc/tproxy-relay.conf"
+PREFIX = "TPROXY_RELAY_"
+# These two are usual names that other programs beside this one read too.
+ALIASES = {"log-level": "LOG_LEVEL", "log-format": "LOG_FORMAT"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, in the operator's words. ``kind`` is None where it takes no value."""
+
+    name: str
+    kind: values.Kind | None
+    metavar: str
+    meaning: str
+    unset: str = ""
+    """What happens without a value, where the default is none."""
+    many: bool = False
+    in_file: bool = True
+    in_environment: bool = True
+
+    @property
+    def field(self) -> str:
+        """Its name in Settings, if it has one there."""
+        return self.name.replace("-", "_")
+
+    @property
+    def is_setting(self) -> bool:
+        return hasattr(Settings, self.field)
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.field.upper()
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The variables it is read from, the stronger one first."""
+        if not self.in_environment:
+            return ()
+        alias = ALIASES.get(self.name)
+        return (self.variable, alias) if alias else (self.variable,)
+
+    def write(self, value: object) -> str:
+        """The value as it stands in a file."""
+        return self.kind.write(value) if self.kind else values.text_of(value)
+
+    @property
+    def default(self) -> str:
+        """The default as it stands in a file; '' where there is none."""
+        return self.write(getattr(Settings, self.field)) if self.is_setting else ""
+
+
+def _flag(name: str, meaning: str) -> Option:
+    return Option(name, None, "", meaning, in_file=False, in_environment=False)
+
+
+COMMAND = Option(
+    "command",
+    values.words("run", "demo"),
+    "COMMAND",
+    "run: relay until told to stop. demo: build a throw-away network of a client, the relay and a server in "
+    "namespaces, run the real relay in it, show what each side sees, and clean up.",
+    in_file=False,
+    in_environment=False,
+)
+
+GROUPS: dict[str, tuple[Option, ...]] = {
+    "Listening": (
+        Option("ports", values.PORTS, "LIST", "Listening ports, all alike.", many=True),
+        Option(
+            "bind",
+            values.ADDRESSES,
+            "LIST",
+            "Listening addresses. With nothing but loopback addresses here, nobody on the network can "
+            "connect to the relay itself.",
+            many=True,
+        ),
+        Option(
+            "interface",
+            values.INTERFACE,
+            "NAME",
+            "Listen on this network interface only.",
+            unset="all interfaces",
+        ),
+        Option(
+            "mode",
+            values.words("tproxy", "redirect"),
+            "MODE",
+            "How connections get here. tproxy: by TPROXY rules, which rewrite nothing. redirect: by nat "
+            "REDIRECT rules; the kernel is asked where each connection was going.",
+        ),
+    ),
+    "Connecting upstream": (
+        Option(
+            "preserve-source",
+            values.words("no", "address", "full"),
+            "WHAT",
+            "What the server sees as its client. no: the relay. address: the client's own address. full: "
+            "the client's own address and port. The last two need CAP_NET_RAW, and a way back for the "
+            "packets of the server that leads through this host.",
+        ),
+        Option(
+            "target",
+            values.TARGET,
+            "HOST:PORT",
+            "Where to send connections that were not intercepted. A name is looked up once, at start.",
+            unset="they are refused",
+        ),
+        Option(
+            "mark-mask",
+            values.MASK,
+            "MASK",
+            "The three bits of the firewall mark that belong to the relay. The highest of them marks the "
+            "relay's own sockets; the bits outside the mask belong to others and are left alone.",
+        ),
+    ),
+    "Limits": (
+        Option(
+            "max-connections",
+            values.connections(),
+            "NUMBER",
+            "Connections at the same time. Past it nothing is accepted, and new ones wait in the kernel's "
+            "backlog. auto: as many as the limit on open files allows.",
+        ),
+        Option(
+            "max-per-source",
+            values.whole(0, values.MOST_CONNECTIONS, "; 0: no limit"),
+            "NUMBER",
+            "Connections at the same time from one client address. Further ones are refused.",
+        ),
+        Option("connect-timeout", values.seconds(None), "SECONDS", "How long to try to connect upstream."),
+        Option(
+            "idle-timeout",
+            values.seconds("never"),
+            "SECONDS",
+            "Reset a connection on which no byte has moved in either direction for this long.",
+        ),
+        Option(
+            "half-close-timeout",
+            values.seconds("never"),
+            "SECONDS",
+            "The same for a connection of which one side has already finished sending; it may be the "
+            "shorter of the two.",
+        ),
+        Option(
+            "drain-timeout",
+            values.seconds("do not wait"),
+            "SECONDS",
+            "How long open connections may go on after the relay was told to stop. Then they are reset.",
+        ),
+        Option(
+            "keepalive",
+            values.whole(0, values.MOST_KEEPALIVE, "; 0: off"),
+            "SECONDS",
+            "Ask a peer that has been silent for so many seconds whether it is still there (TCP "
+            "keepalive, towards both sides).",
+        ),
+        Option(
+            "user-timeout",
+            values.seconds("the kernel decides"),
+            "SECONDS",
+            "Give up on a peer that has not acknowledged what was sent to it for this long "
+            "(TCP_USER_TIMEOUT, towards both sides).",
+        ),
+    ),
+    "Log": (
+        Option(
+            "log-level",
+            values.words("debug", "info", "warning", "error"),
+            "LEVEL",
+            "The least important messages that are still written.",
+        ),
+        Option(
+            "log-format",
+            values.words("console", "json"),
+            "FORMAT",
+            "console: lines for people. json: one JSON object on each line.",
+        ),
+        Option("log-file", values.PATH, "FILE", "Write the log to this file.", unset="standard error"),
+    ),
+    "This program": (
+        Option(
+            "config",
+            values.PATH,
+            "FILE",
+            f"Read this file instead of {DEFAULT_FILE}. /dev/null: read none.",
+            in_file=False,
+        ),
+        _flag("print-config", "Print every setting and where it came from, as a config file, and exit."),
+        _flag("keep", "With demo: leave the network up until Ctrl-C."),
+        _flag("version", "Print the version and exit."),
+        _flag("help", "Print this help and exit. Also -h."),
+    ),
+}
+
+OPTIONS: dict[str, Option] = {
+    option.name: option for option in (COMMAND, *(option for group in GROUPS.values() for option in group))
+}
+
+
+def did_you_mean(name: str, candidates: Iterable[Option], spell: Callable[[Option], str]) -> str:
+    """' (did you mean ...?)' with the candidate of the nearest name, spelled as it is there; or ''."""
+    by_name = {option.name: option for option in candidates}
+    near = difflib.get_close_matches(name[:64].lower(), by_name, n=1)
+    return f" (did you mean {spell(by_name[near[0]])!r}?)" if near else ""

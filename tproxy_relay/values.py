@@ -1,0 +1,230 @@
+"""What may be written for a setting, and what it becomes.
+
+A ``Kind`` turns text into a value or raises ``BadValue`` with the reason in the user's words, and says in
+``allowed`` what it takes. It knows neither options nor where the text stood. Text is ASCII wherever the
+kernel or the resolver reads it: int() and str.isdigit() would also take '٣', '1_000' and '+5'.
+"""
+
+import argparse
+import ipaddress
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from tproxy_relay.settings import HostPort
+
+# poll(2), TCP_USER_TIMEOUT and the like take milliseconds in a C int: a little under 25 days.
+MOST_SECONDS = 2147483
+LEAST_SECONDS = 0.001
+# Linux refuses a larger TCP_KEEPIDLE (MAX_TCP_KEEPIDLE in include/net/tcp.h).
+MOST_KEEPALIVE = 32767
+MOST_CONNECTIONS = 1_000_000
+MOST_ITEMS = 64
+# PATH_MAX in linux/limits.h, less the NUL at the end.
+MOST_PATH = 4095
+
+_BLANKS = " \t"
+_WHOLE = re.compile(r"0|[1-9][0-9]*")
+_SECONDS = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
+_PORT = re.compile(r"[1-9][0-9]{0,4}")
+_MASK = re.compile(r"0[xX][0-9a-fA-F]{1,8}|[1-9][0-9]{0,9}")
+_INTERFACE = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
+_HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[^][]*)]|(?P<host>[^][:]*)):(?P<port>[^:]*)")
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+# inet_aton() takes '127.1' and '0x7f.1' for addresses, so a name must not end like one.
+_ENDS_LIKE_AN_ADDRESS = re.compile(r"(.*\.)?([0-9]+|0[xX][0-9a-fA-F]*)")
+
+
+class BadValue(argparse.ArgumentTypeError):
+    """The text is not a value of its kind. ``str()`` of it is the reason."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to read a value, how to write it, and what is allowed."""
+
+    parse: Callable[[str], object]
+    allowed: str
+    write: Callable[[object], str] = lambda value: text_of(value)
+
+
+def shown(text: str) -> str:
+    """The text in quotes, on one line and not too long, for a message."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def text_of(value: object) -> str:
+    """The value as the user would have written it; '' for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple) and not isinstance(value, HostPort):
+        return ",".join(map(str, value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def words(*allowed: str) -> Kind:
+    """One of a few words, in capitals or not: LOG_LEVEL is often INFO."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in allowed:
+            raise BadValue(f"{shown(text)} is not one of {', '.join(allowed)}")
+        return text.lower()
+
+    return Kind(parse, " | ".join(allowed))
+
+
+def whole(least: int, most: int, note: str = "") -> Kind:
+    """A whole number from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        # Ten digits are past every limit here, and int() refuses thousands of them.
+        if not _WHOLE.fullmatch(text) or len(text) > 10 or not least <= int(text) <= most:
+            raise BadValue(f"{shown(text)} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return Kind(parse, f"{least} to {most}{note}")
+
+
+def connections() -> Kind:
+    """A cap on connections, or ``auto``, which is None."""
+    number = whole(1, MOST_CONNECTIONS)
+
+    def parse(text: str) -> object:
+        return None if text == "auto" else number.parse(text)
+
+    return Kind(parse, f"auto, or {number.allowed}", lambda value: text_of(value) or "auto")
+
+
+def seconds(zero: str | None) -> Kind:
+    """A duration. ``zero`` says what 0 means; with None it is refused."""
+
+    def parse(text: str) -> float:
+        if not _SECONDS.fullmatch(text):
+            raise BadValue(f"{shown(text)} is not a number of seconds")
+        value = float(text)
+        if value > MOST_SECONDS:
+            raise BadValue(f"{shown(text)} is too long: at most {MOST_SECONDS} seconds")
+        if value < LEAST_SECONDS and (value or zero is None):
+            raise BadValue(f"{shown(text)} is too short: at least {LEAST_SECONDS} seconds")
+        return value
+
+    note = "" if zero is None else f"; 0: {zero}"
+    return Kind(parse, f"seconds, {LEAST_SECONDS} to {MOST_SECONDS}{note}")
+
+
+def _items(text: str) -> list[str]:
+    """What stands between the commas; blanks round a comma do not matter."""
+    items = [item.strip(_BLANKS) for item in text.split(",")]
+    if "" in items:
+        raise BadValue(f"an item is empty in {shown(text)}" if text else "no value given")
+    if len(items) > MOST_ITEMS:
+        raise BadValue(f"{len(items)} items are too many: at most {MOST_ITEMS}")
+    return items
+
+
+def _no_twins(values: Iterable[object], text: str) -> None:
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise BadValue(f"{value} is there twice in {shown(text)}")
+        seen.add(value)
+
+
+def _port(text: str) -> int:
+    if not _PORT.fullmatch(text) or int(text) > 65535:
+        raise BadValue(f"{shown(text)} is not a TCP port (1-65535)")
+    return int(text)
+
+
+def _ports(text: str) -> tuple[int, ...]:
+    items = _items(text)
+    try:
+        ports = tuple(map(_port, items))
+    except BadValue as error:
+        raise BadValue(f"{error} in {shown(text)}" if len(items) > 1 else str(error)) from None
+    _no_twins(ports, text)
+    return ports
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """A unicast address without a scope: 'fe80::1%eth0' would say the interface a second time."""
+    try:
+        address = ipaddress.ip_address("" if "%" in text else text)
+    except ValueError:
+        raise BadValue(f"{shown(text)} is not a numeric IPv4 or IPv6 address") from None
+    if address.is_multicast or text == "255.255.255.255":
+        raise BadValue(f"{shown(text)} is not the address of one host")
+    # A listener for IPv6 only cannot bind it (EINVAL), and an IPv4 one wants the other spelling.
+    mapped = getattr(address, "ipv4_mapped", None)
+    if mapped:
+        raise BadValue(f"{shown(text)} is an IPv4 address in disguise: write {mapped}")
+    return address
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    addresses = [_address(item) for item in _items(text)]
+    _no_twins(addresses, text)
+    for wildcard in (address for address in addresses if address.is_unspecified):
+        for other in addresses:
+            # The kernel says EADDRINUSE to the second of the two.
+            if other != wildcard and other.version == wildcard.version:
+                raise BadValue(f"{other} is already part of {wildcard} in {shown(text)}: drop one of them")
+    return tuple(map(str, addresses))
+
+
+def _interface(text: str) -> str:
+    if not _INTERFACE.fullmatch(text) or text in (".", ".."):
+        raise BadValue(f"{shown(text)} is not the name of a network interface")
+    return text
+
+
+def _host(text: str) -> str:
+    """A host name or an IPv4 address. Nothing is looked up."""
+    if _ENDS_LIKE_AN_ADDRESS.fullmatch(text):
+        return str(_address(text))
+    labels = text.removesuffix(".").split(".")
+    if len(text) > 253 or not all(map(_LABEL.fullmatch, labels)):
+        raise BadValue(f"{shown(text)} is not a host name or address")
+    return text
+
+
+def _target(text: str) -> HostPort:
+    match = _HOST_PORT.fullmatch(text)
+    if not match:
+        raise BadValue(f"{shown(text)} is not HOST:PORT or [IPv6 address]:PORT")
+    host = _host(match["host"]) if match["ipv6"] is None else str(_address(match["ipv6"]))
+    if host in ("0.0.0.0", "::"):
+        raise BadValue(f"{shown(text)}: {host} is every address of this host; name one")
+    if host.startswith("fe80:"):
+        raise BadValue(f"{shown(text)}: a link-local address cannot be reached without an interface")
+    return HostPort(host, _port(match["port"]))
+
+
+def _mask(text: str) -> int:
+    value = int(text, 0) if _MASK.fullmatch(text) else 0
+    if value.bit_count() != 3 or value > 0xFFFFFFFF:
+        raise BadValue(f"{shown(text)} is not a 32-bit mask with exactly three bits set, such as 0x07000000")
+    return value
+
+
+def _path(text: str) -> str:
+    # A log line or a printed config must stay one line whatever the file is called.
+    if not text.isprintable():
+        raise BadValue(f"{shown(text)} has characters that cannot be printed")
+    if text in ("", "--") or len(text) > MOST_PATH:
+        raise BadValue(f"{shown(text)} is not the name of a file")
+    return text
+
+
+PORTS = Kind(_ports, f"1-65535, up to {MOST_ITEMS} of them, with commas between")
+ADDRESSES = Kind(_addresses, "numeric IPv4 and IPv6 addresses, with commas between")
+INTERFACE = Kind(_interface, "the name of an interface, such as eth0")
+TARGET = Kind(_target, "HOST:PORT, or [IPv6 address]:PORT; a host name or an address")
+MASK = Kind(
+    _mask, "32 bits with exactly three of them set, hexadecimal or decimal", lambda value: f"{value:#010x}"
+)
+PATH = Kind(_path, "the name of a file")
