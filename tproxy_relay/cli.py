@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tproxy_relay import config, demo, service
+from tproxy_relay import config, service
 from tproxy_relay.errors import RelayError
 
 
@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(config.print_config(loaded), end="")
             return 0
         if loaded.settings.command == "demo":
+            from tproxy_relay import demo  # here, because a relay has no use for the network lab in its memory
+
             return demo.run(loaded.settings)
         return service.run(loaded.settings, os.environ)
     except RelayError as error:

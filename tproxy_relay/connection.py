@@ -55,7 +55,7 @@ class Context:
     settings: Settings
     tuning: Tuning
     destinations: Destinations
-    registry: Registry
+    registry: "Registry[Connection]"
     threads: RelayThreads
     watch: HangupWatch
     ended: Callable[[], None]
@@ -65,7 +65,9 @@ class Context:
 class Connection:
     """One accepted connection. Everybody but its own two threads may only look at it, or `abort` it."""
 
-    def __init__(self, number: str, sock: socket.socket, client: Endpoint, listener: Listener, context: Context) -> None:
+    def __init__(
+        self, number: str, sock: socket.socket, client: Endpoint, listener: Listener, context: Context
+    ) -> None:
         self.id = number
         self.client = client
         self.orig_dst: Endpoint | None = None
@@ -114,8 +116,8 @@ class Connection:
     def _loop(flow: Flow) -> RefusedError:
         return RefusedError(
             Outcome.LOOP,
-            f"the relay's own connection {flow.source} -> {flow.destination} was intercepted: the ruleset lacks the rule "
-            "that lets packets with the relay's mark, or of its account, pass",
+            f"the relay's own connection {flow.source} -> {flow.destination} was intercepted: the ruleset "
+            "lacks the rule that lets packets with the relay's mark, or of its account, pass",
         )
 
     def _connect(self) -> Leg:

@@ -128,7 +128,9 @@ def _bind_to_interface(sock: socket.socket, interface: str) -> None:
         if error.errno == errno.ENODEV:
             raise SystemRefusedError(f"no interface {interface!r} on this host (`ip link` lists them)") from error
         if error.errno == errno.EPERM:
-            raise CapabilityMissingError(f"cannot bind to {interface}: CAP_NET_RAW is missing; {HOW_TO_GIVE}") from error
+            raise CapabilityMissingError(
+                f"cannot bind to {interface}: CAP_NET_RAW is missing; {HOW_TO_GIVE}"
+            ) from error
         raise
 
 

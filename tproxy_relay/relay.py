@@ -128,7 +128,7 @@ class Relay:
     def _pass_on_fin(self, src: Leg, dst: Leg) -> None:
         with self._lock:
             dst.fin_sent = True
-            self._watch.discard(dst)  # our own FIN would look like a hang-up
+            self._watch.discard(dst)  # our own FIN would wake the watcher for nothing
             if self._pumps == 2:
                 self._watch.add(self, src)
         sockets.half_close(dst.sock)

@@ -83,7 +83,7 @@ class Worker:
         self._wakeup = wakeup
         self._max_connections = max_connections
         self._epoll = select.epoll()
-        self._registry = Registry()
+        self._registry: Registry[Connection] = Registry()
         self._threads = RelayThreads(THREADS * max_connections)
         self._hangups = Hangups(self._epoll)
         self._context = Context(

@@ -1,0 +1,54 @@
+"""When the relay dies, no transfer that it carried looks complete: both ends see a reset, never an EOF."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+from exchanges import Ends, read_to_end
+
+from tproxy_relay.lab import Lab, RelayProcess
+
+FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
+PORT = 8000
+
+
+@pytest.fixture
+def relay(lab: Lab) -> Iterator[RelayProcess]:
+    lab.intercept((PORT,))
+    with lab.relay_process() as running:
+        yield running
+    lab.stop_intercepting()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=["SIGKILL", "SIGSEGV"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_relay_that_dies_in_mid_transfer_resets_both_ends(
+    lab: Lab, relay: RelayProcess, family: int, number: int
+) -> None:
+    ends = Ends(lab, family, PORT)
+    ends.client.sendall(b"request")
+    ends.server.sendall(b"a part of the answer")
+    assert ends.client.recv(100) == b"a part of the answer"
+    assert ends.server.recv(100) == b"request"
+    relay.wait_for_line(lambda line: line["message"] == "connection open")
+    os.kill(relay.pid, number)
+    assert read_to_end(ends.client)[-1] == "ECONNRESET"
+    assert read_to_end(ends.server)[-1] == "ECONNRESET"
+    ends.close()
+
+
+@pytest.mark.parametrize("half_closed", ["client", "server"])
+def test_a_relay_that_dies_after_a_half_close_resets_the_open_direction(
+    lab: Lab, relay: RelayProcess, half_closed: str
+) -> None:
+    ends = Ends(lab, socket.AF_INET, PORT)
+    closing, other = (ends.client, ends.server) if half_closed == "client" else (ends.server, ends.client)
+    closing.shutdown(socket.SHUT_WR)
+    assert other.recv(1) == b"", "the half-close did not come through"
+    other.sendall(b"still")
+    assert closing.recv(5) == b"still"
+    os.kill(relay.pid, signal.SIGKILL)
+    assert read_to_end(closing)[-1] == "ECONNRESET", "a transfer that broke off looks complete"
+    ends.close()

@@ -1,0 +1,108 @@
+"""Connections that must not be relayed: to the relay itself, and from the relay itself."""
+
+import os
+import socket
+
+import pytest
+from exchanges import see_reset
+
+from tproxy_relay.endpoint import from_sockaddr
+from tproxy_relay.lab import Host, Lab, RelayProcess
+
+FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
+INBOUND, OUTBOUND = 15006, 15002
+
+
+@pytest.fixture
+def relay(lab: Lab):  # type: ignore[no-untyped-def]
+    lab.intercept(("8000-8999",))
+    with lab.relay_process() as running:
+        yield running
+    lab.stop_intercepting()
+
+
+def descriptors(relay: RelayProcess) -> int:
+    return len(os.listdir(f"/proc/{relay.pid}/fd"))
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("port", [INBOUND, OUTBOUND])
+@pytest.mark.parametrize("origin", ["client", "relay"])
+def test_a_direct_connection_to_a_listener_is_reset(
+    lab: Lab, relay: RelayProcess, origin: str, port: int, family: int
+) -> None:
+    before, took = descriptors(relay), []
+    for number in range(1, 6):
+        client, seconds = see_reset(getattr(lab, origin), lab.relay.address(family), port)
+        name = client.getsockname()[1]
+        record = relay.wait_for_record(lambda line: line["client"].endswith(f":{name}"))
+        assert record["outcome"] == "not-intercepted"
+        assert "upstream_local" not in record, "it dialled out"
+        assert len(relay.records()) == number, "it called itself"
+        assert descriptors(relay) <= before + 3
+        client.close()
+        took.append(seconds)
+    assert min(took) < 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_an_intercepted_connection_to_the_other_listener_is_a_self_call(lab: Lab, family: int) -> None:
+    lab.intercept((OUTBOUND,))
+    with lab.relay_process() as relay:
+        client, _ = see_reset(lab.client, lab.relay.address(family), OUTBOUND)
+        record = relay.wait_for_record(lambda line: True)
+        assert record["outcome"] == "self-call"
+        assert record["orig_dst"] == str(from_sockaddr((lab.relay.address(family), OUTBOUND)))
+        assert "upstream_local" not in record
+        assert len(relay.records()) == 1
+        client.close()
+    lab.stop_intercepting()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_destination_elsewhere_with_the_same_port_is_no_self_call(lab: Lab, family: int) -> None:
+    lab.intercept((INBOUND,))
+    with lab.relay_process() as relay, lab.server.listen(INBOUND, family) as listener:
+        listener.settimeout(5)
+        client = lab.client.connect(lab.server.address(family), INBOUND)
+        server, peer = listener.accept()
+        assert peer[0] == lab.relay_address(family), "not intercepted"
+        server.sendall(b"welcome")
+        assert client.recv(100) == b"welcome"
+        client.close()
+        server.close()
+        assert relay.wait_for_record(lambda line: line["client"].startswith("[" if ":" in peer[0] else "10."))
+    lab.stop_intercepting()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("origin", ["client", "relay"])
+def test_a_direct_connection_goes_to_the_target(lab: Lab, family: int, origin: str) -> None:
+    target = str(from_sockaddr((lab.server.address(family), 7000)))
+    host: Host = getattr(lab, origin)
+    with lab.relay_process("--target", target) as relay, lab.server.listen(7000, family) as listener:
+        listener.settimeout(5)
+        client = host.connect(lab.relay.address(family), INBOUND)
+        server, _ = listener.accept()
+        server.sendall(b"welcome")
+        server.close()
+        assert client.recv(100) == b"welcome" and client.recv(1) == b""
+        name = str(from_sockaddr(client.getsockname()))
+        client.close()
+        record = relay.wait_for_record(lambda line: line["client"] == name)
+        assert record["outcome"] == "completed"
+        assert record["destination"] == target
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_relays_own_connection_coming_back_is_a_loop(lab: Lab, family: int) -> None:
+    """A ruleset that forgets to let the relay's own packets pass: here, one for the wrong mark."""
+    lab.intercept(("8000-8999",), topology="local")
+    with lab.relay_process("--mark-mask", "0x00070000") as relay, lab.server.listen(8000, family):
+        client, _ = see_reset(lab.relay, lab.server.address(family), 8000)
+        loop = relay.wait_for_record(lambda line: line["outcome"] == "loop")
+        assert "ruleset lacks the rule" in loop["error"]
+        relay.stop()
+        assert len(relay.records()) <= 4, "the loop went on"
+        client.close()
+    lab.stop_intercepting()

@@ -1,0 +1,480 @@
+"""From argv, environment and a real file to Settings: precedence, origins, and every way to be wrong."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import tproxy_relay
+from tproxy_relay import config, config_file
+from tproxy_relay.config import Loaded
+from tproxy_relay.errors import ConfigError, RelayError, UsageError
+from tproxy_relay.options import OPTIONS
+from tproxy_relay.settings import HostPort, Settings
+
+NOWHERE = "/nonexistent/tproxy-relay.conf"
+
+# Two texts for each option that a file can set, both other than the default where there are so many.
+SAMPLES = {
+    "ports": ("1,2", "3"),
+    "bind": ("::1", "127.0.0.1"),
+    "interface": ("eth0", "lo"),
+    "mode": ("redirect", "tproxy"),
+    "preserve-source": ("address", "full"),
+    "target": ("a:1", "[::1]:2"),
+    "mark-mask": ("0x7", "224"),
+    "max-connections": ("5", "auto"),
+    "max-per-source": ("3", "4"),
+    "connect-timeout": ("1.5", "2"),
+    "idle-timeout": ("1", "2.25"),
+    "half-close-timeout": ("1", "2"),
+    "drain-timeout": ("0", "2"),
+    "keepalive": ("0", "7"),
+    "user-timeout": ("1", "2"),
+    "log-level": ("info", "error"),
+    "log-format": ("json", "console"),
+    "log-file": ("-x # y", "/var/log/relay.log"),
+}
+
+Load = Callable[..., Loaded]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """load(*argv, environ={}, file='text'): the text is the default file; None: there is none."""
+
+    def run(*argv: str, environ: dict[str, str] | None = None, file: str | None = None) -> Loaded:
+        path = tmp_path / "default.conf"
+        if file is not None:
+            path.write_text(file, encoding="utf-8")
+        return config.load(argv, environ or {}, default_file=str(path))
+
+    return run
+
+
+def refusal(load: Load, *argv: str, **sources: Any) -> RelayError:
+    with pytest.raises(RelayError) as refused:
+        load(*argv, **sources)
+    assert str(refused.value).isprintable()
+    return refused.value
+
+
+def value_of(loaded: Loaded, name: str) -> object:
+    return getattr(loaded.settings, OPTIONS[name].field)
+
+
+def value_from(name: str, text: str) -> object:
+    kind = OPTIONS[name].kind
+    return kind.parse(text) if kind else text
+
+
+# --- which source wins
+
+
+def test_nothing_said_gives_the_defaults(load: Load) -> None:
+    loaded = load()
+    assert loaded.settings == Settings()
+    assert set(loaded.origins.values()) == {"default"}
+    assert loaded.files_read == () and loaded.warnings == () and not loaded.print_config
+
+
+def test_there_is_a_sample_of_every_option() -> None:
+    assert set(SAMPLES) == {name for name, option in OPTIONS.items() if option.in_file}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_each_source_sets_each_option_and_the_stronger_one_wins(
+    load: Load, tmp_path: Path, name: str
+) -> None:
+    one, two = SAMPLES[name]
+    variable = OPTIONS[name].variable
+
+    from_file = load(file=f"\n{name} = {config_file.quoted(one)}")
+    assert value_of(from_file, name) == value_from(name, one)
+    assert from_file.origins[name] == f"{tmp_path}/default.conf:2"
+
+    from_environment = load(environ={variable: two})
+    assert value_of(from_environment, name) == value_from(name, two)
+    assert from_environment.origins[name] == f"environment variable {variable}"
+
+    from_command_line = load(f"--{name}={one}", environ={variable: two})
+    assert value_of(from_command_line, name) == value_from(name, one)
+    assert from_command_line.origins[name] == "command line"
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_only_the_option_that_was_set_differs(load: Load, name: str) -> None:
+    loaded = load(f"--{name}={SAMPLES[name][0]}")
+    assert [other for other, origin in loaded.origins.items() if origin != "default"] == [name]
+    changed: dict[str, Any] = {OPTIONS[name].field: value_of(loaded, name)}
+    unlike_default = dataclasses.replace(Settings(), **changed)
+    assert loaded.settings == unlike_default != Settings()
+
+
+@pytest.mark.parametrize("spelling", [["-ports", "7"], ["-ports=7"], ["--ports", "7"], ["--ports=7"]])
+def test_both_spellings(load: Load, spelling: list[str]) -> None:
+    for argv in (
+        spelling,
+        [*spelling, "run"],
+        ["run", *spelling],
+        ["-mode", "redirect", *spelling, "-keepalive=1"],
+    ):
+        loaded = load(*argv, environ={"TPROXY_RELAY_PORTS": "8"}, file="ports = 9")
+        assert loaded.settings.ports == (7,)
+
+
+def test_the_last_one_on_the_command_line_counts(load: Load) -> None:
+    assert load("--ports", "1", "-ports=2").settings.ports == (2,)
+
+
+def test_an_option_of_one_place_leaves_the_others_in_force(load: Load) -> None:
+    loaded = load(
+        "-ports", "1", environ={"TPROXY_RELAY_BIND": "::1", "LOG_LEVEL": "INFO"}, file="target = a:1"
+    )
+    assert loaded.settings == Settings(ports=(1,), bind=("::1",), target=HostPort("a", 1), log_level="info")
+    assert loaded.origins["log-level"] == "environment variable LOG_LEVEL"
+
+
+def test_a_list_in_brackets(load: Load) -> None:
+    assert load(file="ports = [15002, 15006]").settings.ports == (15002, 15006)
+
+
+def test_commands(load: Load) -> None:
+    assert load("demo").settings.command == "demo"
+    assert load("demo", "--keep").settings.keep
+    assert load("--log-level", "info", "run").origins["command"] == "command line"
+    assert (
+        load("--keep", "-ports", "1", "demo", "-bind=::1", environ={"LOG_LEVEL": "info"}).settings.command
+        == "demo"
+    )
+
+
+def test_print_config_is_passed_on(load: Load) -> None:
+    assert load("-print-config").print_config
+
+
+# --- which file
+
+
+def test_a_named_file_replaces_the_default_one(load: Load, tmp_path: Path) -> None:
+    other = tmp_path / "other.conf"
+    other.write_text("keepalive = 1")
+    for argv in (["--config", str(other)], [f"-config={other}"]):
+        loaded = load(*argv, file="ports = 1")
+        assert loaded.settings == Settings(keepalive=1)
+        assert loaded.files_read == (str(other),)
+
+
+def test_the_environment_can_name_the_file_and_the_command_line_wins(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("keepalive = 1")
+    (tmp_path / "b").write_text("keepalive = 2")
+    environ = {"TPROXY_RELAY_CONFIG": str(tmp_path / "a")}
+    assert load(environ=environ).settings.keepalive == 1
+    assert load("--config", str(tmp_path / "b"), environ=environ).settings.keepalive == 2
+    assert load(environ={"TPROXY_RELAY_CONFIG": ""}, file="keepalive = 3").settings.keepalive == 3
+
+
+def test_a_named_file_must_exist(load: Load, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    by_option = refusal(load, "--config", str(missing))
+    by_variable = refusal(load, environ={"TPROXY_RELAY_CONFIG": str(missing)})
+    for error in (by_option, by_variable):
+        assert isinstance(error, ConfigError)
+        assert str(error) == f"cannot read {missing}: No such file or directory"
+
+
+def test_a_file_that_cannot_be_used_is_an_error_even_when_nobody_named_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Is a directory"):
+        config.load([], {}, default_file=str(tmp_path))
+
+
+def test_a_path_is_not_a_pattern(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "[ab]*.conf").write_text("keepalive = 1")
+    assert load("--config", str(tmp_path / "[ab]*.conf")).settings.keepalive == 1
+
+
+def test_dev_null_is_no_file(load: Load) -> None:
+    assert load("--config", "/dev/null", file="ports = x").settings == Settings()
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--ports", "1,x"], "--ports: 'x' is not a TCP port (1-65535) in '1,x'"),
+        (["-ports=0"], "--ports: '0' is not a TCP port (1-65535)"),
+        (["--ports", ""], "--ports: no value given"),
+        (["--ports"], "--ports: expected one argument"),
+        (["--keepalive", "-1"], "--keepalive: '-1' is not a whole number from 0 to 32767"),
+        (["-port", "9"], "unknown option '-port' (did you mean '--ports'?)"),
+        (["--port=9"], "unknown option '--port' (did you mean '--ports'?)"),
+        (["-prots", "9"], "unknown option '-prots' (did you mean '--ports'?)"),
+        (["--prots=a b"], "unknown option '--prots' (did you mean '--ports'?)"),
+        (["-p", "9"], "unknown option '-p'"),
+        (["-p9"], "unknown option '-p9'"),
+        (["-c", "/x"], "unknown option '-c'"),
+        (
+            ["--connect_timeout", "9"],
+            "unknown option '--connect_timeout' (did you mean '--connect-timeout'?)",
+        ),
+        (["--command", "run"], "unknown option '--command'"),
+        (["--log-file", "-x"], "unknown option '-x'"),
+        (["---ports", "1"], "unknown option '---ports' (did you mean '--ports'?)"),
+        (["--log-file=--"], "--log-file: '--' is not the name of a file"),
+        (["--ports=--"], "--ports: '--' is not a TCP port (1-65535)"),
+        (["--config="], "--config: '' is not the name of a file"),
+        (["walk"], "command: 'walk' is not one of run, demo"),
+        ([""], "command: '' is not one of run, demo"),
+        (["run", "demo"], "unexpected argument 'demo'"),
+        (["run", "--", "--ports=1"], "unexpected argument '--ports=1'"),
+        (["--keep=yes", "demo"], "--keep: ignored explicit argument 'yes'"),
+        (
+            ["--keep"],
+            "--keep is for 'demo', and the command is 'run': drop --keep or say demo "
+            "(keep: command line, command: default)",
+        ),
+    ],
+)
+def test_a_wrong_command_line(load: Load, argv: list[str], message: str) -> None:
+    error = refusal(load, *argv)
+    assert isinstance(error, UsageError) and error.exit_code == 2
+    assert str(error) == message
+
+
+def test_a_wrong_environment(load: Load) -> None:
+    error = refusal(load, environ={"TPROXY_RELAY_CONNECT_TIMEOUT": "x"})
+    assert isinstance(error, ConfigError) and error.exit_code == 78
+    assert str(error) == "environment variable TPROXY_RELAY_CONNECT_TIMEOUT: 'x' is not a number of seconds"
+
+
+def test_a_wrong_file(load: Load, tmp_path: Path) -> None:
+    error = refusal(load, file="\nprots = 1")
+    assert isinstance(error, ConfigError) and error.exit_code == 78
+    assert str(error) == f"{tmp_path}/default.conf:2: unknown setting 'prots' (did you mean 'ports'?)"
+
+
+def test_a_wrong_value_is_refused_even_where_a_stronger_one_hides_it(load: Load) -> None:
+    assert isinstance(refusal(load, "-ports", "1", file="ports = x"), ConfigError)
+    assert isinstance(refusal(load, "-ports", "1", environ={"TPROXY_RELAY_PORTS": "x"}), ConfigError)
+
+
+def test_a_contradiction_is_the_command_lines_fault_only_if_that_took_part(
+    load: Load, tmp_path: Path
+) -> None:
+    error = refusal(load, file="target = 127.0.0.1:15002")
+    assert isinstance(error, ConfigError)
+    assert f"target: {tmp_path}/default.conf:1" in str(error)
+    assert isinstance(refusal(load, "--ports=9", file="target = 127.0.0.1:9"), UsageError)
+
+
+def test_warnings(load: Load) -> None:
+    environ = {"TPROXY_RELAY_PROTS": "1", "TPROXY_RELAY_MAX_PER_SOURCE": "2"}
+    assert load("--max-connections=1", environ=environ).warnings == (
+        "TPROXY_RELAY_PROTS in the environment is ignored: "
+        "no such setting (did you mean 'TPROXY_RELAY_PORTS'?)",
+        "max-per-source 2 has no effect: max-connections 1 is reached first",
+    )
+
+
+# --- --help and --version
+
+
+@pytest.mark.parametrize("flag", ["-h", "-help", "--help"])
+def test_help_needs_no_good_configuration(load: Load, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load(flag, environ={"TPROXY_RELAY_PORTS": "x"}, file="[nonsense]")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: tproxy-relay [run | demo] [options]\n")
+
+
+@pytest.mark.parametrize("flag", ["-version", "--version"])
+def test_version(load: Load, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load(flag, file="[nonsense]")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tproxy-relay {tproxy_relay.__version__}\n"
+
+
+# --- --print-config
+
+
+def test_print_config_shows_each_value_and_its_origin(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "default.conf"
+    printed = config.print_config(load("-keepalive=7", environ={"LOG_FORMAT": "json"}, file="ports = [1, 2]"))
+    lines = [re.sub(r"  +", "  ", line) for line in printed.splitlines()]
+    assert lines[0] == f"# Read from {path}."
+    assert f"ports = 1,2  # {path}:1" in lines
+    assert "keepalive = 7  # command line" in lines
+    assert "log-format = json  # environment variable LOG_FORMAT" in lines
+    assert "connect-timeout = 10  # default" in lines
+    assert "max-connections = auto  # default" in lines
+    assert "# interface =  # default: all interfaces" in lines
+    assert "# command = run  # default" in lines
+    assert "# keep = no  # default" in lines
+    assert len(lines) == 1 + len([option for option in OPTIONS.values() if option.is_setting])
+
+
+def test_print_config_says_when_no_file_was_read(load: Load) -> None:
+    assert config.print_config(load()).startswith("# No configuration file was read.\n")
+
+
+def test_print_config_survives_a_path_with_a_newline(load: Load, tmp_path: Path) -> None:
+    strange = tmp_path / "a\nports = 9\n"
+    strange.write_text("keepalive = 1")
+    with pytest.raises(UsageError, match="cannot be printed"):
+        load("--config", str(strange))
+    loaded = config.load([], {}, default_file=str(strange))
+    (tmp_path / "b").write_text(config.print_config(loaded))
+    assert load("--config", str(tmp_path / "b")).settings == Settings(keepalive=1)
+
+
+def lists_of(items: st.SearchStrategy[Any]) -> st.SearchStrategy[str]:
+    return st.lists(items, min_size=1, max_size=4, unique=True).map(lambda some: ",".join(map(str, some)))
+
+
+SECONDS = st.integers(1, 2147483).map(str) | st.decimals("0.001", 2147483, places=3).map(str)
+ANY_WORDS = {
+    "mode": ["tproxy", "redirect"],
+    "preserve-source": ["no", "address", "full"],
+    "log-level": ["debug", "info", "warning", "error", "INFO"],
+    "log-format": ["console", "json"],
+    "max-connections": ["auto", "1", "1000000"],
+    "interface": ["eth0", "wg-1", "a.b_c:d"],
+    "target": ["a.example:1", "192.0.2.1:80", "[2001:DB8::1]:443"],
+    "mark-mask": ["7", "0x07000000", "0xe0000000"],
+    "max-per-source": ["0", "1", "1000000"],
+    "keepalive": ["0", "1", "32767"],
+}
+# A list of pieces, for in one alphabet the nasty characters would drown among all of Unicode.
+FILE_NAMES = st.lists(
+    st.sampled_from([" ", '"', "'", "#", ";", "=", "[", "]", ","])
+    | st.text(st.characters(exclude_categories=["C", "Z"]), max_size=3),
+    min_size=1,
+).map("".join)
+ANY_TEXT = {
+    **{name: st.sampled_from(some) for name, some in ANY_WORDS.items()},
+    **{name: SECONDS for name in OPTIONS if name.endswith("-timeout")},
+    "ports": lists_of(st.integers(1, 65535)),
+    "bind": lists_of(st.sampled_from(["10.0.0.1", "127.0.0.1", "::1", "2001:DB8::2"])),
+    "log-file": FILE_NAMES,
+}
+
+
+def is_possible(texts: dict[str, str]) -> bool:
+    return texts.get("log-file") not in ("", "--")
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(st.fixed_dictionaries({}, optional=ANY_TEXT).filter(is_possible))
+def test_what_print_config_prints_is_a_file_that_says_the_same(
+    tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]
+) -> None:
+    first = config.load([f"--{name}={text}" for name, text in texts.items()], {}, default_file=NOWHERE)
+    path = tmp_path_factory.getbasetemp() / "round-trip.conf"
+    path.write_text(config.print_config(first), encoding="utf-8")
+    again = config.load(["--config", str(path)], {})
+    assert again.settings == first.settings
+    through_environment = {OPTIONS[name].variable: text for name, text in texts.items()}
+    assert config.load([], through_environment, default_file=NOWHERE).settings == first.settings
+
+
+def test_the_property_above_covers_every_option() -> None:
+    assert set(ANY_TEXT) == set(SAMPLES)
+
+
+# --- whatever comes
+
+PIECES = st.sampled_from(
+    [
+        b"ports",
+        b"=",
+        b" = ",
+        b"\n",
+        b"1",
+        b"\xff",
+        b"\0",
+        b"[",
+        b"]",
+        b"log-file",
+        b'"',
+        b"#",
+        b"--",
+        b"\xef\xbb\xbf",
+    ]
+)
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(st.binary() | st.lists(PIECES).map(b"".join))
+def test_any_bytes_in_a_file_are_a_configuration_or_a_config_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.conf"
+    path.write_bytes(data)
+    try:
+        assert isinstance(config.load(["--config", str(path)], {}), Loaded)
+    except ConfigError as refused:
+        assert str(refused).isprintable()
+
+
+WORDS = st.sampled_from(
+    [
+        "run",
+        "demo",
+        "--",
+        "-",
+        "-h",
+        "--help",
+        "-version",
+        "--keep",
+        "--ports",
+        "-ports=1",
+        "-bind",
+        "::",
+        "-1",
+        "--log-file",
+        "--log-file=",
+        "--log-file=--",
+        "--config",
+        NOWHERE,
+        "-print-config",
+        "--target=a:1",
+        "-p",
+        "\udcff",
+        "-\0",
+        "a b",
+        "-h x",
+        "--ports 1",
+    ]
+) | st.text(max_size=5)
+VARIABLES = st.sampled_from(
+    [
+        "TPROXY_RELAY_PORTS",
+        "TPROXY_RELAY_LOG_FILE",
+        "LOG_LEVEL",
+        "TPROXY_RELAY_KEEP",
+        "TPROXY_RELAY_X",
+    ]
+)
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(st.lists(WORDS, max_size=6), st.dictionaries(VARIABLES, st.text(max_size=5)))
+def test_any_argv_and_environment_end_in_one_of_four_ways(argv: list[str], environ: dict[str, str]) -> None:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert isinstance(config.load(argv, environ, default_file=NOWHERE), Loaded)
+    except (UsageError, ConfigError) as refused:
+        assert str(refused).isprintable()
+    except SystemExit as ended:
+        assert ended.code == 0

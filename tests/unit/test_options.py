@@ -1,0 +1,85 @@
+"""The table of options against Settings, and the guesses at mistyped names."""
+
+import dataclasses
+import re
+
+import pytest
+
+from tproxy_relay.options import GROUPS, OPTIONS, Option, did_you_mean
+from tproxy_relay.settings import Settings
+
+SETTINGS = [option for option in OPTIONS.values() if option.is_setting]
+
+
+def name_of(option: Option) -> str:
+    return option.name
+
+
+def test_each_setting_has_one_option() -> None:
+    assert sorted(option.field for option in SETTINGS) == sorted(
+        field.name for field in dataclasses.fields(Settings)
+    )
+
+
+def test_no_name_is_there_twice() -> None:
+    assert len(OPTIONS) == 1 + sum(map(len, GROUPS.values()))
+
+
+@pytest.mark.parametrize(
+    "option", [option for option in SETTINGS if option.kind and option.default], ids=name_of
+)
+def test_the_default_is_a_value_that_the_option_takes(option: Option) -> None:
+    assert option.kind and option.kind.parse(option.default) == getattr(Settings(), option.field)
+
+
+@pytest.mark.parametrize("option", SETTINGS, ids=name_of)
+def test_an_option_without_a_default_says_what_happens_then(option: Option) -> None:
+    assert bool(option.unset) == (option.default == "")
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=name_of)
+def test_the_meaning_is_sentences_without_markup(option: Option) -> None:
+    assert option.meaning.endswith(".")
+    assert not re.search(r"[*`|<>\\]|_\b", option.meaning)
+    assert bool(option.metavar) == bool(option.kind)
+
+
+def test_what_only_the_command_line_can_set() -> None:
+    assert {name for name, option in OPTIONS.items() if not option.in_file} == {
+        "command",
+        "config",
+        "print-config",
+        "keep",
+        "version",
+        "help",
+    }
+    assert {name for name, option in OPTIONS.items() if not option.in_environment} == {
+        "command",
+        "print-config",
+        "keep",
+        "version",
+        "help",
+    }
+
+
+def test_variables() -> None:
+    assert OPTIONS["connect-timeout"].variables == ("TPROXY_RELAY_CONNECT_TIMEOUT",)
+    assert OPTIONS["log-level"].variables == ("TPROXY_RELAY_LOG_LEVEL", "LOG_LEVEL")
+    assert OPTIONS["keep"].variables == ()
+
+
+@pytest.mark.parametrize(
+    "typed, guess",
+    [
+        ("prots", " (did you mean 'ports'?)"),
+        ("port", " (did you mean 'ports'?)"),
+        ("PORTS", " (did you mean 'ports'?)"),
+        ("connect_timeout", " (did you mean 'connect-timeout'?)"),
+        ("xyzzy", ""),
+        ("p", ""),
+        ("", ""),
+        ("ports" * 100_000, ""),
+    ],
+)
+def test_the_nearest_name(typed: str, guess: str) -> None:
+    assert did_you_mean(typed, OPTIONS.values(), name_of) == guess

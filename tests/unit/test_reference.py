@@ -1,0 +1,63 @@
+"""The texts made from the table: the checked-in files are up to date, and say what is true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tproxy_relay import config, config_file, errors, reference
+from tproxy_relay.options import OPTIONS
+from tproxy_relay.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name, path", [("rst", "docs/configuration.rst"), ("conf", "etc/tproxy-relay.conf")])
+def test_the_file_in_the_tree_is_what_the_command_prints(name: str, path: str) -> None:
+    command = [sys.executable, "-m", "tproxy_relay.reference", name]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / path).read_text(
+        encoding="utf-8"
+    ) == printed, f"run: python -m tproxy_relay.reference {name} > {path}"
+
+
+def test_the_shipped_file_sets_two_things() -> None:
+    shipped = config_file.parse(reference.conf(), "")
+    assert {name: given.text for name, given in shipped.items()} == {
+        "log-level": "info",
+        "log-format": "json",
+    }
+
+
+def test_the_shipped_file_lists_every_setting_with_its_default(tmp_path: Path) -> None:
+    listed = re.findall(r"^#?([a-z-]+) =", reference.conf(), re.MULTILINE)
+    assert listed == [name for name, option in OPTIONS.items() if option.in_file]
+    uncommented = re.sub(r"^#([a-z-]+ = )", r"\1", reference.conf(), flags=re.MULTILINE)
+    (tmp_path / "conf").write_text(uncommented)
+    loaded = config.load(["--config", str(tmp_path / "conf")], {})
+    assert loaded.settings == Settings(log_level="info", log_format="json")
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "command"])
+def test_help_and_page_describe_every_option(name: str) -> None:
+    assert re.search(rf"^  --{name}\b", reference.help_text(), re.MULTILINE)
+    assert re.search(rf"^``(--)?{name}``", reference.rst(), re.MULTILINE)
+
+
+def test_help_fits_a_terminal() -> None:
+    assert max(map(len, reference.help_text().splitlines())) <= 100
+
+
+def test_the_page_has_every_exit_code() -> None:
+    codes = [code for code, _ in reference.exit_codes()]
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type(errors.RelayError))]
+    assert codes == [0, *sorted(kind.exit_code for kind in kinds)]
+    assert all(re.search(rf"^{code} +\S", reference.rst(), re.MULTILINE) for code in codes)
+
+
+def test_a_wrong_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reference.main(["html"]) == 2
+    assert reference.main([]) == 2
+    assert capsys.readouterr().err.startswith("usage: ")

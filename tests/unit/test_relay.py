@@ -1,0 +1,657 @@
+"""Both pumps over real connections: whatever one end does, the other end must see it."""
+
+import gc
+import mmap
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import loopback
+import pytest
+from deadlines import PATIENCE, wait_until
+from loopback import FIN, RST
+
+from tproxy_relay import relay as relay_module
+from tproxy_relay import sockets
+from tproxy_relay.hangups import Hangups
+from tproxy_relay.relay import BULK_READ, LARGE_READ, SMALL_READ, Leg, Patience, Reader, Relay
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+STUCK = sockets.SEND_TICK + 0.5
+"""Seconds within which a pump that is stuck in send() must notice an abort."""
+
+
+class Rig:
+    """client <-> [near | relay | near] <-> server: a Relay in two threads, and the epoll that its watch needs.
+
+    What connection.py does when both pumps have returned (flush, disarm, close) is done here as well.
+    """
+
+    def __init__(self, *, client_buffer: int = 0, server_buffer: int = 0) -> None:
+        client, upstream = loopback.pair(receive_buffer=client_buffer), loopback.pair(receive_buffer=server_buffer)
+        self.client, self.server = client.far, upstream.far
+        self._epoll = select.epoll()
+        self.watch = Hangups(self._epoll)
+        self.relay = Relay(Leg("client", client.near), Leg("upstream", upstream.near), self.watch)
+        self.lasts: list[bool] = []
+        self.over = threading.Event()
+        self.flush_seconds = 0.0
+        legs = (self.relay.client, self.relay.upstream)
+        self._threads = [
+            threading.Thread(target=self._carry, args=legs, name="up"),
+            threading.Thread(target=self._carry, args=legs[::-1], name="down"),
+        ]
+        self._watcher = threading.Thread(target=self._watch, name="watch")
+
+    def __enter__(self) -> "Rig":
+        for thread in (*self._threads, self._watcher):
+            thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.client.close()
+        self.server.close()
+        if not self.over.wait(0.5):
+            self.relay.abort()
+        assert self.over.wait(PATIENCE), "the pumps did not end"
+        for thread in (*self._threads, self._watcher):
+            thread.join(PATIENCE)
+        self._epoll.close()
+
+    def _carry(self, src: Leg, dst: Leg) -> None:
+        last = self.relay.carry(src, dst)
+        self.lasts.append(last)
+        if not last:
+            return
+        began = time.monotonic()
+        if self.relay.failed:
+            self.relay.flush()
+        self.flush_seconds = time.monotonic() - began
+        for leg in (src, dst):
+            if self.relay.clean:
+                sockets.finish_with_fin(leg.sock)
+            leg.sock.close()
+        self.over.set()
+
+    def _watch(self) -> None:
+        while not self.over.is_set():
+            for fd, _events in self._epoll.poll(0.02):
+                self.watch.fired(fd)
+            self.watch.settle()
+
+    def ended(self, seconds: float = PATIENCE) -> Relay:
+        """The relay, once both pumps have returned and the sockets are closed."""
+        assert self.over.wait(seconds), f"the relay did not end within {seconds} s"
+        wait_until(lambda: len(self.lasts) == 2, "both pumps return")
+        return self.relay
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with Rig() as running:
+        yield running
+
+
+# --- FIN
+
+
+def test_bytes_go_both_ways_and_are_counted(rig: Rig) -> None:
+    up, down = loopback.pattern(100_003), loopback.pattern(77_777)
+    rig.client.sendall(up)
+    rig.server.sendall(down)
+    assert loopback.read_exactly(rig.server, len(up)) == up
+    assert loopback.read_exactly(rig.client, len(down)) == down
+    rig.client.shutdown(socket.SHUT_WR)
+    rig.server.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.client) == (b"", FIN)
+    assert loopback.read_to_end(rig.server) == (b"", FIN)
+    relay = rig.ended()
+    assert relay.clean and relay.failed is None
+    assert (relay.upstream.sent, relay.client.sent) == (len(up), len(down))
+
+
+@pytest.mark.parametrize("first", ["client", "server"])
+def test_a_half_close_is_passed_on_and_the_other_direction_goes_on(rig: Rig, first: str) -> None:
+    here, there = (rig.client, rig.server) if first == "client" else (rig.server, rig.client)
+    assert not rig.relay.half_closed
+    here.sendall(b"question")
+    here.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(there) == (b"question", FIN)
+    assert rig.relay.half_closed
+    assert not rig.relay.clean
+    for _ in range(3):
+        there.sendall(b"answer")
+        assert loopback.read_exactly(here, 6) == b"answer"
+    assert not rig.over.is_set()
+    there.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(here) == (b"", FIN)
+    assert rig.ended().clean
+
+
+def test_a_connection_without_a_byte_ends_cleanly(rig: Rig) -> None:
+    rig.client.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.server) == (b"", FIN)
+    rig.server.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.client) == (b"", FIN)
+    relay = rig.ended()
+    assert relay.clean
+    assert (relay.upstream.sent, relay.client.sent) == (0, 0)
+
+
+def test_both_sides_close_at_once(rig: Rig) -> None:
+    rig.client.shutdown(socket.SHUT_WR)
+    rig.server.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.client) == loopback.read_to_end(rig.server) == (b"", FIN)
+    assert rig.ended().clean
+
+
+def test_exactly_one_of_the_two_is_the_last_to_leave() -> None:
+    for _ in range(20):
+        with Rig() as rig:
+            rig.client.close()
+            rig.server.close()
+            rig.ended()
+            assert sorted(rig.lasts) == [False, True]
+            assert rig.lasts[-1] or rig.lasts[0]
+
+
+def test_a_slow_reader_gets_everything_that_was_queued_when_the_relay_closed() -> None:
+    data = loopback.pattern(300_000)
+    with Rig(client_buffer=4096) as rig:
+        rig.client.shutdown(socket.SHUT_WR)
+        rig.server.sendall(data)
+        rig.server.close()
+        rig.ended()  # closed by the relay, and the client has read nothing yet
+        assert loopback.read_to_end(rig.client) == (data, FIN)
+        assert rig.relay.clean
+
+
+# --- RST
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+@pytest.mark.parametrize("count", [0, 100_000])
+def test_a_reset_comes_after_all_the_data_before_it(rig: Rig, who: str, count: int) -> None:
+    here, there = (rig.client, rig.server) if who == "client" else (rig.server, rig.client)
+    data = loopback.pattern(count)
+    here.sendall(data)
+    wait_until(lambda: rig.relay.upstream.sent + rig.relay.client.sent == count, "the relay has the data")
+    loopback.reset(here)
+    assert loopback.read_to_end(there) == (data, RST)
+    relay = rig.ended()
+    assert relay.failed is (relay.client if who == "client" else relay.upstream)
+    assert isinstance(relay.failed.error, ConnectionResetError)
+    assert not relay.clean
+    assert sorted(rig.lasts) == [False, True]
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_slow_reader_gets_all_the_data_before_the_reset(who: str) -> None:
+    data = loopback.pattern(150_000)
+    with Rig(client_buffer=4096, server_buffer=4096) as rig:
+        here, there = (rig.client, rig.server) if who == "client" else (rig.server, rig.client)
+        here.sendall(data)
+        wait_until(lambda: rig.relay.upstream.sent + rig.relay.client.sent == len(data), "the relay has the data")
+        loopback.reset(here)
+        parts = bytearray()
+        there.settimeout(PATIENCE)
+        with pytest.raises(ConnectionResetError):
+            while data_now := there.recv(2048):
+                parts += data_now
+                time.sleep(0.0005)  # that is what makes it slow
+        assert parts == data
+        rig.ended()
+
+
+def test_a_reader_that_never_reads_is_reset_when_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "FLUSH_PATIENCE", 0.3)
+    with Rig(client_buffer=4096) as rig:
+        rig.server.sendall(bytes(150_000))
+        wait_until(lambda: rig.relay.client.sent == 150_000, "the relay has the data")
+        loopback.reset(rig.server)
+        rig.ended(3)
+        assert 0.25 < rig.flush_seconds < 2
+        wait_until(lambda: loopback.is_reset(rig.client), "the client is reset")
+
+
+def test_abort_ends_the_wait_for_a_reader_that_does_not_read() -> None:
+    with Rig(client_buffer=4096) as rig:
+        rig.server.sendall(bytes(150_000))
+        wait_until(lambda: rig.relay.client.sent == 150_000, "the relay has the data")
+        loopback.reset(rig.server)
+        wait_until(lambda: len(rig.lasts) == 2, "both pumps return")
+        assert not rig.over.is_set()
+        began = time.monotonic()
+        rig.relay.abort()
+        rig.ended(2)
+        assert time.monotonic() - began < 1
+
+
+def test_patience_is_renewed_by_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "FLUSH_PATIENCE", 0.4)
+    far, near = loopback.pair(receive_buffer=4096)
+    with far, near:
+        near.setblocking(False)
+        near.send(bytes(200_000))
+        near.setblocking(True)
+        patience, began = Patience(), time.monotonic()
+        while time.monotonic() - began < 1.2:
+            assert not patience.ended(near)
+            far.recv(3000)
+            time.sleep(0.01)
+        wait_until(lambda: patience.ended(near), "it runs out", 2)
+        assert sockets.unacknowledged(near) > 0
+
+
+def test_both_sides_reset_at_once() -> None:
+    for _ in range(10):
+        with Rig() as rig:
+            rig.client.sendall(b"x" * 1000)
+            rig.server.sendall(b"y" * 1000)
+            loopback.reset(rig.client)
+            loopback.reset(rig.server)
+            relay = rig.ended(2)
+            assert relay.failed is not None
+            assert not relay.clean
+            assert sorted(rig.lasts) == [False, True]
+
+
+def test_a_reset_that_the_other_pumps_send_consumes_is_not_taken_for_a_fin() -> None:
+    """The kernel reports a reset once. Here pump down's send() takes it, and recv() in pump up then says 0."""
+    with Rig() as rig:
+        leg = rig.relay.client
+        loopback.reset(rig.client)
+        wait_until(lambda: rig.over.is_set(), "it ends")
+        assert rig.ended().failed is leg
+    far, near = loopback.pair()
+    other = loopback.pair()
+    with near, other.far, other.near:
+        relay = Relay(Leg("client", near), Leg("upstream", other.near), Hangups(select.epoll()))
+        loopback.reset(far)
+        wait_until(lambda: sockets.is_dead(near), "the reset arrives")
+        with pytest.raises(ConnectionResetError):
+            near.send(b"taken here")
+        assert near.recv(1) == b"", "this kernel tells twice: the test has lost its point"
+        assert not relay.carry(relay.client, relay.upstream)
+        assert relay.failed is relay.client
+        assert isinstance(relay.client.error, ConnectionResetError)
+        assert not relay.upstream.fin_sent
+        assert not relay.clean
+
+
+def test_what_the_dead_peer_sent_before_it_died_is_still_delivered() -> None:
+    """Pump up meets the server's reset in send(); pump down has not read all of the server's data yet."""
+    data = loopback.pattern(400_000)
+    with Rig(client_buffer=4096) as rig:
+        rig.server.sendall(data)
+        loopback.read_exactly(rig.client, 1000)
+        rig.server.shutdown(socket.SHUT_WR)
+        loopback.reset(rig.server)
+        rig.client.settimeout(0.2)
+        for _ in range(3):
+            rig.client.send(b"more")  # into the reset
+        got, ending = loopback.read_to_end(rig.client)
+        assert ending == RST
+        assert data[1000:].startswith(got)
+        assert rig.ended().failed is rig.relay.upstream
+
+
+# --- resets on a side that nobody reads any more
+
+
+def test_an_early_answer_then_a_reset_while_the_client_is_silent(rig: Rig) -> None:
+    rig.server.sendall(b"413")
+    rig.server.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.client) == (b"413", FIN)
+    loopback.reset(rig.server)
+    relay = rig.ended(2)
+    assert relay.failed is relay.upstream
+    wait_until(lambda: loopback.is_reset(rig.client), "the client is reset")
+
+
+def test_an_early_answer_then_a_reset_while_the_client_uploads(rig: Rig) -> None:
+    rig.server.sendall(b"413")
+    rig.server.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.client) == (b"413", FIN)
+    uploaded = loopback.fill(rig.client)
+    assert uploaded > 0
+    loopback.reset(rig.server)
+    relay = rig.ended(3)
+    assert relay.failed is relay.upstream
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        for _ in range(100):
+            rig.client.send(bytes(1 << 16))
+
+
+def test_a_client_that_half_closes_and_resets_while_the_server_is_silent(rig: Rig) -> None:
+    rig.client.sendall(b"question")
+    rig.client.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.server) == (b"question", FIN)
+    loopback.reset(rig.client)
+    assert rig.ended(2).failed is rig.relay.client
+    wait_until(lambda: loopback.is_reset(rig.server), "the server is reset")
+
+
+def test_a_reset_on_the_silent_side_does_not_overtake_the_answer() -> None:
+    """The answer is still on its way to a slow client that goes on sending. It must get all of it."""
+    data = loopback.pattern(150_000)
+    with Rig(client_buffer=4096) as rig:
+        rig.server.sendall(data)
+        rig.server.shutdown(socket.SHUT_WR)
+        wait_until(lambda: rig.relay.upstream.eof, "the relay has the answer and its FIN")
+        loopback.reset(rig.server)
+        parts = bytearray()
+        rig.client.settimeout(PATIENCE)
+        try:
+            while data_now := rig.client.recv(4096):
+                parts += data_now
+        except ConnectionResetError:
+            pass  # in place of the FIN, or after it: both are the truth
+        assert parts == data
+        assert rig.ended(3).failed is rig.relay.upstream
+
+
+def test_our_own_fin_is_no_hang_up(rig: Rig) -> None:
+    """Both FINs are through in turn, and a clean end stays clean though the sockets were watched."""
+    rig.server.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.client) == (b"", FIN)
+    rig.client.sendall(b"late")
+    assert loopback.read_exactly(rig.server, 4) == b"late"
+    rig.client.close()
+    assert loopback.read_to_end(rig.server) == (b"", FIN)
+    assert rig.ended().clean
+
+
+class BrokenWatch:
+    """A kernel that has no memory for another watched descriptor."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._epoll.close()
+        self.inner = Hangups(self._epoll)
+
+    def add(self, owner: Relay, leg: Leg) -> None:
+        """Fails as epoll_ctl(2) would."""
+        raise OSError(28, "No space left on device")
+
+    def discard(self, leg: Leg) -> None:
+        """Not watched, which is fine."""
+
+
+def test_a_watch_that_fails_is_a_bug_that_resets_both(rig: Rig) -> None:
+    rig.relay._watch = BrokenWatch()
+    rig.client.shutdown(socket.SHUT_WR)
+    relay = rig.ended(2)
+    assert isinstance(relay.bug, OSError)
+    assert not relay.clean
+    wait_until(lambda: loopback.is_reset(rig.server), "the server is reset")
+
+
+# --- abort
+
+
+def test_abort_resets_both_when_nothing_moves(rig: Rig) -> None:
+    began = time.monotonic()
+    rig.relay.abort()
+    assert not rig.ended(2).clean
+    assert time.monotonic() - began < 0.5
+    assert loopback.read_to_end(rig.client)[1] == loopback.read_to_end(rig.server)[1] == RST
+
+
+def test_abort_after_a_half_close_resets_both(rig: Rig) -> None:
+    rig.client.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.server) == (b"", FIN)
+    rig.relay.abort()
+    assert not rig.ended(2).clean
+    assert loopback.read_to_end(rig.client)[1] == RST
+    wait_until(lambda: loopback.is_reset(rig.server), "the server is reset")
+
+
+def test_abort_while_both_sends_are_stuck() -> None:
+    with Rig() as rig:
+        loopback.fill(rig.client)
+        loopback.fill(rig.server)
+        began = time.monotonic()
+        rig.relay.abort()
+        rig.ended(STUCK + 1)
+        assert time.monotonic() - began < STUCK
+        wait_until(lambda: loopback.is_reset(rig.client), "the client is reset")
+        wait_until(lambda: loopback.is_reset(rig.server), "the server is reset")
+
+
+def test_abort_in_mid_transfer() -> None:
+    with Rig() as rig:
+        stop = threading.Event()
+
+        def upload() -> None:
+            try:
+                while not stop.is_set():
+                    rig.client.sendall(bytes(65536))
+            except OSError:
+                return
+
+        def download() -> None:
+            loopback.read_to_end(rig.server)
+
+        peers = [threading.Thread(target=upload), threading.Thread(target=download)]
+        for peer in peers:
+            peer.start()
+        wait_until(lambda: rig.relay.upstream.sent > 1 << 22, "it flows")
+        rig.relay.abort()
+        rig.ended(STUCK)
+        stop.set()
+        for peer in peers:
+            peer.join(PATIENCE)
+            assert not peer.is_alive()
+
+
+def test_abort_after_the_end_does_not_touch_the_sockets(rig: Rig) -> None:
+    rig.client.close()
+    rig.server.close()
+    rig.ended()
+    rig.relay.abort()  # the descriptors are closed, and their numbers may belong to somebody else
+
+
+def test_a_bug_in_a_pump_resets_both_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_sock: socket.socket) -> None:
+        raise RuntimeError("a bug")
+
+    with Rig() as rig:
+        monkeypatch.setattr(sockets, "half_close", broken)
+        rig.client.shutdown(socket.SHUT_WR)
+        relay = rig.ended(2)
+        assert isinstance(relay.bug, RuntimeError)
+        assert not relay.clean
+        assert loopback.read_to_end(rig.client)[1] == loopback.read_to_end(rig.server)[1] == RST
+
+
+# --- the stream
+
+
+def test_urgent_data_stays_in_its_place(rig: Rig) -> None:
+    rig.client.sendall(b"ab")
+    rig.client.send(b"!", socket.MSG_OOB)
+    rig.client.sendall(b"cd")
+    rig.client.shutdown(socket.SHUT_WR)
+    assert loopback.read_to_end(rig.server) == (b"ab!cd", FIN)
+
+
+def test_single_bytes_pass_at_once(rig: Rig) -> None:
+    for number in range(500):
+        byte = bytes([number % 256])
+        rig.client.send(byte)
+        assert rig.server.recv(10) == byte
+        rig.server.send(byte)
+        assert rig.client.recv(10) == byte
+    wait_until(lambda: rig.relay.upstream.sent == rig.relay.client.sent == 500, "both counters have every byte")
+
+
+def test_a_large_echo_both_ways_at_once(rig: Rig) -> None:
+    """With one thread for both directions this deadlocks."""
+    data = loopback.pattern(24 << 20)
+
+    def echo() -> None:
+        while piece := rig.server.recv(1 << 20):
+            rig.server.sendall(piece)
+        rig.server.shutdown(socket.SHUT_WR)
+
+    def upload() -> None:
+        rig.client.sendall(data)
+        rig.client.shutdown(socket.SHUT_WR)
+
+    peers = [threading.Thread(target=echo), threading.Thread(target=upload)]
+    rig.server.settimeout(20)
+    rig.client.settimeout(20)
+    for peer in peers:
+        peer.start()
+    got, ending = loopback.read_to_end(rig.client, 20)
+    for peer in peers:
+        peer.join(PATIENCE)
+    assert ending == FIN
+    assert got == data
+    relay = rig.ended()
+    assert (relay.upstream.sent, relay.client.sent) == (len(data), len(data))
+
+
+def test_a_reader_that_rests_holds_the_sender_back_and_loses_nothing(rig: Rig) -> None:
+    """Longer than one SEND_TICK: the pump's send() returns with nothing or with a part, and goes on."""
+    sent = loopback.fill(rig.client)
+    assert sent < 64 << 20
+    before = rig.relay.upstream.sent
+    wait_until(lambda: time.monotonic() - rig.relay.client.moved_at > sockets.SEND_TICK + 0.2, "a tick goes by")
+    rig.client.shutdown(socket.SHUT_WR)
+    got, ending = loopback.read_to_end(rig.server)
+    assert (len(got), ending) == (sent, FIN)
+    assert before < sent == rig.relay.upstream.sent
+
+
+def test_moved_at_tells_of_the_last_byte_in_either_direction(rig: Rig) -> None:
+    born = rig.relay.moved_at
+    for far, other, leg in ((rig.client, rig.server, rig.relay.client), (rig.server, rig.client, rig.relay.upstream)):
+        before = time.monotonic()
+        far.sendall(b"x")
+        other.recv(1)
+        wait_until(lambda: leg.moved_at >= before, "the time is noted")
+        assert rig.relay.moved_at == leg.moved_at > born
+
+
+# --- the buffer
+
+
+class Maps:
+    """The mappings that the relay makes: their sizes, and how many are still there."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.alive = 0
+
+
+@pytest.fixture
+def maps(monkeypatch: pytest.MonkeyPatch) -> Maps:
+    """Counts every mapping from its making to its end, which comes with the last view of it."""
+    counted = Maps()
+
+    class CountedMap(mmap.mmap):
+        def __new__(cls, *args: int) -> "CountedMap":
+            made = super().__new__(cls, *args)
+            counted.sizes.append(len(made))
+            counted.alive += 1
+            return made
+
+        def __del__(self) -> None:
+            counted.alive -= 1
+
+    monkeypatch.setattr(mmap, "mmap", CountedMap)
+    return counted
+
+
+def read_size(reader: Reader, far: socket.socket, near: socket.socket, count: int) -> int:
+    """How much one read takes when `count` bytes wait."""
+    far.sendall(bytes(count))
+    wait_until(lambda: waiting(near) >= count, "the data arrives")
+    return len(reader.read())
+
+
+def waiting(near: socket.socket) -> int:
+    """Bytes in the receive queue, as far as one look shows."""
+    try:
+        return len(near.recv(1 << 21, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return 0
+
+
+def test_a_reader_grows_with_the_stream_and_shrinks_with_it(maps: Maps) -> None:
+    far, near = loopback.pair()
+    with far, near:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        reader = Reader(near)
+        assert read_size(reader, far, near, SMALL_READ + 100) == SMALL_READ
+        assert len(reader.read()) == 100  # short, so small again
+        assert read_size(reader, far, near, 3 * SMALL_READ) == SMALL_READ
+        assert len(reader.read()) == 2 * SMALL_READ
+        far.sendall(bytes(LARGE_READ * 3))
+        wait_until(lambda: waiting(near) == LARGE_READ * 3, "the data arrives")
+        sizes = []
+        while sum(sizes) < LARGE_READ * 3:
+            sizes.append(len(reader.read()))
+        assert sizes[:3] == [4096, 16384, LARGE_READ]
+        assert sizes[3] == LARGE_READ * 3 - sum(sizes[:3]) > LARGE_READ
+        assert maps.alive == 1
+        reader.rest()
+        assert maps.alive == 0
+        assert read_size(reader, far, near, 5000) == SMALL_READ
+
+
+def test_the_bulk_buffer_is_given_back_when_the_stream_rests(
+    maps: Maps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "BULK_REST", 0.2)
+    with Rig() as rig:
+        threading.Thread(target=rig.client.sendall, args=(bytes(8 << 20),)).start()
+        loopback.read_exactly(rig.server, 8 << 20)
+        assert maps.alive == 1
+        assert maps.sizes == [BULK_READ]
+        wait_until(lambda: maps.alive == 0, "the mapping is given back", 2)
+        assert not rig.over.is_set()
+        time_out = rig.relay.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)
+        assert time_out == bytes(16), "a resting reader must sleep, not poll"
+        rig.client.sendall(b"on we go")
+        assert loopback.read_exactly(rig.server, 8) == b"on we go"
+
+
+@pytest.mark.parametrize("ending", ["fin", "reset", "abort"])
+def test_nothing_of_an_ended_relay_waits_for_the_garbage_collector(maps: Maps, ending: str) -> None:
+    """An exception that is kept has a traceback, and that has the frame with the bulk buffer in it."""
+    gc.collect()
+    gc.disable()
+    try:
+        with Rig() as rig:
+            threading.Thread(target=rig.client.sendall, args=(bytes(8 << 20),)).start()
+            loopback.read_exactly(rig.server, 8 << 20)
+            if ending == "fin":
+                rig.client.close()
+                rig.server.close()
+            elif ending == "reset":
+                loopback.reset(rig.client)
+            else:
+                rig.relay.abort()
+            rig.ended()
+        wait_until(lambda: maps.alive == 0, "the bulk buffer is unmapped", 1)
+    finally:
+        gc.enable()
+
+
+def test_without_room_for_a_mapping_the_stream_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_args: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(mmap, "mmap", no_room)
+    data = loopback.pattern(4 << 20)
+    with Rig() as rig:
+        sender = threading.Thread(target=rig.client.sendall, args=(data,))
+        sender.start()
+        assert loopback.read_exactly(rig.server, len(data)) == data
+        sender.join(PATIENCE)

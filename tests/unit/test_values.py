@@ -1,0 +1,316 @@
+"""Each kind of value: what it takes, what it becomes, and what it refuses in which words."""
+
+import pytest
+
+from tproxy_relay import values
+from tproxy_relay.settings import HostPort
+from tproxy_relay.values import BadValue
+
+TIMEOUT = values.seconds("never")
+
+
+def reason(kind: values.Kind, text: str) -> str:
+    """Why the text is refused."""
+    with pytest.raises(BadValue) as refused:
+        kind.parse(text)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text, ports",
+    [
+        ("1", (1,)),
+        ("15002,15006", (15002, 15006)),
+        (" 15002 ,\t15006 ", (15002, 15006)),
+        ("65535", (65535,)),
+    ],
+)
+def test_ports(text: str, ports: tuple[int, ...]) -> None:
+    assert values.PORTS.parse(text) == ports
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        ",",
+        "15002,",
+        ",15002",
+        "1,,2",
+        "0",
+        "65536",
+        "99999",
+        "100000",
+        "x",
+        "-1",
+        "+5",
+        "1_000",
+        "00080",
+        "0x50",
+        "1.0",
+        "1e3",
+        "٣",
+        "１５００２",
+        "5\n",
+        "5\u00a0",
+        "5\0",
+        "15002,15002",
+        "1 2",
+        "[1]",
+        "9" * 5000,
+    ],
+)
+def test_what_is_no_list_of_ports(text: str) -> None:
+    assert "\n" not in reason(values.PORTS, text)
+
+
+def test_a_bad_port_is_named_with_its_list() -> None:
+    assert reason(values.PORTS, "1,x") == "'x' is not a TCP port (1-65535) in '1,x'"
+    assert reason(values.PORTS, "x") == "'x' is not a TCP port (1-65535)"
+    assert reason(values.PORTS, "15002,15006,15002") == "15002 is there twice in '15002,15006,15002'"
+
+
+def test_the_number_of_ports_has_a_limit() -> None:
+    assert values.PORTS.parse(",".join(map(str, range(1, 65))))
+    assert reason(values.PORTS, ",".join(map(str, range(1, 66)))) == "65 items are too many: at most 64"
+    assert reason(values.PORTS, ",".join(map(str, range(1, 65536)))) == "65535 items are too many: at most 64"
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    assert len(reason(values.PORTS, "x" * 100_000)) < 200
+
+
+@pytest.mark.parametrize(
+    "text, addresses",
+    [
+        ("0.0.0.0,::", ("0.0.0.0", "::")),
+        ("127.0.0.1", ("127.0.0.1",)),
+        ("2001:DB8:0::1 , 10.0.0.1", ("2001:db8::1", "10.0.0.1")),
+        ("fe80::1", ("fe80::1",)),
+    ],
+)
+def test_addresses_become_canonical(text: str, addresses: tuple[str, ...]) -> None:
+    assert values.ADDRESSES.parse(text) == addresses
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "localhost",
+        "1.2.3",
+        "127.1",
+        "1.2.3.04",
+        "256.0.0.1",
+        "[::1]",
+        "::1%lo",
+        "fe80::1%eth0",
+        "fe80::1%",
+        "1.2.3.4/8",
+        "::ffff:10.0.0.1",
+        "224.0.0.1",
+        "ff02::1",
+        "255.255.255.255",
+        "10.0.0.1,",
+        "10.0.0.1,10.0.0.1",
+        "::1,0:0::1",
+        "١.2.3.4",
+    ],
+)
+def test_what_is_no_list_of_addresses(text: str) -> None:
+    assert reason(values.ADDRESSES, text)
+
+
+@pytest.mark.parametrize("text", ["0.0.0.0,127.0.0.1", "::1,::", "0.0.0.0,::,10.0.0.1"])
+def test_an_address_that_a_wildcard_already_holds_is_refused(text: str) -> None:
+    assert "is already part of" in reason(values.ADDRESSES, text)
+
+
+def test_an_ipv4_address_in_ipv6_clothes_is_sent_back_with_the_right_spelling() -> None:
+    assert reason(values.ADDRESSES, "::ffff:10.0.0.1").endswith("write 10.0.0.1")
+
+
+@pytest.mark.parametrize("text", ["eth0", "wg-home_1.2", "eth0:1", "a" * 15, "..."])
+def test_interface(text: str) -> None:
+    assert values.INTERFACE.parse(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", ".", "..", "a" * 16, "eth 0", "eth0\n", "eth/0", 'eth0"; flush ruleset; #', "eté0", "a\0"]
+)
+def test_what_is_no_interface(text: str) -> None:
+    assert reason(values.INTERFACE, text)
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("0", 0.0), ("10", 10.0), ("0.5", 0.5), ("0.001", 0.001), ("2147483", 2147483.0)]
+)
+def test_seconds(text: str, seconds: float) -> None:
+    assert TIMEOUT.parse(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "-1",
+        "+1",
+        "1e3",
+        "inf",
+        "nan",
+        "infinity",
+        ".5",
+        "5.",
+        "1_0",
+        "010",
+        "10s",
+        " 1",
+        "1\n",
+        "٣",
+        "1,5",
+        "0x1",
+    ],
+)
+def test_what_is_no_number_of_seconds(text: str) -> None:
+    assert reason(TIMEOUT, text).endswith("is not a number of seconds")
+
+
+def test_seconds_that_the_kernel_could_not_count() -> None:
+    assert "too short" in reason(TIMEOUT, "0.0004")
+    assert "too long" in reason(TIMEOUT, "2147483.1")
+    assert "too long" in reason(TIMEOUT, "9" * 5000)
+
+
+def test_zero_is_refused_where_it_means_nothing() -> None:
+    assert "too short" in reason(values.seconds(None), "0")
+    assert "too short" in reason(values.seconds(None), "0.0")
+
+
+@pytest.mark.parametrize("text", ["", "6", "-1", "+1", "01", "1_0", "1.0", "٣", "9" * 5000, "x"])
+def test_what_is_no_whole_number_in_range(text: str) -> None:
+    assert reason(values.whole(0, 5), text).endswith("is not a whole number from 0 to 5")
+
+
+def test_whole_numbers_include_both_ends() -> None:
+    assert [values.whole(0, 5).parse(text) for text in ("0", "5")] == [0, 5]
+
+
+def test_connections_may_be_left_to_the_relay() -> None:
+    kind = values.connections()
+    assert kind.parse("auto") is None
+    assert kind.write(None) == "auto"
+    assert kind.parse("1") == 1
+    assert reason(kind, "0")
+
+
+@pytest.mark.parametrize(
+    "text, host, port",
+    [
+        ("192.0.2.1:443", "192.0.2.1", 443),
+        ("[2001:DB8::0:1]:443", "2001:db8::1", 443),
+        ("db-1.example.net:5432", "db-1.example.net", 5432),
+        ("db.:1", "db.", 1),
+        ("localhost:1", "localhost", 1),
+        ("1st.example:1", "1st.example", 1),
+    ],
+)
+def test_target(text: str, host: str, port: int) -> None:
+    assert values.TARGET.parse(text) == HostPort(host, port)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "host",
+        ":80",
+        "host:",
+        "host:0",
+        "host:65536",
+        "host:http",
+        "host: 80",
+        " host:80",
+        "2001:db8::1:443",
+        "[::1]",
+        "[host]:1",
+        "[fe80::1%eth0]:1",
+        "[fe80::1]:1",
+        "[10.0.0.1:1",
+        "1.2.3:80",
+        "127.1:80",
+        "0x7f.1:80",
+        "999.1.1.1:80",
+        "0.0.0.0:80",
+        "[::]:80",
+        "224.0.0.1:80",
+        "[::ffff:10.0.0.1]:80",
+        "-a:80",
+        "a-:80",
+        "a..b:80",
+        ".:80",
+        "a" * 64 + ":80",
+        "a." * 127 + "a:80",
+        "é:80",
+        "a b:80",
+        "a/b:80",
+        "user@host:80",
+        "host:80\n",
+    ],
+)
+def test_what_is_no_target(text: str) -> None:
+    assert reason(values.TARGET, text)
+
+
+@pytest.mark.parametrize(
+    "text, mask",
+    [
+        ("0x07000000", 0x07000000),
+        ("0X7", 7),
+        ("7", 7),
+        ("117440512", 0x07000000),
+        ("0x80000101", 0x80000101),
+    ],
+)
+def test_mask(text: str, mask: int) -> None:
+    assert values.MASK.parse(text) == mask
+    assert values.MASK.parse(values.MASK.write(mask)) == mask
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "1", "3", "0xf", "0x700000000", "30064771072", "x", "-7", "0b111", "07", "7.0", "٧", "0x"],
+)
+def test_what_is_no_mask(text: str) -> None:
+    assert reason(values.MASK, text)
+
+
+@pytest.mark.parametrize("text", ["", "--", "a\nb", "a\0b", "a\x1b[2J", "\udcff", "a\u2028b"])
+def test_what_is_no_name_of_a_file(text: str) -> None:
+    assert reason(values.PATH, text)
+
+
+def test_words_may_be_in_capitals() -> None:
+    kind = values.words("debug", "info")
+    assert kind.parse("INFO") == "info"
+    assert reason(kind, "warn") == "'warn' is not one of debug, info"
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, ""),
+        (10.0, "10"),
+        (0.001, "0.001"),
+        (2147483.0, "2147483"),
+        ((1, 2), "1,2"),
+        (HostPort("::1", 80), "[::1]:80"),
+        (HostPort("a", 80), "a:80"),
+        (False, "no"),
+        ("x", "x"),
+        (7, "7"),
+    ],
+)
+def test_a_value_as_the_user_writes_it(value: object, text: str) -> None:
+    assert values.text_of(value) == text
