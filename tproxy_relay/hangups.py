@@ -24,8 +24,8 @@ class Hangups:
         """Watch a leg until it hangs up once. OSError if the kernel has no memory for it."""
         fd = leg.sock.fileno()
         with self._lock:
-            self._watched[fd] = (owner, leg)
             self._epoll.register(fd, select.EPOLLONESHOT)
+            self._watched[fd] = (owner, leg)  # after that, or `discard` would fail too
 
     def discard(self, leg: relay.Leg) -> None:
         """Stop watching, before the descriptor is closed or our own FIN makes it hang up."""

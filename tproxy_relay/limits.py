@@ -14,10 +14,16 @@ log = logging.getLogger(__name__)
 
 
 def raise_descriptor_limit() -> int:
-    """Lift the soft RLIMIT_NOFILE to the hard one (getrlimit(2)) and return it."""
+    """Lift the soft RLIMIT_NOFILE to the hard one (getrlimit(2)) and return it.
+
+    Even an unlimited process is limited, to fs.nr_open (proc(5)).
+    """
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    if hard != resource.RLIM_INFINITY:
+        return hard
+    with open("/proc/sys/fs/nr_open", encoding="ascii") as nr_open:
+        return int(nr_open.read())
 
 
 def max_connections(wanted: int | None, descriptors: int) -> int:

@@ -205,7 +205,7 @@ def _rst_exit_codes() -> Iterator[str]:
 
 def exit_codes() -> list[tuple[int, str]]:
     """Each exit code with its meaning, which is the first line of the error's docstring."""
-    kinds: list[type[errors.RelayError]] = [errors.RelayError, *errors.RelayError.__subclasses__()]
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.RelayError)]
     summaries = [(kind.exit_code, (kind.__doc__ or "").split("\n")[0].split(" ``")[0]) for kind in kinds]
     return sorted([(0, "Done."), *summaries])
 

@@ -211,7 +211,7 @@ def pump(src: Leg, dst: Leg, stopped: Callable[[], bool]) -> None:
             reader.rest()
             continue
         except OSError as error:
-            src.error = error
+            src.error = error.with_traceback(None)  # which would keep this frame, and the bulk buffer in it
             return
         if stopped():
             return
@@ -231,7 +231,7 @@ def _send_all(data: bytes | memoryview, src: Leg, dst: Leg, stopped: Callable[[]
         except BlockingIOError:  # no room for SEND_TICK seconds: the peer does not read, and that is its right
             sent = 0
         except OSError as error:
-            dst.error = error
+            dst.error = error.with_traceback(None)
             return False
         if sent:
             dst.sent += sent

@@ -27,6 +27,7 @@ def main() -> None:
 
 def send(sock: socket.socket, rng: random.Random, total: int) -> tuple[int, str]:
     """All of it, and then our FIN."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # single bytes are to travel as such
     pool = memoryview(rng.randbytes(POOL))
     digest, sent = hashlib.sha256(), 0
     while sent < total:
@@ -44,7 +45,7 @@ def receive(sock: socket.socket, rng: random.Random) -> tuple[int, str]:
     """Until the other end's FIN."""
     buffer = memoryview(bytearray(LARGEST))
     digest, received = hashlib.sha256(), 0
-    while count := sock.recv_into(buffer, SINGLE_BYTES if received < POOL else any_size(rng)):
+    while count := sock.recv_into(buffer, any_size(rng)):
         digest.update(buffer[:count])
         received += count
     return received, digest.hexdigest()
