@@ -21,7 +21,7 @@ class HostPort(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting with its default. The meaning of each is in config.OPTIONS, once."""
+    """Every setting with its default. The meaning of each is in options.OPTIONS, once."""
 
     command: str = "run"
     ports: tuple[int, ...] = (15002, 15006)

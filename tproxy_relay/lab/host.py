@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +24,9 @@ START_TIMEOUT = 10.0
 """Seconds for an agent to say that it lives; it takes some 30 ms."""
 STOP_TIMEOUT = 10.0
 RUN_TIMEOUT = 30.0
+
+_DESCRIPTOR = struct.Struct("@i")
+"""What SCM_RIGHTS carries (unix(7)): an int for each descriptor."""
 
 File = IO[Any] | int | None
 
@@ -179,8 +183,9 @@ class Host:
         with self._lock:
             try:
                 self._control.send(json.dumps(request).encode())
-                message, descriptors, _, _ = socket.recv_fds(
-                    self._control, agent.MESSAGE_LIMIT, 1, socket.MSG_CMSG_CLOEXEC
+                # Not socket.recv_fds(): it ignores its flags, and the descriptor would leak into children.
+                message, ancillary, _, _ = self._control.recvmsg(
+                    agent.MESSAGE_LIMIT, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
                 )
             except OSError as error:
                 raise LabError(f"the {self.name} host of the lab is gone ({error})") from error
@@ -189,7 +194,7 @@ class Host:
         answer: dict[str, Any] = json.loads(message)
         if "errno" in answer:
             raise OSError(answer["errno"], answer["error"], str(request[1]))
-        return answer, descriptors[0] if descriptors else None
+        return answer, _DESCRIPTOR.unpack(ancillary[0][2])[0] if ancillary else None
 
 
 def _spawn(

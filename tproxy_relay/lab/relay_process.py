@@ -126,7 +126,7 @@ class RelayProcess:
         )
 
     def follow(self, start: int = 0) -> Iterator[Line]:
-        """Each line of the log as it comes, from the one with this index in `lines()` on, until the log ends."""
+        """Each line of the log as it comes, from number `start` of `lines()` on, until the log ends."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: len(self._lines) > start or self._log_ended)
