@@ -94,12 +94,18 @@ class Connection:
             access_log.debug("connection open", extra=self._where())
         except RefusedError as refusal:
             self._end(refusal.outcome, str(refusal))
-        except Exception as bug:
-            log.error("a connection met a bug", extra={"id": self.id}, exc_info=True)
-            self._end(Outcome.INTERNAL_ERROR, repr(bug))
+        except Exception as error:
+            self._end(*self._blame(error))
         else:
             self._context.threads.run(self._pump_down)
             self._pump(self._relay, self._relay.client, self._relay.upstream)
+
+    def _blame(self, error: Exception) -> tuple[Outcome, str]:
+        """A bug, unless the descriptors ran out for one of the sockets that policy.py probes with."""
+        if isinstance(error, OSError) and error.errno in _CAPACITY:
+            return Outcome.OVER_LIMIT, _text(error)
+        log.error("a connection met a bug", extra={"id": self.id}, exc_info=error)
+        return Outcome.INTERNAL_ERROR, repr(error)
 
     def _resolve(self) -> None:
         try:

@@ -34,6 +34,9 @@ SOCKADDR_IN = struct.Struct("=H2s4s8x")
 SOCKADDR_IN6 = struct.Struct("=H2sI16sI")
 """linux/in6.h, 28 bytes: family (host order), port (network order), flow, address, scope."""
 
+MARK = struct.Struct("@I")
+"""socket(7), SO_MARK: the fwmark."""
+
 LINGER = struct.Struct("@ii")
 """linux/socket.h, struct linger: on or off, seconds."""
 

@@ -58,8 +58,9 @@ def open_all(settings: Settings, tuning: Tuning, environ: MutableMapping[str, st
         for host in settings.bind:
             for port in settings.ports:
                 sock = _open(Endpoint(host, port), settings)
-                if sock is not None:
-                    listeners.append(_prepare(sock, settings, tuning))
+                if sock is None:
+                    break  # nor will it with another port
+                listeners.append(_prepare(sock, settings, tuning))
     except BaseException:
         close_all(listeners)
         raise

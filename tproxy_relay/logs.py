@@ -11,6 +11,7 @@ JSON form.
 import json
 import logging
 import logging.handlers
+import os
 import queue
 import sys
 import threading
@@ -88,6 +89,50 @@ class _Enqueue(logging.Handler):
             self.dropped += 1
 
 
+class _Unbuffered:
+    """The stream of a handler. Keeps nothing back but the rest of a line that is half out.
+
+    Python's own streams keep what they could not write and write it later after all: on a full disk, lines
+    would be counted as lost and then turn up.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._rest = b""
+
+    def write(self, text: str) -> None:
+        """Write one line. OSError if nothing of it is out."""
+        owed = len(self._rest)
+        data = self._rest + text.encode("utf-8", "backslashreplace")
+        out = 0
+        try:
+            while out < len(data):
+                out += os.write(self._descriptor, data[out:])
+        except OSError:
+            if out <= owed:
+                self._rest = data[out:owed]
+                raise
+        self._rest = data[out:]
+
+    def flush(self) -> None:
+        """Nothing waits here for that."""
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._descriptor)
+
+
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """A file that is opened again when somebody has moved it away."""
+
+    def _open(self) -> _Unbuffered:  # type: ignore[override]
+        return _Unbuffered(os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666))
+
+
 class _Sink:
     """The writer's side: standard error or a file, and the count of lines that it did not take."""
 
@@ -96,13 +141,12 @@ class _Sink:
         self.handler: logging.Handler
         if settings.log_file:
             try:
-                self.handler = logging.handlers.WatchedFileHandler(
-                    settings.log_file, encoding="utf-8", errors="backslashreplace"
-                )
+                self.handler = _LogFile(settings.log_file)
             except OSError as error:
                 raise SystemRefusedError(f"cannot write log file {settings.log_file}: {error.strerror}") from error
         else:
-            self.handler = logging.StreamHandler(sys.stderr)
+            # sys.stderr is None when we were started without one, and descriptor 2 is somebody else's then
+            self.handler = logging.StreamHandler(_Unbuffered(sys.stderr.fileno()) if sys.stderr else None)
         self.handler.setFormatter(_formatter(settings.log_format))
         self.handler.handleError = self._count  # type: ignore[method-assign]
 
@@ -138,7 +182,7 @@ class LogWriter:
 
     def stop(self, seconds: float) -> None:
         """Write what is queued, as far as the sink lets us within `seconds`."""
-        logging.getLogger().handlers[:] = []
+        logging.getLogger().handlers[:] = [logging.NullHandler()]  # without any, logging writes to standard error
         self._stopping.set()
         try:
             self._records.put_nowait(None)

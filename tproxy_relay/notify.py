@@ -18,11 +18,11 @@ def notify(state: str, environ: MutableMapping[str, str]) -> None:
     if not path.startswith(("/", "@")):
         return
     address = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             sock.sendto(state.encode(), socket.MSG_DONTWAIT, address)
-        except OSError:
-            return  # whoever asked to be told is gone or does not read: no reason to stop relaying
+    except OSError:
+        return  # whoever asked is gone or does not read, or descriptors have run out: no reason to stop relaying
 
 
 def inherited_descriptors(environ: MutableMapping[str, str]) -> list[int]:

@@ -109,7 +109,7 @@ def _usable_mark(settings: Settings) -> int:
     mark = 1 << (settings.mark_mask.bit_length() - 1)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            sockets.set_mark(probe, mark)
         except PermissionError:
             log.info("no capability for SO_MARK: the ruleset must exempt the relay by its account")
             return 0

@@ -57,7 +57,15 @@ def tune(sock: socket.socket, tuning: Tuning) -> None:
     if tuning.user_timeout:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(tuning.user_timeout * 1000)))
     if tuning.mark:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, tuning.mark)
+        set_mark(sock, tuning.mark)
+
+
+def set_mark(sock: socket.socket, mark: int) -> None:
+    """SO_MARK (socket(7)), all 32 bits of it: setsockopt() takes an int for a signed one.
+
+    PermissionError without CAP_NET_RAW (Linux 5.17) or CAP_NET_ADMIN.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, linux.MARK.pack(mark))
 
 
 def set_transparent(sock: socket.socket) -> None:

@@ -46,6 +46,7 @@ class RelayThreads:
         self._lock = threading.Lock()
         self._free = 0
         self._lowest_free = 0
+        self._closed = False
         threading.stack_size(STACK_BYTES)
         self._executor = self._new_executor()
         while self._free < spare and self._start_thread():
@@ -68,6 +69,8 @@ class RelayThreads:
         """Give threads back that were set aside and have done their task, or never got one."""
         with self._lock:
             self._free += count
+            if self._closed:
+                self._end_threads(count)
 
     def run(self, task: Task) -> None:
         """Hand a task to a thread that was set aside."""
@@ -110,8 +113,9 @@ class RelayThreads:
             return self._free > self._spare
 
     def close(self) -> None:
-        """Let all threads go, each when its task is done. Does not wait."""
+        """Let all threads go: the free ones now, the others when they are released. Does not wait."""
         with self._lock:
+            self._closed = True
             self._end_threads(self._free)
 
     def _end_threads(self, count: int) -> None:

@@ -126,7 +126,7 @@ class Worker:
     def _patience(self) -> float | None:
         """Seconds until the clock has something to do; None if nothing is due."""
         due = []
-        if self._full:
+        if self._paused:
             due.append(self._retry_at)
         if self._sweep_interval and len(self._registry):
             due.append(self._sweep_at)
@@ -149,22 +149,24 @@ class Worker:
             self._epoll.unregister(fd)
         self._by_fd.clear()
 
-    def _accept_from(self, listener: Listener) -> None:
+    def _accept_from(self, listener: Listener) -> bool:
+        """Take a batch of clients in. True if more may be waiting, and there is room for them."""
         for _ in range(ACCEPT_BATCH):
             if not self._has_room():
-                return
+                return False
             try:
                 sock, sockaddr = listener.sock.accept()
             except BlockingIOError:
-                return  # somebody else took it, or the client is gone
+                return False  # somebody else took it, or the client is gone
             except OSError as error:
                 if error.errno in _ABOUT_CAPACITY:
                     self._pause(os.strerror(error.errno))
-                    return
+                    return False
                 if error.errno not in _ABOUT_THAT_CONNECTION:
                     raise
                 continue
             self._admit(sock, endpoint.from_sockaddr(sockaddr), listener)
+        return True
 
     def _has_room(self) -> bool:
         """True with two threads set aside; otherwise the listeners have left the epoll."""
@@ -179,6 +181,9 @@ class Worker:
 
     def _admit(self, sock: socket.socket, client: endpoint.Endpoint, listener: Listener) -> None:
         self._pair_reserved = False
+        if self._full:
+            log.info("accepting again", extra={"live": len(self._registry)})
+            self._full = None
         connection = Connection(f"{self._prefix}-{next(self._numbers):x}", sock, client, listener, self._context)
         cap = self._settings.max_per_source
         if self._registry.add(connection) > cap > 0:
@@ -198,11 +203,14 @@ class Worker:
         self._unwatch_listeners()
 
     def _try_again(self) -> None:
-        """There may be room again. The warning's counterpart is said when a connection fits in."""
+        """There may be room again. That there is, is said when a connection fits in: only accept() knows."""
         if self._has_room():
-            log.info("accepting again", extra={"live": len(self._registry)})
-            self._full = None
             self._watch_listeners()
+
+    @property
+    def _paused(self) -> bool:
+        """True while the listeners are to come back into the epoll."""
+        return self._full is not None and not self._by_fd and not self._draining
 
     def _one_has_ended(self) -> None:
         """In the thread of the connection that ended."""
@@ -221,7 +229,7 @@ class Worker:
     def _keep_time(self) -> None:
         now = time.monotonic()
         self._undecided = self._hangups.settle()
-        if self._full and not self._draining and (self._someone_left or now >= self._retry_at):
+        if self._paused and (self._someone_left or now >= self._retry_at):
             self._try_again()
         if self._sweep_interval and now >= self._sweep_at:
             self._sweep_at = now + self._sweep_interval
@@ -246,8 +254,8 @@ class Worker:
             elif number == signal.SIGHUP:
                 log.warning("settings are read at start only: restart to change them")
             else:
+                self._at_once = self._at_once or number == signal.SIGINT or self._draining or stop
                 stop = True
-                self._at_once = number == signal.SIGINT or self._draining
         return stop
 
     def _log_live(self) -> None:
@@ -268,13 +276,19 @@ class Worker:
         self._draining = True
         if not self._at_once:
             for listener in list(self._by_fd.values()):
-                self._accept_from(listener)
+                self._accept_backlog(listener)
         self._unwatch_listeners()
         listeners.close_all(self._listeners)
         log.info("draining", extra={"live": len(self._registry), "drain_timeout": self._settings.drain_timeout})
         if not self._at_once:
             self._wait_for_the_last(self._settings.drain_timeout)
         self._abort_all(Outcome.ABORTED if self._at_once else Outcome.DRAINED)
+
+    def _accept_backlog(self, listener: Listener) -> None:
+        """The clients that the kernel has promised the connection to; not those that come for ever."""
+        for _ in range(listeners.BACKLOG // ACCEPT_BATCH):
+            if not self._accept_from(listener):
+                return
 
     def _wait_for_the_last(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -301,6 +315,8 @@ class Worker:
 
     def _close(self) -> None:
         listeners.close_all(self._listeners)
+        if self._pair_reserved:
+            self._threads.release(THREADS)
         self._threads.close()
         log.info("stopped", extra=self._totals())
         self._epoll.close()

@@ -1,4 +1,4 @@
-"""One direction of a bulk transfer, as a process of its own: `bulk.py send SEED BYTES` or `bulk.py receive SEED`.
+"""One direction of a bulk transfer, as a process: `bulk.py send SEED BYTES` or `bulk.py receive SEED`.
 
 Its standard input is the connected socket. The bytes come from a random pool, in pieces of 1 byte to 256 KiB
 (log-uniform), each from another place of the pool; the first thousands are single bytes. It prints a JSON

@@ -23,7 +23,8 @@ from tproxy_relay.lab import Lab, needs
 
 PACKAGE = Path(needs.__file__).parents[1]
 LIBRARIES = ("configargparse", "pythonjsonlogger")
-NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "env")
+"""setpriv still has root's rights when it opens the program that it becomes; what `env` opens is nobody's."""
 PATIENCE = 60.0
 
 PROMISED = (
@@ -59,7 +60,9 @@ class Stage:
         own = {"HOME": str(self.home), "TMPDIR": str(self.home / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
         return {**clean, **own, "PYTHONPATH": str(self.home)}
 
-    def start(self, *options: str, program: Sequence[str] = ("-m", "tproxy_relay")) -> "subprocess.Popen[str]":
+    def start(
+        self, *options: str, program: Sequence[str] = ("-m", "tproxy_relay")
+    ) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [*self.prefix, self.python, *program, "demo", *options],
             stdin=subprocess.DEVNULL,
@@ -97,9 +100,10 @@ class Stage:
 
 
 @pytest.fixture(params=["as-we-are", "ordinary-user"])
-def stage(request: pytest.FixtureRequest, lab: Lab, require_or_skip: Callable[[str], NoReturn]) -> Iterator[Stage]:
-    """The demo for us and for a user without any privilege. (`lab` is asked for because it knows whether the
-    network can be had here at all.)"""
+def stage(
+    request: pytest.FixtureRequest, lab: Lab, require_or_skip: Callable[[str], NoReturn]
+) -> Iterator[Stage]:
+    """The demo for us and for a user without any privilege. `lab` says if there can be none at all."""
     folder = Path(tempfile.mkdtemp(prefix="tproxy-relay-test-"))
     try:
         yield _stage(folder, request.param == "ordinary-user" and os.geteuid() == 0, require_or_skip)
@@ -199,7 +203,8 @@ def test_a_reader_that_goes_away_ends_it_quietly(stage: Stage) -> None:
 
 def test_keep_leaves_it_to_the_user_until_an_interrupt(stage: Stage) -> None:
     with stage.started("--keep") as process:
-        commands = re.findall(r"^ +(nsenter .*) # the (\w+)$", read_until(process, "as they end:"), re.MULTILINE)
+        told = read_until(process, "as they end:")
+        commands = re.findall(r"^ +(nsenter .*) # the (\w+)$", told, re.MULTILINE)
         assert [host for _, host in commands] == ["client", "relay", "server"]
         shell, *_ = (shlex.split(command) for command, _ in commands)
         fetch = "from urllib.request import urlopen; print(urlopen('http://10.81.2.2:8080/').read())"

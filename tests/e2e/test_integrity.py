@@ -72,8 +72,8 @@ def check(lab: Lab, family: int, size: int, preserve: str = "no") -> None:
         assert (record["bytes_up"], record["bytes_down"]) == (size, size)
         assert record["upstream_local"] == str(from_sockaddr(peer))
         assert (peer[0] == lab.client.address(family)) == (preserve == "address")
-        seconds = record["seconds"]
-        print(f"{size / MIB:.0f} MiB each way in {seconds:.1f} s: {2 * size * 8 / seconds / 1e9:.2f} Gbit/s in all")
+        rate = 2 * size * 8 / record["seconds"] / 1e9
+        print(f"{size / MIB:.0f} MiB each way in {record['seconds']:.1f} s: {rate:.2f} Gbit/s in all")
     lab.stop_intercepting()
 
 

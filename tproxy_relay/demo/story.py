@@ -21,6 +21,9 @@ TALK, TALK_DIRECT = 8081, 9081
 STREAM, STREAM_DIRECT = 8082, 9082
 """Each server twice: on a port that goes through the relay, and on one that does not."""
 
+PROOF_TIMEOUT = 5.0
+"""Seconds for the relay to write of a connection that is over; it takes a few milliseconds."""
+
 FAMILIES = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
 
 PICTURE = """
@@ -100,7 +103,7 @@ class Story:
         """The relay's own record of this very connection."""
         both = {"client": str(name), "orig_dst": str(asked_for)}
         try:
-            record = self._relay.wait_for_record(lambda record: both.items() <= record.items())
+            record = self._relay.wait_for_record(lambda record: both.items() <= record.items(), PROOF_TIMEOUT)
         except LabError as error:
             raise BrokenPromise(f"the demo is not as promised: {name} to {asked_for}: {error}") from error
         promise(f"outcome of {name} to {asked_for}", record["outcome"], outcome)

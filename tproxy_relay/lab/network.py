@@ -14,6 +14,7 @@ from types import TracebackType
 
 from tproxy_relay.lab import needs, ruleset
 from tproxy_relay.lab.host import Host
+from tproxy_relay.lab.needs import LabError
 from tproxy_relay.lab.relay_process import RelayProcess
 
 _KNOWN_GROUND = {
@@ -22,6 +23,8 @@ _KNOWN_GROUND = {
     "net.ipv4.conf.default.rp_filter": 0,
     "net.ipv4.conf.all.src_valid_mark": 0,
     "net.ipv4.conf.default.src_valid_mark": 0,
+    "net.ipv6.conf.all.disable_ipv6": 0,
+    "net.ipv6.conf.default.disable_ipv6": 0,
     # Addresses are ours alone: no second of waiting for duplicates of the link-local ones.
     "net.ipv6.conf.all.accept_dad": 0,
     "net.ipv6.conf.default.accept_dad": 0,
@@ -54,8 +57,10 @@ class Lab:
         try:
             self._start_hosts()
             self._wire()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise LabError(f"no network lab ({error}): it needs a writable /proc/sys") from error
             raise
         return self
 

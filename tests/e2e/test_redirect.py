@@ -1,0 +1,91 @@
+"""Mode redirect: nat rules rewrite the destination, and conntrack tells the relay what it was."""
+
+import socket
+import sys
+from collections.abc import Iterator
+
+import pytest
+from exchanges import see_reset
+
+from tproxy_relay.endpoint import from_sockaddr
+from tproxy_relay.lab import Host, Lab, RelayProcess
+
+PORT = 8000
+FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
+
+RULES = f"""
+table inet redirect_test {{
+    chain prerouting {{
+        type nat hook prerouting priority dstnat; policy accept;
+        iifname "rc" tcp dport {PORT} redirect to :15006
+    }}
+    chain output {{
+        type nat hook output priority -100; policy accept;
+        meta mark & 0x07000000 == 0x04000000 return
+        oifname "rs" tcp dport {PORT} redirect to :15002
+    }}
+}}
+"""
+
+
+DUAL_STACK = """
+import os, socket, sys
+for fd, port in ((103, 15002), (104, 15006)):
+    sock = socket.socket(socket.AF_INET6)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(("::", port))
+    sock.listen(100)
+    os.dup2(sock.fileno(), fd)
+    sock.close()
+os.dup2(103, 3)
+os.dup2(104, 4)
+os.environ.update(LISTEN_FDS="2", LISTEN_PID=str(os.getpid()))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""One inherited socket for both families: IPv4 clients appear in it with mapped addresses."""
+
+WRAPPERS = {
+    "a socket a family": (),
+    "inherited dual-stack sockets": (sys.executable, "-c", DUAL_STACK),
+}
+
+
+@pytest.fixture(scope="module", params=WRAPPERS.values(), ids=WRAPPERS)
+def relay(request: pytest.FixtureRequest, lab: Lab) -> Iterator[RelayProcess]:
+    lab.relay.run(["nft", "-f", "-"], input=RULES)
+    try:
+        with lab.relay_process("--mode", "redirect", wrapper=request.param) as running:
+            yield running
+            running.stop()
+    finally:
+        lab.relay.run(["nft", "delete", "table", "inet", "redirect_test"])
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("origin", ["client", "relay"])
+def test_the_original_destination_is_found(lab: Lab, relay: RelayProcess, origin: str, family: int) -> None:
+    host: Host = getattr(lab, origin)
+    with lab.server.listen(PORT, family) as listener:
+        listener.settimeout(5)
+        client = host.connect(lab.server.address(family), PORT)
+        server, peer = listener.accept()
+        assert peer[0] == lab.relay_address(family)
+        server.sendall(b"welcome")
+        server.close()
+        assert client.recv(100) == b"welcome" and client.recv(1) == b""
+        client.shutdown(socket.SHUT_WR)
+        record = relay.record_of(client)
+        assert record["orig_dst"] == str(from_sockaddr((lab.server.address(family), PORT)))
+        assert record["outcome"] == "completed"
+        client.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("origin", ["client", "relay"])
+def test_a_direct_connection_was_not_intercepted(lab: Lab, relay: RelayProcess, origin: str, family: int) -> None:
+    client, _ = see_reset(getattr(lab, origin), lab.relay.address(family), 15006)
+    port = client.getsockname()[1]
+    record = relay.wait_for_record(lambda line: line["client"].endswith(f":{port}"))
+    assert record["outcome"] == "not-intercepted"
+    client.close()
