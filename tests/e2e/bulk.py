@@ -1,8 +1,9 @@
-"""One direction of a bulk transfer, as a process: `bulk.py send SEED BYTES` or `bulk.py receive SEED`.
+"""One direction of a bulk transfer, as a process: `bulk.py send SEED BYTES`, `bulk.py receive SEED REST`.
 
 Its standard input is the connected socket. The bytes come from a random pool, in pieces of 1 byte to 256 KiB
-(log-uniform), each from another place of the pool; the first thousands are single bytes. It prints a JSON
-object with how many bytes it was and their SHA-256. Imports nothing but the standard library.
+(log-uniform), each from another place of the pool; the first thousands are single bytes. The receiver rests
+once, early on, for REST seconds. Each prints a JSON object with how many bytes it was and their SHA-256.
+Imports nothing but the standard library.
 """
 
 import hashlib
@@ -11,17 +12,22 @@ import math
 import random
 import socket
 import sys
+import time
 
 POOL = 16 * 1024 * 1024
 LARGEST = 256 * 1024
 SINGLE_BYTES = 5_000
+REST_AFTER = 1_000_000
 
 
 def main() -> None:
-    role, seed, *total = sys.argv[1:]
+    role, seed, figure = sys.argv[1:]
     sock = socket.socket(fileno=0)
     rng = random.Random(int(seed))
-    count, digest = send(sock, rng, int(total[0])) if role == "send" else receive(sock, rng)
+    if role == "send":
+        count, digest = send(sock, rng, int(figure))
+    else:
+        count, digest = receive(sock, rng, float(figure))
     print(json.dumps({"bytes": count, "sha256": digest}))
 
 
@@ -41,13 +47,16 @@ def send(sock: socket.socket, rng: random.Random, total: int) -> tuple[int, str]
     return sent, digest.hexdigest()
 
 
-def receive(sock: socket.socket, rng: random.Random) -> tuple[int, str]:
+def receive(sock: socket.socket, rng: random.Random, rest: float) -> tuple[int, str]:
     """Until the other end's FIN."""
     buffer = memoryview(bytearray(LARGEST))
     digest, received = hashlib.sha256(), 0
     while count := sock.recv_into(buffer, any_size(rng)):
         digest.update(buffer[:count])
         received += count
+        if rest and received > REST_AFTER:
+            time.sleep(rest)
+            rest = 0
     return received, digest.hexdigest()
 
 

@@ -170,7 +170,7 @@ def test_it_shows_what_it_promises_and_leaves_nothing(stage: Stage) -> None:
         (signal.SIGINT, "3. What one side does", 130),
         (signal.SIGINT, "4. How fast", 130),
         (signal.SIGTERM, "2. Whom", 143),
-        (signal.SIGHUP, "5. What the relay", 129),
+        pytest.param(signal.SIGHUP, "5. What the relay", 129, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_it_at_any_moment(stage: Stage, number: int, moment: str, code: int) -> None:
@@ -201,6 +201,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(stage: Stage) -> None:
     assert not stage.leftovers()
 
 
+@pytest.mark.slow
 def test_keep_leaves_it_to_the_user_until_an_interrupt(stage: Stage) -> None:
     with stage.started("--keep") as process:
         told = read_until(process, "as they end:")
@@ -227,6 +228,7 @@ sys.exit(cli.main())
 """
 
 
+@pytest.mark.slow
 def test_without_interception_it_does_not_claim_success(stage: Stage) -> None:
     with stage.start(program=("-c", WITHOUT_RULES)) as process:
         output, errors = process.communicate(timeout=PATIENCE)

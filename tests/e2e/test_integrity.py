@@ -12,6 +12,7 @@ import pytest
 
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab
+from tproxy_relay.sockets import SEND_TICK
 
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 PORT = 8000
@@ -22,13 +23,15 @@ UP, DOWN = 20261122, 21126202
 """Seeds of the two directions."""
 
 
-def transfer(client: socket.socket, server: socket.socket, size: int) -> list[dict[str, object]]:
+def transfer(
+    client: socket.socket, server: socket.socket, size: int, rest: float
+) -> list[dict[str, object]]:
     """`size` bytes each way at once: sent and received upwards, sent and received downwards."""
     jobs = [
         (client, ["send", str(UP), str(size)]),
-        (server, ["receive", str(UP)]),
+        (server, ["receive", str(UP), str(rest)]),
         (server, ["send", str(DOWN), str(size)]),
-        (client, ["receive", str(DOWN)]),
+        (client, ["receive", str(DOWN), str(rest)]),
     ]
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(started(sock, arguments)) for sock, arguments in jobs]
@@ -45,7 +48,7 @@ def started(sock: socket.socket, arguments: list[str]) -> Iterator["subprocess.P
             process.kill()
 
 
-def check(lab: Lab, family: int, size: int, preserve: str = "no") -> None:
+def check(lab: Lab, family: int, size: int, preserve: str = "no", rest: float = 0) -> None:
     """The whole story, once."""
     server_name = (lab.server.address(family), PORT)
     lab.intercept((PORT,), preserve_source=preserve != "no")
@@ -61,7 +64,7 @@ def check(lab: Lab, family: int, size: int, preserve: str = "no") -> None:
         assert opened["client"] == str(from_sockaddr(client.getsockname())), "not intercepted"
         assert opened["orig_dst"] == str(from_sockaddr(server_name))
 
-        sent_up, got_up, sent_down, got_down = transfer(client, server, size)
+        sent_up, got_up, sent_down, got_down = transfer(client, server, size, rest)
 
         record = relay.record_of(client)
         assert sent_up["bytes"] == sent_down["bytes"] == size
@@ -81,6 +84,11 @@ def check(lab: Lab, family: int, size: int, preserve: str = "no") -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_64_mib_each_way_arrive_unchanged(lab: Lab, family: int, preserve: str) -> None:
     check(lab, family, 64 * MIB, preserve)
+
+
+def test_readers_that_rest_for_a_while_get_it_all(lab: Lab) -> None:
+    """Everything between is full, and the relay's send gives up with a part of its data taken, and again."""
+    check(lab, socket.AF_INET, 64 * MIB, rest=2.2 * SEND_TICK)
 
 
 @pytest.mark.slow
