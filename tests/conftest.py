@@ -55,7 +55,7 @@ def _built(require_or_skip: Callable[[str], NoReturn]) -> Iterator[Lab]:
 def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> Any:
     """After a failure, show the rules, the sockets and the log of the relay."""
     report = yield
-    if report.failed:
+    if report.failed and call.when != "teardown":  # then it is gone
         for lab in getattr(item, "funcargs", {}).values():
             if isinstance(lab, Lab):
                 report.sections.append(("network lab", _shortened(lab.report())))

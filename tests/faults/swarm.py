@@ -213,7 +213,12 @@ def churn(address: str, port: int, count: int, size: int) -> Answer:
 
 def visit(sock: socket.socket, asked: bytes) -> None:
     sock.sendall(asked)
-    got = sock.recv(len(asked), socket.MSG_WAITALL)
+    got = b""
+    while len(got) < len(asked):  # MSG_WAITALL does not wait on a socket with a timeout
+        block = sock.recv(len(asked) - len(got))
+        if not block:
+            raise EOFError("the server left")
+        got += block
     if got != asked:
         raise ValueError("a wrong echo")
     sock.shutdown(socket.SHUT_WR)
@@ -272,7 +277,9 @@ def echo_server(host: "Host", port: int, kind: int = socket.AF_INET) -> Iterator
         yield
 
 
-def come_and_go(host: "Host", address: str, port: int, count: int, *, size: int = 64, processes: int = 8) -> Answer:
+def come_and_go(
+    host: "Host", address: str, port: int, count: int, *, size: int = 64, processes: int = 8
+) -> Answer:
     """So many connections in all from so many processes at once; the sum of their answers."""
     done, errors, began = 0, collections.Counter[str](), time.monotonic()
     with contextlib.ExitStack() as stack:

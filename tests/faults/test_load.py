@@ -1,4 +1,4 @@
-"""Thousands of connections at once, and tens of thousands one after the other: all served, and nothing kept."""
+"""Thousands of connections at once, tens of thousands one after the other: all served, nothing kept."""
 
 import os
 import resource
@@ -105,7 +105,9 @@ def test_hundreds_of_connections_leave_nothing_behind(fresh_lab: Lab, family: in
 
 
 @pytest.mark.slow
-def test_two_thousand_connections_five_times(fresh_lab: Lab, require_or_skip: Callable[[str], NoReturn]) -> None:
+def test_two_thousand_connections_five_times(
+    fresh_lab: Lab, require_or_skip: Callable[[str], NoReturn]
+) -> None:
     lab, count, rounds = fresh_lab, 2000, 5
     require_descriptors(2 * count + 100, require_or_skip)
     lab.intercept((PORT,))

@@ -1,0 +1,272 @@
+"""Whoever should take the log is stuck, gone or full: traffic goes on, and what was lost is counted."""
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from swarm import Script, come_and_go, echo_server
+
+from tproxy_relay.lab import Lab, RelayProcess
+from tproxy_relay.logs import QUEUE_LENGTH
+
+PORT = 8000
+CLIENTS = 50
+SIZE = 200_000
+"""Bytes that each of them sends and wants back: more than the socket buffers of the way hold."""
+SMALLEST_PIPE = 4096
+PATIENCE = 20.0
+QUIET = 1.0
+"""Seconds over which the relay's use of the processor is measured."""
+
+Line = dict[str, Any]
+
+
+class Pipe:
+    """A named pipe that is the relay's standard error, and that nobody reads until a test does."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, SMALLEST_PIPE)
+        # The shell becomes the relay, with its standard error in the pipe.
+        self.wrapper = ("sh", "-c", 'exec "$@" 2>"$0"', str(path))
+        self.lines: list[Line] = []
+        self._rest = b""
+
+    def close(self) -> None:
+        """The reader is gone."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def read_until(self, wanted: Callable[[Line], bool]) -> Line:
+        """Read on to the line; what came before it is in `lines`."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            block = self._read(deadline)
+            assert block, "the line is not in the log"
+            for line in self._take(block):
+                if wanted(line):
+                    return line
+
+    def read_all(self) -> None:
+        """Read to the end: the relay is gone."""
+        deadline = time.monotonic() + PATIENCE
+        while block := self._read(deadline):
+            self._take(block)
+        assert not self._rest, "the log ends within a line"
+
+    def _read(self, deadline: float) -> bytes:
+        left = deadline - time.monotonic()
+        ready, _, _ = select.select([self._fd], [], [], max(0.0, left))
+        assert ready, "nothing more came from the log"
+        return os.read(self._fd, 65536)
+
+    def _take(self, block: bytes) -> list[Line]:
+        *whole, self._rest = (self._rest + block).split(b"\n")
+        new = [json.loads(line) for line in whole]
+        self.lines += new
+        return new
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Pipe]:
+    with contextlib.closing(Pipe(tmp_path / "stderr")) as made:
+        yield made
+
+
+@pytest.fixture
+def clients(fresh_lab: Lab) -> Iterator[Script]:
+    """Obedient clients of an echo server; connections to it are intercepted."""
+    fresh_lab.intercept((PORT,))
+    with echo_server(fresh_lab.server, PORT):
+        with Script(fresh_lab.client, "hold", fresh_lab.server.ipv4, PORT) as script:
+            yield script
+
+
+def ask_all(clients: Script, command: str) -> None:
+    answer = clients.ask(command)
+    assert answer["errors"] == {}
+
+
+def serve_all(clients: Script) -> None:
+    """50 connections from beginning to end, each with the right bytes."""
+    for command in (f"open {CLIENTS}", f"echo {SIZE}", "close"):
+        ask_all(clients, command)
+
+
+def check_intercepted(lab: Lab, line: Line) -> None:
+    assert line["orig_dst"] == f"{lab.server.ipv4}:{PORT}"
+    assert line["client"].startswith(f"{lab.client.ipv4}:")
+
+
+def is_closed(line: Line) -> bool:
+    return line["message"] == "connection closed"
+
+
+def is_about_drops(line: Line) -> bool:
+    return line["message"] == "log records dropped"
+
+
+def accounted_for(lines: list[Line]) -> int:
+    """How many records are in the log or counted as lost."""
+    drops = [line for line in lines if is_about_drops(line)]
+    return len(lines) - len(drops) + (drops[-1]["dropped_total"] if drops else 0)
+
+
+def check_drops(lines: list[Line], made: int) -> None:
+    """Records were dropped, and every record that was made is in the log or counted, none both."""
+    reports = [line for line in lines if is_about_drops(line)]
+    assert reports, "no line about dropped records"
+    print(f"{made} records made, {reports[-1]['dropped_total']} dropped")
+    assert sum(line["dropped"] for line in reports) == reports[-1]["dropped_total"] > 0
+    assert accounted_for(lines) == made
+
+
+def seen_by_server(lab: Lab) -> str:
+    """Whose address a server sees of a new connection: for relays whose log cannot be asked."""
+    port = PORT + 1
+    lab.intercept((PORT, port))
+    with lab.server.listen(port) as listener, lab.client.connect(lab.server.ipv4, port):
+        listener.settimeout(5)
+        server, peer = listener.accept()
+        server.close()
+    return str(peer[0])
+
+
+def check_idle(relay: RelayProcess) -> None:
+    """It does not spin over its log."""
+    before, began = cpu_seconds(relay.pid), time.monotonic()
+    select.select([], [], [], QUIET)  # the measure itself takes its time
+    busy = (cpu_seconds(relay.pid) - before) / (time.monotonic() - began)
+    assert busy < 0.1, f"{busy:.0%} of a processor"
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time so far (proc(5), stat fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- a pipe
+
+
+def test_nobody_reads_the_log(fresh_lab: Lab, clients: Script, pipe: Pipe) -> None:
+    """50 connections while the queue runs over; then the pipe is read: what is not there was counted."""
+    lab = fresh_lab
+    passers_by = QUEUE_LENGTH // 2 + 200
+    with lab.relay_process(wrapper=pipe.wrapper) as relay:
+        ask_all(clients, f"open {CLIENTS}")
+        ask_all(clients, "echo 64")
+        answer = come_and_go(lab.client, lab.server.ipv4, PORT, passers_by)
+        assert (answer["done"], answer["errors"]) == (passers_by, {})
+        ask_all(clients, f"echo {SIZE}")
+        ask_all(clients, "close")
+
+        # Each connection has two lines at the debug level, and the relay three: listening, draining, stopped.
+        pipe.read_until(lambda _: accounted_for(pipe.lines) == 2 * (passers_by + CLIENTS) + 1)
+        serve_all(clients)
+        made = 2 * (passers_by + 2 * CLIENTS) + 3
+        pipe.read_until(lambda _: accounted_for(pipe.lines) == made - 2)
+        relay.terminate()
+        pipe.read_all()
+        assert relay.wait() == 0
+
+    opened = [line for line in pipe.lines if line["message"] == "connection open"]
+    for line in opened[:CLIENTS]:
+        check_intercepted(lab, line)
+    stopped = pipe.lines[-1]
+    assert stopped["message"] == "stopped"
+    assert stopped["accepted"] == stopped["closed"]["completed"] == passers_by + 2 * CLIENTS
+    check_drops(pipe.lines, made)
+
+
+def test_the_relay_stops_though_nobody_reads_its_log(fresh_lab: Lab, clients: Script, pipe: Pipe) -> None:
+    with fresh_lab.relay_process(wrapper=pipe.wrapper) as relay:
+        serve_all(clients)  # a hundred lines, of which the pipe holds ten
+        began = time.monotonic()
+        relay.stop()
+        assert time.monotonic() - began < 4
+    pipe.read_until(lambda line: line["message"] == "connection open")
+    check_intercepted(fresh_lab, pipe.lines[-1])
+
+
+def test_the_reader_of_the_log_is_gone(fresh_lab: Lab, clients: Script, pipe: Pipe) -> None:
+    with fresh_lab.relay_process(wrapper=pipe.wrapper) as relay:
+        ask_all(clients, "open 1")
+        ask_all(clients, "close")
+        check_intercepted(fresh_lab, pipe.read_until(is_closed))
+        pipe.close()
+        serve_all(clients)
+        check_idle(relay)
+        serve_all(clients)
+        relay.stop()
+
+
+# --- a file
+
+
+def test_the_log_file_takes_nothing(fresh_lab: Lab, clients: Script) -> None:
+    """/dev/full: every write fails with ENOSPC."""
+    with fresh_lab.relay_process("--log-file", "/dev/full") as relay:
+        assert seen_by_server(fresh_lab) == fresh_lab.relay_address(), "not intercepted"
+        serve_all(clients)
+        check_idle(relay)
+        serve_all(clients)
+        relay.stop()
+        assert relay.log == "", "noise on standard error"
+
+
+def test_the_disk_of_the_log_file_is_full(
+    fresh_lab: Lab, clients: Script, tmp_path: Path, require_or_skip: Callable[[str], NoReturn]
+) -> None:
+    """A file system of 64 KiB of the relay's own; later there is room again."""
+    lab = fresh_lab
+    mount = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"', str(tmp_path))
+    tried = lab.relay.run([*mount, "true"], check=False)
+    if tried.returncode:
+        require_or_skip(f"no mount namespace with a tmpfs: {tried.stderr.strip()}")
+    with lab.relay_process("--log-file", str(tmp_path / "log"), wrapper=mount) as relay:
+        log = Path(f"/proc/{relay.pid}/root{tmp_path}/log")
+        ask_all(clients, "open 1")
+        ask_all(clients, "close")
+        wait_for(lambda: any(map(is_closed, read_log(log))))
+        check_intercepted(lab, read_log(log)[-1])
+        ballast = log.with_name("ballast")
+        ballast.write_bytes(bytes(40 * 1024))
+        serve_all(clients)  # some 30 KiB of log
+        serve_all(clients)
+        assert log.stat().st_size == 24 * 1024, "the disk is not full"
+        assert not (tmp_path / "log").exists(), "the file is not on the full disk"
+        check_idle(relay)
+        serve_all(clients)
+
+        ballast.unlink()
+        ask_all(clients, "open 1")
+        ask_all(clients, "close")
+        made = 2 * (1 + 3 * CLIENTS + 1) + 1
+        wait_for(lambda: accounted_for(read_log(log)) >= made)
+        lines = read_log(log)
+        check_drops(lines, made)
+        relay.stop()
+        assert relay.log == "", "noise on standard error"
+
+
+def read_log(path: Path) -> list[Line]:
+    """Its whole lines."""
+    *whole, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in whole]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it is not in the log"
+        time.sleep(0.05)
