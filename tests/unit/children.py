@@ -24,8 +24,10 @@ NETWORK = ("unshare", "-Urn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a child that finds the package and these helpers."""
-    path = os.pathsep.join((str(ROOT), str(HERE)))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
+    path = os.pathsep.join((str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])))
+    # An ordinary user's PATH has no sbin on Debian, and ip and nft live there.
+    programs = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
+    return {**os.environ, "PATH": programs, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
 
 
 def no_capabilities() -> tuple[str, ...]:
@@ -37,7 +39,9 @@ def need(command: Sequence[str], require_or_skip: Callable[[str], NoReturn]) -> 
     """`command` as a prefix, once it is known to work here."""
     if shutil.which(command[0]) is None:
         require_or_skip(f"{command[0]} is not installed")
-    tried = subprocess.run([*command, "true"], capture_output=True, text=True, timeout=20, check=False)
+    tried = subprocess.run(
+        [*command, "true"], capture_output=True, text=True, timeout=20, check=False, env=environment()
+    )
     if tried.returncode:
         require_or_skip(f"{' '.join(command)}: {tried.stderr.strip()}")
     return tuple(command)

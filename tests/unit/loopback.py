@@ -72,7 +72,7 @@ def reset(sock: socket.socket) -> None:
 def read_to_end(sock: socket.socket, seconds: float = PATIENCE) -> tuple[bytes, str]:
     """All that still comes, and how it ends: FIN or RST. TimeoutError if it does not end."""
     sock.settimeout(seconds)
-    parts = []
+    parts: list[bytes] = []
     while True:
         try:
             data = sock.recv(1 << 20)

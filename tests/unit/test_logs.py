@@ -1,0 +1,413 @@
+"""What a line looks like, and that no state of the log's reader reaches those who write to it."""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import children
+import pytest
+from deadlines import PATIENCE, wait_until
+
+from tproxy_relay import logs
+from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.logs import ConsoleFormatter, LogWriter
+from tproxy_relay.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+log = logging.getLogger("tproxy_relay.test")
+
+
+def line(message: str, **fields: object) -> str:
+    """A record in the console form, without its time and level."""
+    record = logging.makeLogRecord({"msg": message, "levelname": "INFO", **fields})
+    text = ConsoleFormatter().format(record)
+    _time, _level, rest = text.split(" ", 2)
+    return rest
+
+
+# --- the console form
+
+
+def test_a_line() -> None:
+    record = logging.makeLogRecord(
+        {"msg": "connection closed", "levelname": "INFO", "created": 1795555445.678, "msecs": 678.0, "id": "a", "n": 5}
+    )
+    assert ConsoleFormatter().format(record) == "2026-11-24T21:24:05.678Z INFO connection closed id=a n=5"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("plain", "plain"),
+        ("", '""'),
+        ("two words", '"two words"'),
+        ("a=b", '"a=b"'),
+        ('say "no"', '"say \\"no\\""'),
+        ("back\\slash", "back\\slash"),
+        ("new\nline", '"new\\nline"'),
+        ("return\r", '"return\\r"'),
+        ("\x1b[31mred", '"\\u001b[31mred"'),
+        ("\x7f", '"\\x7f"'),
+        ("\x85", '"\\x85"'),
+        ("\u2028", '"\\u2028"'),
+        ("\u202e", '"\\u202e"'),
+        ("\udc80", '"\\udc80"'),
+        ("grün", "grün"),
+        (True, "true"),
+        (None, "null"),
+        (1.5, "1.5"),
+        ({"completed": 3}, '{"completed": 3}'),
+    ],
+)
+def test_a_value(value: object, shown: str) -> None:
+    assert line("m", field=value) == f"m field={shown}"
+
+
+def test_every_character_stays_on_one_line_and_off_the_terminal() -> None:
+    every = "".join(map(chr, range(0x3000))) + "\ud800\udfff\U000e0001\U0010ffff"
+    text = line(every, field=every)
+    assert len(text.splitlines()) == 1
+    assert text.isprintable()
+
+
+def test_a_value_cannot_forge_a_field() -> None:
+    assert line("m", host='x" outcome="completed') == 'm host="x\\" outcome=\\"completed"'
+
+
+def test_a_traceback_stays_on_the_line() -> None:
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError:
+        text = line("a bug", exc_info=sys.exc_info())
+    assert len(text.splitlines()) == 1
+    assert 'traceback="Traceback (most recent call last):\\n' in text
+    assert "ValueError: first\\nsecond" in text
+
+
+# --- a writer in this process
+
+
+@pytest.fixture(autouse=True)
+def root_logger_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+class Writing:
+    """A LogWriter on a file, between start and stop."""
+
+    def __init__(self, path: Path | str, log_format: str = "json", log_level: str = "info") -> None:
+        self.path = Path(path)
+        self.writer = LogWriter(Settings(log_file=str(path), log_format=log_format, log_level=log_level))
+        self.writer.start()
+
+    def __enter__(self) -> "Writing":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.writer.stop(PATIENCE)
+        self.writer._sink.handler.close()
+
+    def text(self) -> str:
+        """What is in the file."""
+        return self.path.read_text(encoding="utf-8")
+
+    def lines(self) -> list[dict[str, object]]:
+        """The JSON lines in the file."""
+        return [json.loads(one) for one in self.text().splitlines()]
+
+
+def test_json_lines_give_back_what_went_in(tmp_path: Path) -> None:
+    hostile = 'a\n\x1b[31m\u2028"=\\ \x00 \udc80 ü'
+    with Writing(tmp_path / "log") as writing:
+        log.info("connection closed", extra={"host": hostile, "n": 5, "x": 1.5, "closed": {"idle": 1}, "no": None})
+        log.warning(hostile)
+        writing.writer.stop(PATIENCE)
+        first, second = writing.lines()
+    assert len(writing.text().split("\n")) == 3, "one physical line each, and the end"
+    assert first.pop("timestamp")
+    assert first == {
+        "levelname": "INFO", "name": "tproxy_relay.test", "message": "connection closed",
+        "host": hostile, "n": 5, "x": 1.5, "closed": {"idle": 1}, "no": None,
+    }  # fmt: skip
+    assert (second["message"], second["levelname"]) == (hostile, "WARNING")
+
+
+def test_a_json_traceback_is_a_member(tmp_path: Path) -> None:
+    with Writing(tmp_path / "log") as writing:
+        try:
+            raise ValueError("first\nsecond")
+        except ValueError:
+            log.error("a bug", exc_info=True)
+        writing.writer.stop(PATIENCE)
+        (only,) = writing.lines()
+    assert "ValueError: first\nsecond" in str(only["exc_info"])
+
+
+def test_console_lines_in_a_file(tmp_path: Path) -> None:
+    with Writing(tmp_path / "log", "console") as writing:
+        log.info("connection closed", extra={"host": "ü \udc80"})
+        writing.writer.stop(PATIENCE)
+        assert writing.text().endswith('Z INFO connection closed host="ü \\udc80"\n')
+
+
+@pytest.mark.parametrize(("level", "expected"), [("debug", 3), ("info", 2), ("warning", 1), ("error", 0)])
+def test_the_level(tmp_path: Path, level: str, expected: int) -> None:
+    with Writing(tmp_path / "log", log_level=level) as writing:
+        log.debug("one")
+        log.info("two")
+        log.warning("three")
+        writing.writer.stop(PATIENCE)
+        assert len(writing.lines()) == expected
+
+
+def test_lines_keep_their_order_and_stop_writes_them_all(tmp_path: Path) -> None:
+    with Writing(tmp_path / "log") as writing:
+        for number in range(5000):
+            log.info("line", extra={"number": number})
+        writing.writer.stop(PATIENCE)
+        assert [one["number"] for one in writing.lines()] == list(range(5000))
+        assert writing.writer.dropped == 0
+
+
+def test_after_stop_a_line_goes_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not to logging's last resort, which is standard error, unformatted, in the caller's thread."""
+    with Writing(tmp_path / "log") as writing:
+        writing.writer.stop(PATIENCE)
+        log.error("late")
+        assert writing.text() == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_was_moved_away_is_opened_anew(tmp_path: Path) -> None:
+    with Writing(tmp_path / "log") as writing:
+        log.info("before")
+        wait_until(lambda: len(writing.lines()) == 1, "it is written")
+        (tmp_path / "log").rename(tmp_path / "log.1")
+        log.info("after")
+        wait_until(lambda: writing.path.exists() and writing.text(), "it is written")
+        assert [one["message"] for one in writing.lines()] == ["after"]
+        assert "before" in (tmp_path / "log.1").read_text()
+
+
+def test_a_file_is_added_to(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("{}\n")
+    with Writing(tmp_path / "log") as writing:
+        log.info("more")
+        writing.writer.stop(PATIENCE)
+        assert len(writing.lines()) == 2
+
+
+def test_a_file_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(SystemRefusedError, match="cannot write log file .*/no/log: No such file or") as caught:
+        LogWriter(Settings(log_file=str(tmp_path / "no" / "log")))
+    assert caught.value.exit_code == 71
+
+
+def test_a_full_disk_is_counted_and_not_complained_of(capfd: pytest.CaptureFixture[str]) -> None:
+    with Writing("/dev/full") as writing:
+        for _ in range(100):
+            log.info("lost")
+        wait_until(lambda: writing.writer.dropped == 100, "all are counted")
+        writing.writer.stop(PATIENCE)
+        assert writing.writer.dropped == 100
+    assert capfd.readouterr() == ("", "")
+
+
+# --- a reader that is stuck
+
+
+class Stuck:
+    """A named pipe as log file, whose reader is us, who do not read until told to."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self._path = path
+
+    def fill(self) -> None:
+        """Nothing fits in any more."""
+        writer = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            while True:
+                os.write(writer, b"\n" * 4096)
+        except BlockingIOError:
+            os.close(writer)
+
+    def read(self) -> str:
+        """What is in the pipe now."""
+        parts = []
+        try:
+            while part := os.read(self.reader, 1 << 16):
+                parts.append(part)
+        except BlockingIOError:
+            pass  # empty
+        return b"".join(parts).decode()
+
+
+@pytest.fixture
+def stuck(tmp_path: Path) -> Iterator[Stuck]:
+    pipe = Stuck(tmp_path / "pipe")
+    yield pipe
+    os.close(pipe.reader)
+
+
+def test_nobody_waits_for_a_stuck_reader_and_what_was_dropped_is_said(
+    stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "QUEUE_LENGTH", 50)
+    monkeypatch.setattr(logs, "DROP_REPORT_INTERVAL", 0.1)
+    with Writing(stuck._path) as writing:
+        stuck.fill()
+        log.info("this one stops the writer")
+        wait_until(writing.writer._records.empty, "the writer has it")
+        slowest = 0.0
+        for number in range(1000):
+            began = time.monotonic()
+            log.info("line", extra={"number": number})
+            slowest = max(slowest, time.monotonic() - began)
+        assert slowest < 0.2
+        assert writing.writer.dropped == 950
+        text = ""
+
+        def drained() -> bool:
+            nonlocal text
+            text += stuck.read()
+            return "log records dropped" in text and '"number": 49' in text
+
+        wait_until(drained, "the lines come, and the loss is said")
+        log.info("and on it goes")
+        said = [json.loads(one) for one in text.split("\n") if one]
+        numbers = [one["number"] for one in said if one["message"] == "line"]
+        assert numbers == list(range(50)), "the oldest, in order, and no more than the queue holds"
+        reports = [one for one in said if one["message"] == "log records dropped"]
+        assert sum(one["dropped"] for one in reports) == 950
+        assert reports[-1]["dropped_total"] == 950
+        assert reports[-1]["levelname"] == "WARNING"
+        writing.writer.stop(PATIENCE)
+        rest = stuck.read()
+        assert rest.count("and on it goes") == 1
+        assert "log records dropped" not in rest, "that was said"
+
+
+def test_stop_does_not_wait_for_a_stuck_reader(stuck: Stuck) -> None:
+    with Writing(stuck._path) as writing:
+        stuck.fill()
+        for _ in range(100):
+            log.info("line")
+        began = time.monotonic()
+        writing.writer.stop(0.2)
+        assert time.monotonic() - began < 1
+        stuck.read()
+        wait_until(lambda: not writing.writer._thread.is_alive() or stuck.read() is None, "the writer ends")
+
+
+def test_callers_do_not_wait_for_each_other(stuck: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "QUEUE_LENGTH", 10)
+    with Writing(stuck._path) as writing:
+        stuck.fill()
+
+        def write() -> None:
+            for _ in range(200):
+                log.info("x")
+
+        threads = [threading.Thread(target=write) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+        wait_until(lambda: writing.writer.dropped >= 20 * 200 - 11, "all but those in the queue are counted")
+        assert writing.writer.dropped <= 20 * 200 - 10
+        stuck.read()
+        wait_until(lambda: writing.writer._records.empty() or stuck.read() is None, "the queue empties")
+        stuck.read()
+
+
+def test_a_line_that_is_half_out_is_finished_before_the_next() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)  # so that a write takes what fits
+    stream = logs._Unbuffered(writer)
+    first, second = "1" * 200_000 + "\n", "2\n"
+    stream.write(first)
+    got = b""
+    with pytest.raises(BlockingIOError):
+        stream.write("lost\n")
+    for _ in range(100):
+        try:
+            got += os.read(reader, 1 << 16)
+        except BlockingIOError:
+            break
+        try:
+            stream.write(second)
+        except BlockingIOError:
+            continue  # still the first
+    assert got.decode().rstrip("2\n") == first.rstrip("\n")
+    assert set(got.decode().split("\n")[1:]) == {"2", ""}
+    stream.close()
+    os.close(reader)
+
+
+# --- standard error, in a process of its own
+
+WRITE = """
+import logging, os, sys, time
+from tproxy_relay.logs import LogWriter
+from tproxy_relay.settings import Settings
+
+writer = LogWriter(Settings(log_format="console"))
+writer.start()
+print("ready", flush=True)
+sys.stdin.readline()
+began = time.monotonic()
+for number in range(int(sys.argv[1])):
+    logging.getLogger("x").info("line %d", number)
+slow = time.monotonic() - began
+began = time.monotonic()
+writer.stop(0.3)
+print(writer.dropped, slow < 3, time.monotonic() - began < 2, flush=True)
+os._exit(0)
+"""
+
+
+def test_the_reader_of_standard_error_is_gone() -> None:
+    with children.running_python(WRITE, "500") as child:
+        assert child.stdout and child.stdin and child.stderr
+        assert child.stdout.readline() == "ready\n"
+        child.stderr.close()
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "500 True True\n"
+        assert child.wait(PATIENCE) == 0
+
+
+def test_standard_error_that_nobody_reads() -> None:
+    with children.running_python(WRITE, "30000") as child:
+        assert child.stdout and child.stdin and child.stderr
+        assert child.stdout.readline() == "ready\n"
+        child.stdin.write("\n")
+        child.stdin.flush()
+        dropped, quick, stopped = child.stdout.readline().split()
+        assert (quick, stopped) == ("True", "True")
+        assert 10_000 < int(dropped) <= 20_000
+        assert child.wait(PATIENCE) == 0
+        lines = child.stderr.read().splitlines()
+        assert lines[0].endswith("INFO line 0")
+        assert "Traceback" not in "".join(lines)
+
+
+def test_a_process_without_standard_error() -> None:
+    """As some service managers and `2>&-` start it."""
+    ran = children.run_python(WRITE, "5", prefix=("sh", "-c", 'exec "$@" 2>&-', "sh"))
+    assert ran.stdout.startswith("ready\n")
+    assert ran.stdout.endswith("True True\n")
