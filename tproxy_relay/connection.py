@@ -79,7 +79,7 @@ class Connection:
         self._client = Leg("client", sock)
         self._upstream: Leg | None = None
         self._upstream_local: Endpoint | None = None
-        self._source = policy.RELAY
+        self._source: str | None = None
         self._connect_seconds: float | None = None
         self._relay: Relay | None = None
         self._lock = threading.Lock()
@@ -113,7 +113,9 @@ class Connection:
         except OSError as error:  # reset before we looked
             raise RefusedError(Outcome.CLIENT_RESET, _text(error)) from error
         self.destination = self._context.destinations.choose(self.orig_dst, self._listener.endpoint.port)
-        flow = Flow(self.client, self.orig_dst or self.destination)
+        if self.orig_dst is None:
+            return  # a stranger at the listener's own address: nothing that we opened
+        flow = Flow(self.client, self.orig_dst)
         self.flows.append(flow)
         if self._context.registry.is_loop_accepted(self, flow):
             raise self._loop(flow)
@@ -146,8 +148,9 @@ class Connection:
     def _connect_from(self, source: str, destination: Endpoint) -> Leg:
         leg = Leg("upstream", sockets.upstream_socket(destination.family, self._context.tuning))
         try:
+            self._source = source
             if source != policy.RELAY:
-                sockets.bind_foreign(leg.sock, self.client if source == policy.FULL else self.client.with_port(0))
+                self._imitate_client(leg.sock, source)
             with self._lock:
                 self._upstream = leg
             if self._told_to_end:
@@ -160,10 +163,20 @@ class Connection:
             raise
         return leg
 
+    def _imitate_client(self, sock: socket.socket, source: str) -> None:
+        try:
+            sockets.bind_foreign(sock, self.client if source == policy.FULL else self.client.with_port(0))
+        except OSError as error:
+            if error.errno != errno.EACCES:
+                raise
+            # a client with a port below 1024, and we have no CAP_NET_BIND_SERVICE: any other port will do
+            raise OSError(errno.EADDRNOTAVAIL, error.strerror) from error
+
     def _note_upstream(self, leg: Leg, source: str) -> None:
         assert self.destination is not None
-        self._source = source
         self._upstream_local = endpoint.from_sockaddr(leg.sock.getsockname())
+        if source == policy.FULL:
+            return  # the same four numbers as the client's own connection, and as its next one from that port
         flow = Flow(self._upstream_local, self.destination)
         self.flows.append(flow)
         if self._context.registry.is_loop_opened(self, flow):
@@ -264,12 +277,15 @@ class Connection:
             if self._ended:
                 return
             self._ended = True
-        record = self._record(outcome, error)
-        self._close(clean=outcome is Outcome.COMPLETED)
-        _write(record)
-        self._context.registry.remove(self, outcome.value)
-        self._context.threads.release(THREADS)
-        self._context.ended()
+        try:
+            record = self._record(outcome, error)
+            self._close(clean=outcome is Outcome.COMPLETED)
+            _write(record)
+        finally:
+            self._close(clean=False)  # nothing is left to close unless the lines above failed
+            self._context.registry.remove(self, outcome.value)
+            self._context.threads.release(THREADS)
+            self._context.ended()
 
     def abandon(self) -> None:
         """At the end of the process: record it though its threads are stuck. The kernel resets both peers

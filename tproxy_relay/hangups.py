@@ -35,12 +35,11 @@ class Hangups:
                 self._epoll.unregister(fd)
 
     def fired(self, fd: int) -> None:
-        """The epoll reported this descriptor. One that was closed meanwhile is no longer ours."""
+        """The epoll reported this descriptor; `settle` deals with it. One that was closed meanwhile is not ours."""
         with self._lock:
             watched = self._watched.get(fd)
         if watched is not None:
             self._undecided.append(watched)
-            self.settle()
 
     def settle(self) -> bool:
         """Deal with the legs that hung up. True if some must be asked again soon. Main thread only."""

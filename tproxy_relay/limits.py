@@ -14,16 +14,13 @@ log = logging.getLogger(__name__)
 
 
 def raise_descriptor_limit() -> int:
-    """Lift the soft RLIMIT_NOFILE to the hard one (getrlimit(2)) and return it.
-
-    Even an unlimited process is limited, to fs.nr_open (proc(5)).
-    """
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY:
-        return hard
-    with open("/proc/sys/fs/nr_open", encoding="ascii") as nr_open:
-        return int(nr_open.read())
+    """Lift the soft RLIMIT_NOFILE to the hard one (getrlimit(2)) and return what is in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):
+        return soft  # fs.nr_open was lowered below the hard limit
+    return hard
 
 
 def max_connections(wanted: int | None, descriptors: int) -> int:

@@ -150,6 +150,14 @@ class _Sink:
         self.handler.setFormatter(_formatter(settings.log_format))
         self.handler.handleError = self._count  # type: ignore[method-assign]
 
+    def write(self, record: logging.LogRecord) -> None:
+        """Write it or count it. A log file that cannot be opened again raises outside of handleError; the handler
+        tries again at the next record."""
+        try:
+            self.handler.handle(record)
+        except Exception:
+            self.lost += 1
+
     def _count(self, record: logging.LogRecord) -> None:
         """In place of logging's traceback on standard error, which may be the very thing that is broken."""
         self.lost += 1
@@ -197,7 +205,7 @@ class LogWriter:
             except queue.Empty:
                 record = None
             if record is not None:
-                self._sink.handler.handle(record)
+                self._sink.write(record)
             if self._unreported:
                 self._report_drops()
             if self._stopping.is_set() and self._records.empty():
@@ -214,7 +222,7 @@ class LogWriter:
         self._reported_at = now
         lost_before, dropped = self._sink.lost, self.dropped
         fields: dict[str, Any] = {"dropped": dropped - self._reported, "dropped_total": dropped}
-        self._sink.handler.handle(_record("log records dropped", fields))
+        self._sink.write(_record("log records dropped", fields))
         if self._sink.lost == lost_before:
             self._reported = dropped
         else:

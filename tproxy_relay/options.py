@@ -172,8 +172,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "user-timeout",
             values.seconds("the kernel decides"),
             "SECONDS",
-            "Give up on a peer that has not acknowledged what was sent to it for this long "
-            "(TCP_USER_TIMEOUT, towards both sides).",
+            "Give up on a peer that for this long has acknowledged nothing of what was sent to it, or has "
+            "had no room for more: one that merely stops reading counts too (TCP_USER_TIMEOUT, towards both sides).",
         ),
     ),
     "Log": (

@@ -76,8 +76,9 @@ class ConnectionRecord:
     """Where the relay connected to: orig_dst, or the target. None if it was refused before that was known."""
     upstream_local: Endpoint | None
     """Our address towards the server; None if we never got that far."""
-    source: str
-    """Whose address the server saw: `relay`, `address` (the client's), `full` (the client's, port and all)."""
+    source: str | None
+    """Whose address the server saw, or would have seen: `relay`, `address` (the client's), `full` (the client's, port
+    and all). None if nothing was dialled."""
     outcome: Outcome
     error: str | None
     bytes_up: int

@@ -30,6 +30,8 @@ BULK_READ = 512 * 1024
 """Bytes, read into one mapping that is kept while the stream flows: measured best for throughput."""
 BULK_REST = 2.0
 """Seconds of silence after which a bulk buffer is given back."""
+SMALL_READS_IN_BULK = 16
+"""In a row, after which it is given back too: the stream has become a trickle."""
 FLUSH_PATIENCE = 5.0
 """Seconds without progress after which a peer that acknowledges nothing gets its reset with data undelivered."""
 
@@ -68,6 +70,7 @@ class Relay:
     def __init__(self, client: Leg, upstream: Leg, watch: HangupWatch) -> None:
         self.client = client
         self.upstream = upstream
+        upstream.moved_at = time.monotonic()  # connecting is no idle time
         self.failed: Leg | None = None
         self.bug: Exception | None = None
         self._watch = watch
@@ -230,6 +233,9 @@ def _send_all(data: bytes | memoryview, src: Leg, dst: Leg, stopped: Callable[[]
             sent = dst.sock.send(data)
         except BlockingIOError:  # no room for SEND_TICK seconds: the peer does not read, and that is its right
             sent = 0
+            if _was_reset_behind_our_back(src):
+                src.error = _reset_by_peer()
+                return False
         except OSError as error:
             dst.error = error.with_traceback(None)
             return False
@@ -243,6 +249,13 @@ def _send_all(data: bytes | memoryview, src: Leg, dst: Leg, stopped: Callable[[]
         data = memoryview(data)[sent:]
 
 
+def _was_reset_behind_our_back(src: Leg) -> bool:
+    """Nobody reads a source while its destination takes nothing. If it is reset meanwhile, that must not wait for
+    ever. (After our own FIN a dead socket may be one whose FIN has come and waits to be read.)"""
+    rests = time.monotonic() - src.moved_at > FLUSH_PATIENCE
+    return rests and not src.fin_sent and sockets.is_dead(src.sock)
+
+
 class Reader:
     """recv with a buffer that grows with the stream and shrinks when it rests.
 
@@ -254,12 +267,13 @@ class Reader:
         self._sock = sock
         self._size = SMALL_READ
         self._bulk: memoryview | None = None
+        self._small_reads = 0
 
     def read(self) -> bytes | memoryview:
         """What recv gives, empty at the FIN; a view is good until the next call. BlockingIOError after
         BULK_REST seconds of silence in bulk; OSError of recv(2)."""
         if self._bulk is not None:
-            return self._bulk[: self._sock.recv_into(self._bulk)]
+            return self._read_bulk(self._bulk)
         data = self._sock.recv(self._size)
         got = len(data)
         if got == self._size:
@@ -267,6 +281,13 @@ class Reader:
         elif got < SMALL_READ:
             self._size = SMALL_READ
         return data
+
+    def _read_bulk(self, bulk: memoryview) -> memoryview:
+        got = self._sock.recv_into(bulk)
+        self._small_reads = 0 if got >= SMALL_READ else self._small_reads + 1
+        if self._small_reads == SMALL_READS_IN_BULK:
+            self.rest()
+        return bulk[:got]
 
     def _grow(self) -> None:
         if self._size < LARGE_READ:
@@ -277,6 +298,7 @@ class Reader:
         except (OSError, MemoryError):
             return  # no room for a large buffer: the stream goes on with the small one
         self._bulk = memoryview(mapped)
+        self._small_reads = 0
         sockets.set_receive_timeout(self._sock, BULK_REST)
 
     def rest(self) -> None:

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import MutableMapping
 from typing import NoReturn
 
@@ -34,6 +33,7 @@ log = logging.getLogger(__name__)
 
 def run(settings: Settings, environ: MutableMapping[str, str]) -> NoReturn:
     """Relay until told to stop; ends the process. Raises RelayError if it cannot begin."""
+    target = _resolve_target(settings)  # may take long: a signal still ends us
     wakeup = Wakeup()
     wakeup.catch(SIGNALS)
     if os.getpid() == 1:
@@ -41,7 +41,7 @@ def run(settings: Settings, environ: MutableMapping[str, str]) -> NoReturn:
     writer = logs.LogWriter(settings)
     writer.start()
     try:
-        worker = _prepare(settings, wakeup, environ)
+        worker = _prepare(settings, target, wakeup, environ)
     except BaseException:
         writer.stop(LOG_FLUSH)
         raise
@@ -50,10 +50,10 @@ def run(settings: Settings, environ: MutableMapping[str, str]) -> NoReturn:
     _exit(code)
 
 
-def _prepare(settings: Settings, wakeup: Wakeup, environ: MutableMapping[str, str]) -> Worker:
-    target = _resolve_target(settings)
+def _prepare(settings: Settings, target: Endpoint | None, wakeup: Wakeup, environ: MutableMapping[str, str]) -> Worker:
     tuning = Tuning(settings.keepalive, settings.user_timeout, _usable_mark(settings))
     _check_preserve_source(settings)
+    _warn_of_nonlocal_bind()
     open_listeners = listeners.open_all(settings, tuning, environ)
     room = limits.max_connections(settings.max_connections, limits.raise_descriptor_limit())
     worker = Worker(
@@ -89,7 +89,6 @@ def _serve(worker: Worker, environ: MutableMapping[str, str]) -> int:
 
 
 def _exit(code: int) -> NoReturn:
-    sys.stdout.flush()
     os._exit(code)
 
 
@@ -114,6 +113,22 @@ def _usable_mark(settings: Settings) -> int:
             log.info("no capability for SO_MARK: the ruleset must exempt the relay by its account")
             return 0
     return mark
+
+
+def _warn_of_nonlocal_bind() -> None:
+    for family in ("ipv4", "ipv6"):
+        name = f"net.{family}.ip_nonlocal_bind"
+        try:
+            with open("/proc/sys/" + name.replace(".", "/"), encoding="ascii") as sysctl:
+                on = sysctl.read().strip() == "1"
+        except OSError:
+            continue  # no such family here
+        if on:
+            log.warning(
+                "every address looks like this host's own: no source is preserved, and destinations "
+                "with the relay's port numbers are refused",
+                extra={"sysctl": f"{name}=1"},
+            )
 
 
 def _check_preserve_source(settings: Settings) -> None:

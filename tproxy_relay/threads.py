@@ -15,6 +15,7 @@ connection never waits for a thread.
 
 import logging
 import queue
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,7 @@ class RelayThreads:
     def _start_thread(self) -> bool:
         start = _Start()
         try:
-            self._executor.submit(self._serve, start)
+            self._executor.submit(self._serve, start, self._executor)
         except RuntimeError:
             start.cancelled = True
             self._retire_executor()
@@ -92,15 +93,20 @@ class RelayThreads:
         self._executor.shutdown(wait=False)
         self._executor = self._new_executor()
 
-    def _serve(self, start: _Start) -> None:
+    def _serve(self, start: _Start, executor: ThreadPoolExecutor) -> None:
         if start.cancelled:
             return
+        # For the main thread only: a connect() that is interrupted goes on without its time limit in CPython.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while (task := self._tasks.get()) is not None:
             try:
                 task()
             except Exception:
                 log.critical("a relay thread met a bug", exc_info=True)
             del task  # or the last connection would live on in the waiting thread's frame
+        with self._lock:
+            if executor is self._executor:
+                self._retire_executor()  # or it would count this thread as idle, and start none in its place
 
     def trim(self) -> bool:
         """Let the threads go that have been free since the last call, but for the spare ones. Call it about

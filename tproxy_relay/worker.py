@@ -110,6 +110,9 @@ class Worker:
                 continue
             stopping()
             self._drain()
+        except BaseException:
+            self._abort_all(Outcome.ABORTED)
+            raise
         finally:
             self._close()
 
@@ -157,7 +160,8 @@ class Worker:
             try:
                 sock, sockaddr = listener.sock.accept()
             except BlockingIOError:
-                return False  # somebody else took it, or the client is gone
+                self._is_empty()
+                return False
             except OSError as error:
                 if error.errno in _ABOUT_CAPACITY:
                     self._pause(os.strerror(error.errno))
@@ -181,9 +185,6 @@ class Worker:
 
     def _admit(self, sock: socket.socket, client: endpoint.Endpoint, listener: Listener) -> None:
         self._pair_reserved = False
-        if self._full:
-            log.info("accepting again", extra={"live": len(self._registry)})
-            self._full = None
         connection = Connection(f"{self._prefix}-{next(self._numbers):x}", sock, client, listener, self._context)
         cap = self._settings.max_per_source
         if self._registry.add(connection) > cap > 0:
@@ -202,10 +203,18 @@ class Worker:
         self._retry_at = time.monotonic() + CAPACITY_PAUSE
         self._unwatch_listeners()
 
+    def _is_empty(self) -> None:
+        """The backlog is, so nobody waits any more: only now is the pause over, and said to be."""
+        if self._full:
+            log.info("accepting again", extra={"live": len(self._registry)})
+            self._full = None
+
     def _try_again(self) -> None:
-        """There may be room again. That there is, is said when a connection fits in: only accept() knows."""
+        """There may be room again, for some of those that wait."""
         if self._has_room():
             self._watch_listeners()
+            for listener in list(self._by_fd.values()):
+                self._accept_from(listener)
 
     @property
     def _paused(self) -> bool:

@@ -269,9 +269,7 @@ def test_a_reset_reaches_the_other_side(desks: DeskMaker, server: socket.socket,
     desk.await_end()
 
 
-def test_a_client_that_is_gone_before_anything_happened(
-    desks: DeskMaker, server: socket.socket, lines: Lines
-) -> None:
+def test_a_client_that_is_gone_before_anything_happened(desks: DeskMaker, server: socket.socket, lines: Lines) -> None:
     desk = desks(target_of(server))
     client = desk.dial()
     accepted = desk.accept()
@@ -419,7 +417,8 @@ def test_when_the_clients_port_is_taken_its_address_will_do(
 
 
 @pytest.mark.parametrize(
-    ("number", "tries"), [(errno.EADDRNOTAVAIL, 2), (errno.EADDRINUSE, 2), (errno.ECONNREFUSED, 1), (errno.ETIMEDOUT, 1)]
+    ("number", "tries"),
+    [(errno.EADDRNOTAVAIL, 2), (errno.EADDRINUSE, 2), (errno.ECONNREFUSED, 1), (errno.ETIMEDOUT, 1)],
 )
 def test_another_source_is_tried_only_for_want_of_a_port(
     desks: DeskMaker, lines: Lines, monkeypatch: pytest.MonkeyPatch, number: int, tries: int

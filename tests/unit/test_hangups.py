@@ -33,10 +33,11 @@ class Watch:
         self.epoll.close()
 
     def fire(self, seconds: float) -> int:
-        """Hand on what the epoll reports. How many that was."""
+        """Hand on what the epoll reports, as the main thread does. How many that was."""
         events = self.epoll.poll(seconds)
         for fd, _events in events:
             self.hangups.fired(fd)
+        self.hangups.settle()
         return len(events)
 
 
@@ -58,6 +59,7 @@ def test_a_reset_is_reported_once(watch: Watch) -> None:
     watch.hangups.add(watch.relay, watch.leg)
     loopback.reset(watch.client.far)
     assert watch.fire(2) == 1
+    assert not watch.hangups.settle()
     assert watch.relay.failed is watch.leg
     assert isinstance(watch.leg.error, ConnectionResetError)
     assert watch.fire(0.05) == 0, "or the main thread spins"
@@ -71,6 +73,7 @@ def test_what_is_discarded_is_not_reported(watch: Watch) -> None:
     loopback.reset(watch.client.far)
     assert watch.fire(0.1) == 0
     watch.hangups.fired(watch.leg.sock.fileno())
+    assert not watch.hangups.settle()
     assert watch.relay.failed is None
 
 

@@ -95,9 +95,7 @@ class Service:
 
 
 @contextmanager
-def serving(
-    tmp_path: Path, prefix: tuple[str, ...] = (), before: str = "", **settings: object
-) -> Iterator[Service]:
+def serving(tmp_path: Path, prefix: tuple[str, ...] = (), before: str = "", **settings: object) -> Iterator[Service]:
     """A service with a target of ours. `before` is code that its process runs first."""
     with ExitStack() as stack:
         manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -106,7 +104,9 @@ def serving(
         server = stack.enter_context(loopback.listen())
         given = {"target": list(server.getsockname()), **settings}
         notified = ("env", f"NOTIFY_SOCKET={tmp_path / 'notify'}")
-        child = stack.enter_context(children.running_python(before + RUN, json.dumps(given), prefix=(*notified, *prefix)))
+        child = stack.enter_context(
+            children.running_python(before + RUN, json.dumps(given), prefix=(*notified, *prefix))
+        )
         service = Service(child, manager, server)
         try:
             yield service

@@ -200,8 +200,16 @@ def test_beyond_the_limit_clients_wait_in_the_backlog_and_are_served_afterwards(
         (first, *_) = running.lines.of("not accepting")
         assert first.levelno == logging.WARNING
         assert fields(first) == {"reason": "max-connections", "live": 3}
-        assert running.lines.of("accepting again")
-        assert max(len(running.worker._registry), 3) == 3
+        assert len(running.worker._registry) == 3
+        waiting[2].close()
+        upstream.close()
+        upstream = running.serve()
+        assert loopback.read_exactly(upstream, 2) == b"me", "the last that waited"
+        assert not running.lines.of("accepting again"), "it is as full as before"
+        waiting[3].close()
+        upstream.close()
+        wait_until(lambda: running.lines.of("accepting again"), "there is room and nobody waits")
+        assert len(running.lines.of("not accepting")) == 1, "a line for each client that left"
 
 
 def test_a_place_that_comes_free_is_given_away_at_once() -> None:
@@ -306,6 +314,7 @@ def test_a_lack_of_capacity_is_waited_for_and_said_once(running: Running, number
     assert running.flaky[0].calls < 12, "it spins"
     (line,) = running.lines.of("not accepting")
     assert fields(line)["reason"] == os.strerror(number)
+    wait_until(lambda: running.lines.of("accepting again"), "it says so")
     assert len(running.lines.of("accepting again")) == 1
 
 
