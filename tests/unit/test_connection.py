@@ -31,7 +31,7 @@ from tproxy_relay.hangups import Hangups
 from tproxy_relay.listeners import Listener
 from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.record import Outcome
-from tproxy_relay.registry import Registry
+from tproxy_relay.registry import Flow, Registry
 from tproxy_relay.settings import Settings
 from tproxy_relay.threads import RelayThreads
 
@@ -512,6 +512,40 @@ def test_a_bug_in_the_relay_is_recorded_and_resets(
             assert loopback.read_to_end(client)[1] == RST
     assert lines.outcomes() == ["internal-error"]
     assert len(lines.of("a relay met a bug")) == 1
+    desk.await_end()
+
+
+def test_what_fails_at_the_very_end_gives_everything_back_all_the_same(
+    desks: DeskMaker, server: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_args: object) -> None:
+        raise MemoryError
+
+    desk = desks(target_of(server))
+    monkeypatch.setattr(Connection, "_record", no_memory)
+    with desk.dial() as client:
+        desk.start()
+        with server.accept()[0] as upstream:
+            client.shutdown(socket.SHUT_WR)
+            upstream.shutdown(socket.SHUT_WR)
+            desk.await_end()
+            assert loopback.read_to_end(client)[1] in (FIN, RST)
+    assert not len(desk.registry)
+    assert desk.threads.reserve(THREADS)
+    desk.threads.release(THREADS)
+
+
+def test_a_client_that_nothing_intercepted_is_no_evidence_of_a_loop(desks: DeskMaker, server: socket.socket) -> None:
+    """Its flow ends at the listener. One from it to the target never existed, but may be one of ours tomorrow."""
+    desk = desks(target_of(server), mode="redirect")
+    with desk.dial() as client:
+        started = desk.start()
+        with server.accept()[0] as upstream:
+            upstream.send(b"x")
+            client.recv(1)
+            opened = Flow(endpoint.from_sockaddr(upstream.getpeername()), target_of(server))
+            assert opened in started.flows
+            assert Flow(started.client, target_of(server)) not in started.flows
     desk.await_end()
 
 

@@ -411,3 +411,22 @@ def test_a_process_without_standard_error() -> None:
     ran = children.run_python(WRITE, "5", prefix=("sh", "-c", 'exec "$@" 2>&-', "sh"))
     assert ran.stdout.startswith("ready\n")
     assert ran.stdout.endswith("True True\n")
+
+
+def test_a_file_that_cannot_be_opened_again_is_opened_when_it_can(tmp_path: Path) -> None:
+    """logrotate, or an operator, takes the folder away for a while."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    with Writing(folder / "relay.log") as writing:
+        log.info("before")
+        wait_until(lambda: "before" in writing.text(), "it is written")
+        folder.rename(tmp_path / "gone")
+        log.info("meanwhile")
+        wait_until(lambda: writing.writer.dropped, "it is counted")
+        folder.mkdir()
+
+        def again() -> bool:
+            log.info("after")
+            return writing.path.exists() and "after" in writing.text()
+
+        wait_until(again, "the file is there again")

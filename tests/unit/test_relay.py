@@ -321,6 +321,13 @@ def test_the_first_failure_is_the_one_that_counts() -> None:
         assert relay.failed is relay.upstream
 
 
+def test_connecting_is_no_idle_time() -> None:
+    with Rig() as rig, select.epoll() as epoll:
+        client, upstream = Leg("client", rig.client), Leg("upstream", rig.server)
+        client.moved_at = upstream.moved_at = time.monotonic() - 100
+        assert time.monotonic() - Relay(client, upstream, Hangups(epoll)).moved_at < 1
+
+
 # --- resets on a side that nobody reads any more
 
 
