@@ -88,9 +88,9 @@ def _open(address: Endpoint, settings: Settings) -> socket.socket | None:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if settings.interface:
             _bind_to_interface(sock, settings.interface)
+        sock.bind(address.sockaddr)  # before it is transparent: then it would take any address, a mistyped one too
         if settings.mode == "tproxy":
             _make_transparent(sock, address)
-        sock.bind(address.sockaddr)
         return sock
     except OSError as error:
         sock.close()

@@ -71,7 +71,7 @@ class ConnectionRecord:
     listener: str
     client: Endpoint
     orig_dst: Endpoint | None
-    """None if it was never intercepted."""
+    """What the kernel said; the listener's own address, or None, if it was never intercepted."""
     destination: Endpoint | None
     """Where the relay connected to: orig_dst, or the target. None if it was refused before that was known."""
     upstream_local: Endpoint | None

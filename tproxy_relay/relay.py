@@ -259,8 +259,9 @@ def _was_reset_behind_our_back(src: Leg) -> bool:
 class Reader:
     """recv with a buffer that grows with the stream and shrinks when it rests.
 
-    A resting connection holds at most SMALL_READ bytes; a full read makes the next one four times as large,
-    up to LARGE_READ; after a full LARGE_READ one mapping of BULK_READ bytes serves until the stream rests.
+    A connection of small messages waits with SMALL_READ bytes in hand; a full read makes the next one four times as
+    large, up to LARGE_READ, and a short one small again; after a full LARGE_READ one mapping of BULK_READ bytes
+    serves until the stream rests.
     """
 
     def __init__(self, sock: socket.socket) -> None:

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -64,7 +66,7 @@ def test_every_address_with_every_port(opened: Callable[..., list[listeners.List
 
 
 def test_accept_does_not_block_and_the_descriptor_is_not_inherited(
-    opened: Callable[..., list[listeners.Listener]]
+    opened: Callable[..., list[listeners.Listener]],
 ) -> None:
     (one,) = opened(plain())
     assert not one.sock.get_inheritable()
@@ -380,3 +382,14 @@ def test_nothing_is_said_when_all_is_well(opened: Callable[..., list[listeners.L
         opened(plain())
     assert not Lines.of(lines, "no IPv6 on this host, listening on IPv4 only")
     assert not lines.records
+
+
+def test_an_address_that_is_not_ours_is_refused_in_both_modes(require_or_skip: Callable[[str], NoReturn]) -> None:
+    """A transparent socket may bind to any address: a mistyped one would wait for connections that never come."""
+    network = children.need(children.NETWORK, require_or_skip)
+    for mode in ("tproxy", "redirect"):
+        line = [*network, sys.executable, "-m", "tproxy_relay", "--config", "/dev/null", "--log-level", "error"]
+        line += ["--mode", mode, "--bind", "192.0.2.77"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=20, check=False, env=children.environment())
+        assert done.returncode == 71, done.stderr
+        assert "no interface has that address" in done.stderr
