@@ -1,10 +1,10 @@
 """How little the relay needs: CAP_NET_RAW for everything, and with inherited listeners nothing at all."""
 
 import socket
-import sys
 from pathlib import Path
 
 import pytest
+from activation import passing
 
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, RelayProcess
@@ -15,25 +15,7 @@ FAMILIES = (socket.AF_INET, socket.AF_INET6)
 NET_RAW_ONLY = ("setpriv", "--bounding-set=-all,+net_raw", "--inh-caps=-all,+net_raw", "--no-new-privs")
 NOTHING = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs")
 
-LAUNCHER = """
-import os, socket, sys
-ipv4, ipv6 = (2, "0.0.0.0", socket.SOL_IP, 19), (10, "::", socket.IPPROTO_IPV6, 75)
-for fd, (family, host, level, option) in ((103, ipv4), (104, ipv6)):
-    sock = socket.socket(family)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(level, option, 1)  # IP_TRANSPARENT, IPV6_TRANSPARENT
-    if family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind((host, 15006))
-    sock.listen(100)
-    os.dup2(sock.fileno(), fd)
-    sock.close()
-os.dup2(103, 3)
-os.dup2(104, 4)
-os.environ.update(LISTEN_FDS="2", LISTEN_PID=str(os.getpid()))
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
-"""What systemd does for a socket unit with Transparent=yes (sd_listen_fds(3)): sockets from descriptor 3 on."""
+LISTENERS = ("0.0.0.0,15006,transparent", "::,15006,transparent")
 
 
 def capabilities(relay: RelayProcess) -> dict[str, int]:
@@ -81,7 +63,7 @@ def test_cap_net_raw_alone_is_enough(lab: Lab, preserve: str) -> None:
 
 def test_inherited_listeners_need_no_capability_at_all(lab: Lab) -> None:
     lab.intercept((PORT,))
-    with lab.relay_process(wrapper=(sys.executable, "-c", LAUNCHER, *NOTHING)) as relay:
+    with lab.relay_process(wrapper=(*passing(*LISTENERS), *NOTHING)) as relay:
         assert set(capabilities(relay).values()) == {0}
         listening = relay.wait_for_line(lambda line: line["message"] == "listening")
         assert listening["listeners"] == "0.0.0.0:15006, [::]:15006"

@@ -1,10 +1,10 @@
 """Mode redirect: nat rules rewrite the destination, and conntrack tells the relay what it was."""
 
 import socket
-import sys
 from collections.abc import Iterator
 
 import pytest
+from activation import passing
 from exchanges import see_reset
 
 from tproxy_relay.endpoint import from_sockaddr
@@ -28,27 +28,11 @@ table inet redirect_test {{
 """
 
 
-DUAL_STACK = """
-import os, socket, sys
-for fd, port in ((103, 15002), (104, 15006)):
-    sock = socket.socket(socket.AF_INET6)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    sock.bind(("::", port))
-    sock.listen(100)
-    os.dup2(sock.fileno(), fd)
-    sock.close()
-os.dup2(103, 3)
-os.dup2(104, 4)
-os.environ.update(LISTEN_FDS="2", LISTEN_PID=str(os.getpid()))
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
-"""One inherited socket for both families: IPv4 clients appear in it with mapped addresses."""
-
 WRAPPERS = {
     "a socket a family": (),
-    "inherited dual-stack sockets": (sys.executable, "-c", DUAL_STACK),
+    "inherited dual-stack sockets": passing("::,15002,dual-stack", "::,15006,dual-stack"),
 }
+"""In a socket for both families IPv4 clients appear with mapped addresses."""
 
 
 @pytest.fixture(scope="module", params=WRAPPERS.values(), ids=WRAPPERS)
