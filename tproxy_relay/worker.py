@@ -160,8 +160,7 @@ class Worker:
             try:
                 sock, sockaddr = listener.sock.accept()
             except BlockingIOError:
-                self._is_empty()
-                return False
+                return False  # the backlog is empty, or somebody else was quicker
             except OSError as error:
                 if error.errno in _ABOUT_CAPACITY:
                     self._pause(os.strerror(error.errno))
@@ -203,18 +202,16 @@ class Worker:
         self._retry_at = time.monotonic() + CAPACITY_PAUSE
         self._unwatch_listeners()
 
-    def _is_empty(self) -> None:
-        """The backlog is, so nobody waits any more: only now is the pause over, and said to be."""
-        if self._full:
+    def _try_again(self) -> None:
+        """There may be room again: for all that wait, or only for some of them."""
+        if not self._has_room():
+            return
+        self._watch_listeners()
+        for listener in list(self._by_fd.values()):
+            self._accept_backlog(listener)
+        if self._by_fd:
             log.info("accepting again", extra={"live": len(self._registry)})
             self._full = None
-
-    def _try_again(self) -> None:
-        """There may be room again, for some of those that wait."""
-        if self._has_room():
-            self._watch_listeners()
-            for listener in list(self._by_fd.values()):
-                self._accept_from(listener)
 
     @property
     def _paused(self) -> bool:
@@ -296,7 +293,7 @@ class Worker:
     def _accept_backlog(self, listener: Listener) -> None:
         """The clients that the kernel has promised the connection to; not those that come for ever."""
         for _ in range(listeners.BACKLOG // ACCEPT_BATCH):
-            if not self._accept_from(listener):
+            if not self._by_fd or not self._accept_from(listener):
                 return
 
     def _wait_for_the_last(self, seconds: float) -> None:
