@@ -197,7 +197,7 @@ def test_beyond_the_limit_clients_wait_in_the_backlog_and_are_served_afterwards(
             upstream = running.serve()
             assert time.monotonic() - began < 1
             assert loopback.read_exactly(upstream, 2) == b"me"
-        (first, *_) = running.lines.of("not accepting")
+        first, *_ = running.lines.of("not accepting")
         assert first.levelno == logging.WARNING
         assert fields(first) == {"reason": "max-connections", "live": 3}
         assert len(running.worker._registry) == 3
@@ -606,3 +606,21 @@ def test_accepted_is_closed_plus_live(running: Running) -> None:
         "live": 1,
         "closed": {"client-reset": 7, "completed": 7, "upstream-reset": 6},
     }
+
+
+def test_a_full_worker_with_several_listeners_serves_everybody_in_the_end() -> None:
+    """A place that comes free while another listener has nobody waiting must not end the watch over all of them."""
+    with Running(max_connections=8, listeners=4) as running:
+        first = [running.connect() for _ in range(8)]
+        waiting = [running.dial(0) for _ in range(100)]
+        for client in waiting:
+            client.sendall(b"me")
+            client.shutdown(socket.SHUT_WR)
+        for client, server in first:
+            client.close()
+            server.close()
+        for number, client in enumerate(waiting):
+            with running.server.accept()[0] as upstream:
+                assert loopback.read_exactly(upstream, 2) == b"me", f"after {number} of them"
+        for client in waiting:
+            assert loopback.read_to_end(client)[1] == FIN
