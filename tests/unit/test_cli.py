@@ -127,7 +127,7 @@ def test_a_kernel_without_tproxy_is_named(require_or_skip: Callable[[str], NoRet
     strace = shutil.which("strace")
     if strace is None or run([strace, "-e", "trace=none", "true"]).returncode:
         require_or_skip("strace")
-    options = ["--config", "/dev/null", "--log-level", "error", "--bind", "127.0.0.1", "--ports", "1"]
+    options = ["--config", "/dev/null", "--log-level", "error", "--bind", "127.0.0.1", "--ports", str(free_port())]
     # The probe for SO_MARK comes first, then SO_REUSEADDR, then IP_TRANSPARENT.
     inject = [
         "-f",
