@@ -68,7 +68,10 @@ def _escape(text: str) -> str:
 
 def _formatter(log_format: str) -> logging.Formatter:
     if log_format == "json":
-        formatter: logging.Formatter = JsonFormatter("%(levelname)s %(name)s %(message)s", timestamp=True)
+        # Old versions do not know the attributes that newer Pythons give a record, and would write them out.
+        formatter: logging.Formatter = JsonFormatter(
+            "%(levelname)s %(name)s %(message)s", timestamp=True, reserved_attrs=tuple(sorted(_RESERVED))
+        )
         return formatter
     return ConsoleFormatter()
 
