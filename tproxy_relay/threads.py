@@ -32,9 +32,15 @@ Task = Callable[[], None]
 
 
 class _Start:
-    """Whether a job that the executor may still hold is wanted."""
+    """Whether a job that the executor may still hold is wanted, and which executor that is.
 
-    cancelled = False
+    Not the executor itself: it keeps the Thread objects of all that it ever started, so one long connection
+    would hold on to those of thousands that have ended.
+    """
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.cancelled = False
 
 
 class RelayThreads:
@@ -48,6 +54,7 @@ class RelayThreads:
         self._free = 0
         self._lowest_free = 0
         self._closed = False
+        self._generation = 0
         threading.stack_size(STACK_BYTES)
         self._executor = self._new_executor()
         while self._free < spare and self._start_thread():
@@ -78,9 +85,9 @@ class RelayThreads:
         self._tasks.put(task)
 
     def _start_thread(self) -> bool:
-        start = _Start()
+        start = _Start(self._generation)
         try:
-            self._executor.submit(self._serve, start, self._executor)
+            self._executor.submit(self._serve, start)
         except RuntimeError:
             start.cancelled = True
             self._retire_executor()
@@ -92,8 +99,9 @@ class RelayThreads:
         """Its threads go on; each of them ends when `_serve` does."""
         self._executor.shutdown(wait=False)
         self._executor = self._new_executor()
+        self._generation += 1
 
-    def _serve(self, start: _Start, executor: ThreadPoolExecutor) -> None:
+    def _serve(self, start: _Start) -> None:
         if start.cancelled:
             return
         # For the main thread only: a connect() that is interrupted goes on without its time limit in CPython.
@@ -105,7 +113,7 @@ class RelayThreads:
                 log.critical("a relay thread met a bug", exc_info=True)
             del task  # or the last connection would live on in the waiting thread's frame
         with self._lock:
-            if executor is self._executor:
+            if start.generation == self._generation:
                 self._retire_executor()  # or it would count this thread as idle, and start none in its place
 
     def trim(self) -> bool:

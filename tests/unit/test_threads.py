@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -145,6 +146,23 @@ def test_trim_lets_go_what_was_free_since_the_last_call() -> None:
     assert done.wait(PATIENCE)
     threads.release(2)
     threads.close()
+
+
+def test_the_thread_objects_of_a_burst_are_not_held_by_the_threads_that_stay() -> None:
+    """2,000 of them are 10 MB, and an executor holds all that it started."""
+    threads, blockers = RelayThreads(limit=20, spare=3), Blockers()
+    assert threads.reserve(20)
+    for _ in range(20):
+        threads.run(blockers.task)
+    blockers.await_started(20)
+    burst = [weakref.ref(thread) for thread in pool_threads()]
+    blockers.go.set()
+    threads.release(20)
+    threads.trim()
+    threads.trim()
+    wait_until(lambda: len(pool_threads()) == 3, "all but the spare ones end")
+    threads.close()
+    assert sum(ref() is not None for ref in burst) <= 3, "the others are forgotten"
 
 
 def test_trim_keeps_what_was_in_use_between_two_calls() -> None:
