@@ -91,9 +91,7 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
     """The table of options as a parser that raises instead of ending the process."""
 
     def __init__(self) -> None:
-        super().__init__(
-            prog="tproxy-relay", add_help=False, allow_abbrev=False, config_file_parser_class=_FileSyntax
-        )
+        super().__init__(prog="tproxy-relay", add_help=False, allow_abbrev=False, config_file_parser_class=_FileSyntax)
         self.add_argument(COMMAND.name, nargs="?", type=COMMAND.kind and COMMAND.kind.parse)
         for option in OPTIONS.values():
             if option is not COMMAND:
@@ -114,14 +112,10 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         """All sources together. Each must have been checked before."""
         variables = {OPTIONS[name].variable: given.text for name, given in in_environment.items()}
         chosen = self._parse(argv, variables, file_text)
-        return Settings(
-            **{OPTIONS[name].field: value for name, value in chosen.items() if OPTIONS[name].is_setting}
-        )
+        return Settings(**{OPTIONS[name].field: value for name, value in chosen.items() if OPTIONS[name].is_setting})
 
     def _parse(self, argv: Sequence[str], variables: Mapping[str, str], file_text: str) -> dict[str, Any]:
-        namespace, rest = self.parse_known_args(
-            list(argv), env_vars=variables, config_file_contents=file_text
-        )
+        namespace, rest = self.parse_known_args(list(argv), env_vars=variables, config_file_contents=file_text)
         if rest:
             raise UsageError(f"unexpected argument {shown(rest[0])}")
         if namespace.command is None:

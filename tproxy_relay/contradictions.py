@@ -32,10 +32,7 @@ def warnings(settings: Settings) -> Iterator[str]:
     """A sentence for each setting that another one leaves without effect."""
     most = settings.max_connections
     if most is not None and settings.max_per_source > most:
-        yield (
-            f"max-per-source {settings.max_per_source} has no effect: "
-            f"max-connections {most} is reached first"
-        )
+        yield (f"max-per-source {settings.max_per_source} has no effect: " f"max-connections {most} is reached first")
 
 
 def _contradictions(settings: Settings) -> Iterator[Contradiction]:

@@ -99,9 +99,7 @@ def help_text() -> str:
 
 
 def _help_group(title: str) -> str:
-    entries = "".join(
-        _help_entry(option, f"--{option.name} {option.metavar}".rstrip()) for option in GROUPS[title]
-    )
+    entries = "".join(_help_entry(option, f"--{option.name} {option.metavar}".rstrip()) for option in GROUPS[title])
     return f"{title}:\n{entries}\n"
 
 

@@ -224,7 +224,5 @@ PORTS = Kind(_ports, f"1-65535, up to {MOST_ITEMS} of them, with commas between"
 ADDRESSES = Kind(_addresses, "numeric IPv4 and IPv6 addresses, with commas between")
 INTERFACE = Kind(_interface, "the name of an interface, such as eth0")
 TARGET = Kind(_target, "HOST:PORT, or [IPv6 address]:PORT; a host name or an address")
-MASK = Kind(
-    _mask, "32 bits with exactly three of them set, hexadecimal or decimal", lambda value: f"{value:#010x}"
-)
+MASK = Kind(_mask, "32 bits with exactly three of them set, hexadecimal or decimal", lambda value: f"{value:#010x}")
 PATH = Kind(_path, "the name of a file")

@@ -60,9 +60,7 @@ class Stage:
         own = {"HOME": str(self.home), "TMPDIR": str(self.home / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
         return {**clean, **own, "PYTHONPATH": str(self.home)}
 
-    def start(
-        self, *options: str, program: Sequence[str] = ("-m", "tproxy_relay")
-    ) -> "subprocess.Popen[str]":
+    def start(self, *options: str, program: Sequence[str] = ("-m", "tproxy_relay")) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [*self.prefix, self.python, *program, "demo", *options],
             stdin=subprocess.DEVNULL,
@@ -100,9 +98,7 @@ class Stage:
 
 
 @pytest.fixture(params=["as-we-are", "ordinary-user"])
-def stage(
-    request: pytest.FixtureRequest, lab: Lab, require_or_skip: Callable[[str], NoReturn]
-) -> Iterator[Stage]:
+def stage(request: pytest.FixtureRequest, lab: Lab, require_or_skip: Callable[[str], NoReturn]) -> Iterator[Stage]:
     """The demo for us and for a user without any privilege. `lab` says if there can be none at all."""
     folder = Path(tempfile.mkdtemp(prefix="tproxy-relay-test-"))
     try:

@@ -23,9 +23,7 @@ UP, DOWN = 20261122, 21126202
 """Seeds of the two directions."""
 
 
-def transfer(
-    client: socket.socket, server: socket.socket, size: int, rest: float
-) -> list[dict[str, object]]:
+def transfer(client: socket.socket, server: socket.socket, size: int, rest: float) -> list[dict[str, object]]:
     """`size` bytes each way at once: sent and received upwards, sent and received downwards."""
     jobs = [
         (client, ["send", str(UP), str(size)]),

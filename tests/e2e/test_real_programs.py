@@ -137,9 +137,7 @@ def digest(folder: Path) -> dict[str, str]:
 def plant(folder: Path) -> None:
     """A tree of all sorts of files, the same every time."""
     rng = random.Random(7)
-    for number, size in enumerate(
-        [0, 1, 700, 65_536, 100_001, 3_000_000] + [rng.randrange(5000) for _ in range(60)]
-    ):
+    for number, size in enumerate([0, 1, 700, 65_536, 100_001, 3_000_000] + [rng.randrange(5000) for _ in range(60)]):
         path = folder / f"branch-{number % 5}" / f"leaf {number}"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         path.write_bytes(rng.randbytes(size))
@@ -287,9 +285,7 @@ def test_curl(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools:
         check_browsed(directly_and_relayed(lab, relay, family, port, work, connections=5))
 
 
-def test_curl_over_tls(
-    lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]
-) -> None:
+def test_curl_over_tls(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]) -> None:
     tools("curl", "openssl")
     port = 8443
     host = url_host(lab.server, family)
@@ -309,9 +305,7 @@ def test_curl_over_tls(
 
 
 @pytest.mark.parametrize("direction", [[], ["--reverse"], ["--bidir"]], ids=["up", "down", "both"])
-def test_iperf3(
-    lab: Lab, relay: RelayProcess, family: int, direction: list[str], tools: Callable[..., None]
-) -> None:
+def test_iperf3(lab: Lab, relay: RelayProcess, family: int, direction: list[str], tools: Callable[..., None]) -> None:
     tools("iperf3")
     port = 8521 + len("".join(direction))
     amount = 200_000_000
@@ -351,9 +345,7 @@ return redis.sha1hex(table.concat(values))
 """
 
 
-def test_redis(
-    lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]
-) -> None:
+def test_redis(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]) -> None:
     tools("redis-server", "redis-benchmark", "redis-cli")
     port, clients = 8379, 50
     to_server = ["-h", lab.server.address(family), "-p", str(port)]
@@ -413,14 +405,10 @@ def test_redis(
 # --- rsync
 
 
-def test_rsync(
-    lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]
-) -> None:
+def test_rsync(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]) -> None:
     tools("rsync")
     port = 8873
-    original, published, pushed, pulled = (
-        tmp_path / name for name in ("original", "published", "pushed", "pulled")
-    )
+    original, published, pushed, pulled = (tmp_path / name for name in ("original", "published", "pushed", "pulled"))
     for folder in (original, published, pushed, pulled):
         folder.mkdir()
     modules = "".join(f"[{path.name}]\npath = {path}\nread only = no\n" for path in (published, pushed))
@@ -457,10 +445,7 @@ def test_rsync(
             if prepare:
                 prepare()
             for source, target in ((original, "pushed"), ("published", pulled)):
-                pair = [
-                    f"{base}/{place}/" if isinstance(place, str) else f"{place}/"
-                    for place in (source, target)
-                ]
+                pair = [f"{base}/{place}/" if isinstance(place, str) else f"{place}/" for place in (source, target)]
                 done = lab.client.run([*rsync, *pair], check=False)
                 seen += [done.returncode, done.stdout, done.stderr]
             seen += [digest(pushed), digest(pulled)]
@@ -491,9 +476,7 @@ def test_git(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: 
     }
     for role in ("AUTHOR", "COMMITTER"):
         settings |= {f"GIT_{role}_NAME": "A. Tester", f"GIT_{role}_EMAIL": "tester@example.org"}
-    (tmp_path / ".gitconfig").write_text(
-        "[safe]\ndirectory = *\n[gc]\nauto = 0\n[init]\ndefaultBranch = main\n"
-    )
+    (tmp_path / ".gitconfig").write_text("[safe]\ndirectory = *\n[gc]\nauto = 0\n[init]\ndefaultBranch = main\n")
     published, clone = tmp_path / "published.git", tmp_path / "clone"
     env = ["env", *(f"{name}={value}" for name, value in settings.items())]
     remote = f"git://{url_host(lab.server, family)}:{port}/published.git"

@@ -277,9 +277,7 @@ def echo_server(host: "Host", port: int, kind: int = socket.AF_INET) -> Iterator
         yield
 
 
-def come_and_go(
-    host: "Host", address: str, port: int, count: int, *, size: int = 64, processes: int = 8
-) -> Answer:
+def come_and_go(host: "Host", address: str, port: int, count: int, *, size: int = 64, processes: int = 8) -> Answer:
     """So many connections in all from so many processes at once; the sum of their answers."""
     done, errors, began = 0, collections.Counter[str](), time.monotonic()
     with contextlib.ExitStack() as stack:

@@ -91,9 +91,7 @@ def test_there_is_a_sample_of_every_option() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_each_source_sets_each_option_and_the_stronger_one_wins(
-    load: Load, tmp_path: Path, name: str
-) -> None:
+def test_each_source_sets_each_option_and_the_stronger_one_wins(load: Load, tmp_path: Path, name: str) -> None:
     one, two = SAMPLES[name]
     variable = OPTIONS[name].variable
 
@@ -136,9 +134,7 @@ def test_the_last_one_on_the_command_line_counts(load: Load) -> None:
 
 
 def test_an_option_of_one_place_leaves_the_others_in_force(load: Load) -> None:
-    loaded = load(
-        "-ports", "1", environ={"TPROXY_RELAY_BIND": "::1", "LOG_LEVEL": "INFO"}, file="target = a:1"
-    )
+    loaded = load("-ports", "1", environ={"TPROXY_RELAY_BIND": "::1", "LOG_LEVEL": "INFO"}, file="target = a:1")
     assert loaded.settings == Settings(ports=(1,), bind=("::1",), target=HostPort("a", 1), log_level="info")
     assert loaded.origins["log-level"] == "environment variable LOG_LEVEL"
 
@@ -151,10 +147,7 @@ def test_commands(load: Load) -> None:
     assert load("demo").settings.command == "demo"
     assert load("demo", "--keep").settings.keep
     assert load("--log-level", "info", "run").origins["command"] == "command line"
-    assert (
-        load("--keep", "-ports", "1", "demo", "-bind=::1", environ={"LOG_LEVEL": "info"}).settings.command
-        == "demo"
-    )
+    assert load("--keep", "-ports", "1", "demo", "-bind=::1", environ={"LOG_LEVEL": "info"}).settings.command == "demo"
 
 
 def test_print_config_is_passed_on(load: Load) -> None:
@@ -268,9 +261,7 @@ def test_a_wrong_value_is_refused_even_where_a_stronger_one_hides_it(load: Load)
     assert isinstance(refusal(load, "-ports", "1", environ={"TPROXY_RELAY_PORTS": "x"}), ConfigError)
 
 
-def test_a_contradiction_is_the_command_lines_fault_only_if_that_took_part(
-    load: Load, tmp_path: Path
-) -> None:
+def test_a_contradiction_is_the_command_lines_fault_only_if_that_took_part(load: Load, tmp_path: Path) -> None:
     error = refusal(load, file="target = 127.0.0.1:15002")
     assert isinstance(error, ConfigError)
     assert f"target: {tmp_path}/default.conf:1" in str(error)
@@ -280,8 +271,7 @@ def test_a_contradiction_is_the_command_lines_fault_only_if_that_took_part(
 def test_warnings(load: Load) -> None:
     environ = {"TPROXY_RELAY_PROTS": "1", "TPROXY_RELAY_MAX_PER_SOURCE": "2"}
     assert load("--max-connections=1", environ=environ).warnings == (
-        "TPROXY_RELAY_PROTS in the environment is ignored: "
-        "no such setting (did you mean 'TPROXY_RELAY_PORTS'?)",
+        "TPROXY_RELAY_PROTS in the environment is ignored: " "no such setting (did you mean 'TPROXY_RELAY_PORTS'?)",
         "max-per-source 2 has no effect: max-connections 1 is reached first",
     )
 

@@ -130,9 +130,7 @@ def test_a_newline_in_the_path_does_not_make_two_lines(tmp_path: Path) -> None:
 
 
 def test_lines() -> None:
-    text = (
-        "\n# comment\n  ; comment\n\tports=1,2\r\nbind = ::1 # why\ntarget =a:1 ;why\ninterface = eth0#1x\n"
-    )
+    text = "\n# comment\n  ; comment\n\tports=1,2\r\nbind = ::1 # why\ntarget =a:1 ;why\ninterface = eth0#1x\n"
     with pytest.raises(ConfigError, match="eth0#1x"):
         texts(text)
     assert texts(text.replace("#1x", "")) == {
@@ -248,8 +246,7 @@ def test_any_value_can_be_written_down_and_read_back(name: str) -> None:
 
 @given(
     st.lists(
-        st.text()
-        | st.sampled_from(["ports", " = ", "\n", "1", '"', "'", "#", "[", "]", ",", "bind", "\0", "log-file"])
+        st.text() | st.sampled_from(["ports", " = ", "\n", "1", '"', "'", "#", "[", "]", ",", "bind", "\0", "log-file"])
     )
 )
 def test_any_text_is_understood_or_refused_in_one_line(pieces: list[str]) -> None:

@@ -70,9 +70,7 @@ def test_brackets_are_for_the_file_only() -> None:
 )
 def test_a_variable_that_looks_like_ours_and_is_not(variable: str, warning: str) -> None:
     assert environment.gather({variable: "1"}) == {}
-    assert list(environment.warnings({variable: "1"})) == [
-        f"{variable} in the environment is ignored: {warning}"
-    ]
+    assert list(environment.warnings({variable: "1"})) == [f"{variable} in the environment is ignored: {warning}"]
 
 
 def test_other_programs_variables_are_theirs() -> None:

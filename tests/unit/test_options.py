@@ -16,18 +16,14 @@ def name_of(option: Option) -> str:
 
 
 def test_each_setting_has_one_option() -> None:
-    assert sorted(option.field for option in SETTINGS) == sorted(
-        field.name for field in dataclasses.fields(Settings)
-    )
+    assert sorted(option.field for option in SETTINGS) == sorted(field.name for field in dataclasses.fields(Settings))
 
 
 def test_no_name_is_there_twice() -> None:
     assert len(OPTIONS) == 1 + sum(map(len, GROUPS.values()))
 
 
-@pytest.mark.parametrize(
-    "option", [option for option in SETTINGS if option.kind and option.default], ids=name_of
-)
+@pytest.mark.parametrize("option", [option for option in SETTINGS if option.kind and option.default], ids=name_of)
 def test_the_default_is_a_value_that_the_option_takes(option: Option) -> None:
     assert option.kind and option.kind.parse(option.default) == getattr(Settings(), option.field)
 

@@ -631,9 +631,7 @@ def test_the_bulk_buffer_is_given_back_when_the_stream_trickles(maps: Maps) -> N
         wait_until(lambda: maps.alive == 0, "the mapping is given back", 1)
 
 
-def test_the_bulk_buffer_is_given_back_when_the_stream_rests(
-    maps: Maps, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bulk_buffer_is_given_back_when_the_stream_rests(maps: Maps, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_module, "BULK_REST", 0.2)
     with Rig() as rig:
         threading.Thread(target=rig.client.sendall, args=(bytes(8 << 20),)).start()

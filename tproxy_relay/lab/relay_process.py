@@ -125,9 +125,7 @@ class RelayProcess:
 
     def wait_for_record(self, wanted: Callable[[Line], bool], timeout: float = RECORD_TIMEOUT) -> Line:
         """The first access line for which `wanted` is true, past or future."""
-        return self.wait_for_line(
-            lambda line: line.get("message") == "connection closed" and wanted(line), timeout
-        )
+        return self.wait_for_line(lambda line: line.get("message") == "connection closed" and wanted(line), timeout)
 
     def follow(self, start: int = 0) -> Iterator[Line]:
         """Each line of the log as it comes, from number `start` of `lines()` on, until the log ends."""
@@ -190,9 +188,7 @@ class RelayProcess:
             env=_environment(folder / "notify"),
         )
         assert self._process.stderr is not None
-        self._reader = threading.Thread(
-            target=self._read, args=(self._process.stderr,), name="relay-log", daemon=True
-        )
+        self._reader = threading.Thread(target=self._read, args=(self._process.stderr,), name="relay-log", daemon=True)
         self._reader.start()
 
     def _await_ready(self, notify: socket.socket) -> None:

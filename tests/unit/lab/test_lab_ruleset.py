@@ -8,9 +8,7 @@ import pytest
 from tproxy_relay.lab import Lab, Plan, Topology, ruleset
 
 PLANS = [
-    Plan(topology=topology, preserve_source=preserve)
-    for topology in get_args(Topology)
-    for preserve in (False, True)
+    Plan(topology=topology, preserve_source=preserve) for topology in get_args(Topology) for preserve in (False, True)
 ]
 
 
