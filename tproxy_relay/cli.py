@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tproxy_relay import config, service
 from tproxy_relay.errors import RelayError
+from tproxy_relay.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,16 +21,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if loaded.print_config:
             print(config.print_config(loaded), end="")
             return 0
-        if loaded.settings.command == "demo":
-            from tproxy_relay import demo  # here, because a relay has no use for the network lab in its memory
-
-            return demo.run(loaded.settings)
-        return service.run(loaded.settings, os.environ)
+        return _perform(loaded.settings)
     except RelayError as error:
         _say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _perform(settings: Settings) -> int:
+    # The others are imported here, because a relay has no use for them in its memory.
+    if settings.command == "demo":
+        from tproxy_relay import demo
+
+        return demo.run(settings)
+    if settings.command == "rules":
+        from tproxy_relay import rules
+
+        return rules.run(settings)
+    if settings.command == "check":
+        from tproxy_relay import check
+
+        return check.run(settings)
+    return service.run(settings, os.environ)
 
 
 def _say(line: str) -> None:

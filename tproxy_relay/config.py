@@ -18,7 +18,7 @@ import tproxy_relay
 from tproxy_relay import config_file, contradictions, environment, reference
 from tproxy_relay.config_file import Given, label
 from tproxy_relay.errors import ConfigError, UsageError
-from tproxy_relay.options import COMMAND, DEFAULT_FILE, OPTIONS, Option, did_you_mean
+from tproxy_relay.options import DEFAULT_FILE, OPTIONS, POSITIONAL, Option, did_you_mean
 from tproxy_relay.settings import Settings
 from tproxy_relay.values import BadValue, shown
 
@@ -92,9 +92,10 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(prog="tproxy-relay", add_help=False, allow_abbrev=False, config_file_parser_class=_FileSyntax)
-        self.add_argument(COMMAND.name, nargs="?", type=COMMAND.kind and COMMAND.kind.parse)
+        for word in POSITIONAL:
+            self.add_argument(word.name, nargs="?", type=word.kind and word.kind.parse)
         for option in OPTIONS.values():
-            if option is not COMMAND:
+            if option not in POSITIONAL:
                 # Both spellings for each: a file or variable can set only what has one with two dashes.
                 self.add_argument(
                     *_spellings(option),
@@ -118,9 +119,8 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         namespace, rest = self.parse_known_args(list(argv), env_vars=variables, config_file_contents=file_text)
         if rest:
             raise UsageError(f"unexpected argument {shown(rest[0])}")
-        if namespace.command is None:
-            del namespace.command
-        return dict(vars(namespace))
+        given = vars(namespace)
+        return {name: value for name, value in given.items() if value is not None or OPTIONS[name] not in POSITIONAL}
 
     def error(self, message: str) -> NoReturn:
         # argparse says "argument -ports/--ports: ...".
@@ -157,8 +157,8 @@ def _check_option(spelling: str, value: str | None) -> None:
     option = OPTIONS.get(spelling.lstrip("-"))
     if spelling == "-h":
         return
-    if option is None or option is COMMAND or spelling not in _spellings(option):
-        others = (other for other in OPTIONS.values() if other is not COMMAND)
+    if option is None or option in POSITIONAL or spelling not in _spellings(option):
+        others = (other for other in OPTIONS.values() if other not in POSITIONAL)
         guess = did_you_mean(spelling.lstrip("-"), others, lambda other: f"--{other.name}")
         raise UsageError(f"unknown option {shown(spelling)}{guess}")
     # Before Python 3.12 argparse drops '--' as a value and then fails over having none.

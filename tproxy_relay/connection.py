@@ -132,7 +132,7 @@ class Connection:
         """The upstream leg, connected; RefusedError if there is none to be had."""
         assert self.destination is not None
         began, refusal = time.monotonic(), RefusedError(Outcome.INTERNAL_ERROR, "no source to connect from")
-        for source in policy.sources(self._context.settings.preserve_source, self.client, self.destination):
+        for source in policy.sources(self._context.settings, self.client, self.destination):
             try:
                 leg = self._connect_from(source, self.destination)
             except OSError as error:

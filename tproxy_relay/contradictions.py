@@ -41,6 +41,8 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
             ("keep", "command"),
             f"--keep is for 'demo', and the command is " f"{settings.command!r}: drop --keep or say demo",
         )
+    yield from _misplaced_words(settings)
+    yield from _interception(settings)
     if _target_is_own_listener(settings):
         yield Contradiction(
             ("target", "ports", "bind"),
@@ -54,6 +56,68 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
             f"bind {address} is a link-local address, which means "
             "something on one interface only: set interface too",
         )
+
+
+def _misplaced_words(settings: Settings) -> Iterator[Contradiction]:
+    if settings.command == "rules" and settings.action is None:
+        yield Contradiction(("command",), "'rules' needs one more word: show, apply, remove or status")
+    if settings.command != "rules" and settings.action is not None:
+        yield Contradiction(
+            ("action", "command"), f"'{settings.action}' goes with 'rules', and the command is '{settings.command}'"
+        )
+    if settings.json and settings.command not in ("rules", "check"):
+        yield Contradiction(
+            ("json", "command"), f"--json is for 'rules' and 'check', and the command is '{settings.command}'"
+        )
+
+
+def _interception(settings: Settings) -> Iterator[Contradiction]:
+    inbound, outbound = settings.intercept_inbound, settings.intercept_outbound
+    if settings.command == "rules" and settings.action in ("show", "apply", "status") and not (inbound or outbound):
+        yield Contradiction(
+            ("intercept-inbound", "intercept-outbound", "command"),
+            f"'rules {settings.action}' needs something to intercept: set intercept-inbound or intercept-outbound",
+        )
+    for name, ranges, port in (
+        ("inbound", inbound, settings.inbound_port),
+        ("outbound", outbound, settings.outbound_port),
+    ):
+        if ranges and port not in settings.ports:
+            yield Contradiction(
+                (f"intercept-{name}", f"{name}-port", "ports"),
+                f"intercept-{name} goes to the listener {name}-port {port}, which is not in ports "
+                f"{text_of(settings.ports)}: add it there, or set {name}-port to one of them",
+            )
+        own = [own for own in settings.ports if any(one.covers(own) for one in ranges)]
+        if own:
+            yield Contradiction(
+                (f"intercept-{name}", "ports"),
+                f"intercept-{name} {text_of(ranges)} has the relay's own port {own[0]} in it: leave it out",
+            )
+    if outbound and settings.interface not in (None, "lo"):
+        yield Contradiction(
+            ("intercept-outbound", "interface"),
+            f"outbound connections reach the relay on lo, where a listener on {settings.interface} does not hear them: "
+            "drop interface or intercept-outbound",
+        )
+    if inbound and settings.interface == "lo":
+        yield Contradiction(
+            ("intercept-inbound", "interface"), "nothing arrives from outside on lo: set interface to another one"
+        )
+    if inbound and settings.mode == "redirect":
+        yield from _unheard_redirects(settings.bind)
+
+
+def _unheard_redirects(bind: tuple[str, ...]) -> Iterator[Contradiction]:
+    """REDIRECT of what arrives from outside goes to the address of the interface that it came in by."""
+    for version in (4, 6):
+        mine = [one for one in map(ipaddress.ip_address, bind) if one.version == version]
+        if mine and all(one.is_loopback for one in mine):
+            yield Contradiction(
+                ("intercept-inbound", "mode", "bind"),
+                "nat REDIRECT sends inbound connections to the address of their interface, where a listener on "
+                f"{mine[0]} does not hear them: use mode tproxy, or bind another address",
+            )
 
 
 def _is_link_local(address: str) -> bool:

@@ -24,6 +24,9 @@ HOW_TO_GIVE = (
     "`setpriv --reuid USER --regid GROUP --init-groups --inh-caps +net_raw --ambient-caps +net_raw tproxy-relay ...`"
 )
 
+_LISTEN = "0A"
+"""net/tcp_states.h, TCP_LISTEN, as /proc/net/tcp writes it."""
+
 _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
 log = logging.getLogger(__name__)
@@ -186,3 +189,18 @@ def _prepare(sock: socket.socket, settings: Settings, tuning: Tuning) -> Listene
         address = endpoint.from_sockaddr(sock.getsockname())
         sock.close()
         raise SystemRefusedError(f"cannot listen on {address}: {_remedy(address, error)}") from error
+
+
+def listening_ports() -> set[int]:
+    """The TCP ports on which somebody listens in this network namespace (proc(5), /proc/net/tcp)."""
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/net/{table}", encoding="ascii") as lines:
+                for line in lines:
+                    fields = line.split()
+                    if len(fields) > 3 and fields[3] == _LISTEN:
+                        ports.add(int(fields[1].rsplit(":", 1)[1], 16))
+        except OSError:
+            continue  # no such family here
+    return ports

@@ -69,13 +69,26 @@ def _flag(name: str, meaning: str) -> Option:
 
 COMMAND = Option(
     "command",
-    values.words("run", "demo"),
+    values.words("run", "check", "rules", "demo"),
     "COMMAND",
-    "run: relay until told to stop. demo: build a throw-away network of a client, the relay and a server in "
+    "run: relay until told to stop. check: say what this host lacks, with the command that mends it. rules: the "
+    "interception ruleset. demo: build a throw-away network of a client, the relay and a server in "
     "namespaces, run the real relay in it, show what each side sees, and clean up.",
     in_file=False,
     in_environment=False,
 )
+
+ACTION = Option(
+    "action",
+    values.words("show", "apply", "remove", "status"),
+    "ACTION",
+    "The word after rules. show: print what apply would do. apply: install the ruleset. remove: take it out. status: "
+    "compare it with what the kernel has.",
+    unset="for the other commands",
+    in_file=False,
+    in_environment=False,
+)
+POSITIONAL = (COMMAND, ACTION)
 
 GROUPS: dict[str, tuple[Option, ...]] = {
     "Listening": (
@@ -92,7 +105,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "interface",
             values.INTERFACE,
             "NAME",
-            "Listen on this network interface only.",
+            "Listen on this network interface only, and intercept only what arrives there.",
             unset="all interfaces",
         ),
         Option(
@@ -101,6 +114,68 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "MODE",
             "How connections get here. tproxy: by TPROXY rules, which rewrite nothing. redirect: by nat "
             "REDIRECT rules; the kernel is asked where each connection was going.",
+        ),
+    ),
+    "Interception": (
+        Option(
+            "intercept-inbound",
+            values.PORT_RANGES,
+            "LIST",
+            "Destination ports of connections that arrive from outside: through this host, or for a server on "
+            "it. With this or intercept-outbound set, run installs the ruleset itself, and it goes when the relay "
+            "goes.",
+            unset="none are intercepted",
+            many=True,
+        ),
+        Option(
+            "intercept-outbound",
+            values.PORT_RANGES,
+            "LIST",
+            "Destination ports of connections that programs on this host make.",
+            unset="none are intercepted",
+            many=True,
+        ),
+        Option("inbound-port", values.PORT, "PORT", "The listener that inbound connections go to; one of ports."),
+        Option("outbound-port", values.PORT, "PORT", "The listener that outbound connections go to; one of ports."),
+        Option(
+            "backend",
+            values.words("auto", "nft", "iptables", "iptables-nft", "iptables-legacy"),
+            "PROGRAM",
+            "What installs the rules. auto: nft where it works, else iptables.",
+        ),
+        Option(
+            "on-failure",
+            values.words("open", "closed"),
+            "WHAT",
+            "What new connections meet when the relay has died. open: they go direct. closed: they are refused until "
+            "the relay is back or the ruleset is removed.",
+        ),
+        Option(
+            "mark-mask",
+            values.MASK,
+            "MASK",
+            "The three bits of the firewall mark that belong to the relay. The highest of them marks the "
+            "relay's own sockets; the bits outside the mask belong to others and are left alone.",
+        ),
+        Option(
+            "route-table",
+            values.ROUTE_TABLE,
+            "NUMBER",
+            "The routing table that the ruleset uses. It must be empty.",
+        ),
+        Option(
+            "route-priority",
+            values.whole(1, values.MOST_ROUTE_PRIORITY),
+            "NUMBER",
+            "The priority of the first rule of routing that the ruleset adds; the next two numbers are used too.",
+        ),
+        Option(
+            "user",
+            values.ACCOUNT,
+            "ACCOUNT",
+            "The account that the relay runs as. The ruleset exempts its connections, so that a relay without the "
+            "right to mark its sockets does not intercept itself.",
+            unset="only marked connections are exempt",
         ),
     ),
     "Connecting upstream": (
@@ -118,13 +193,6 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "HOST:PORT",
             "Where to send connections that were not intercepted. A name is looked up once, at start.",
             unset="they are refused",
-        ),
-        Option(
-            "mark-mask",
-            values.MASK,
-            "MASK",
-            "The three bits of the firewall mark that belong to the relay. The highest of them marks the "
-            "relay's own sockets; the bits outside the mask belong to others and are left alone.",
         ),
     ),
     "Limits": (
@@ -201,13 +269,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         _flag("print-config", "Print every setting and where it came from, as a config file, and exit."),
         _flag("keep", "With demo: leave the network up until Ctrl-C."),
+        _flag("json", "With check and rules: answer in JSON."),
         _flag("version", "Print the version and exit."),
         _flag("help", "Print this help and exit. Also -h."),
     ),
 }
 
 OPTIONS: dict[str, Option] = {
-    option.name: option for option in (COMMAND, *(option for group in GROUPS.values() for option in group))
+    option.name: option for option in (*POSITIONAL, *(option for group in GROUPS.values() for option in group))
 }
 
 

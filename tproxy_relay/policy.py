@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tproxy_relay import sockets
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.record import Outcome
+from tproxy_relay.settings import Settings
 
 FULL, ADDRESS, RELAY = "full", "address", "relay"
 """Whose address the server sees: the client's with its port, the client's, or our own."""
@@ -47,14 +48,16 @@ class Destinations:
         return endpoint.port in ports and sockets.is_local_address(endpoint)
 
 
-def sources(preserve_source: str, client: Endpoint, destination: Endpoint) -> tuple[str, ...]:
+def sources(settings: Settings, client: Endpoint, destination: Endpoint) -> tuple[str, ...]:
     """Whose address to try towards this destination, best first.
 
     A client on this host is never imitated: its address is taken. Nor is its port towards a server on this
-    host: two sockets would have the same four numbers.
+    host: two sockets would have the same four numbers. Nor a port that is intercepted itself: the ruleset could not
+    tell the client's packets from the server's, which takes a connection tracking zone (intercept/nft.py).
     """
-    if preserve_source == "no" or client.family != destination.family or sockets.is_local_address(client):
+    if settings.preserve_source == "no" or client.family != destination.family or sockets.is_local_address(client):
         return (RELAY,)
-    if preserve_source == FULL and not sockets.is_local_address(destination):
+    ambiguous = any(ports.covers(client.port) for ports in settings.intercept_inbound)
+    if settings.preserve_source == FULL and not ambiguous and not sockets.is_local_address(destination):
         return (FULL, ADDRESS)
     return (ADDRESS,)

@@ -9,13 +9,14 @@ import textwrap
 from collections.abc import Iterator
 
 from tproxy_relay import errors, options
-from tproxy_relay.options import COMMAND, DEFAULT_FILE, GROUPS, PREFIX, Option
+from tproxy_relay.options import DEFAULT_FILE, GROUPS, POSITIONAL, PREFIX, Option
 
 # What the packaged file really sets: a service logs for machines, a terminal for people.
 SHIPPED = {"log-level": "info", "log-format": "json"}
 
 _HELP = """\
-usage: tproxy-relay [run | demo] [options]
+usage: tproxy-relay [run | check | demo] [options]
+       tproxy-relay rules show|apply|remove|status [options]
 
 A transparent TCP relay: connections that firewall rules steer here go on to where they were going.
 
@@ -95,7 +96,13 @@ setting is ignored, with a warning.
 
 def help_text() -> str:
     """What --help prints."""
-    return _HELP + _help_entry(COMMAND, "command") + "\n" + "".join(map(_help_group, GROUPS)) + _HELP_END
+    return (
+        _HELP
+        + "".join(_help_entry(word, word.name) for word in POSITIONAL)
+        + "\n"
+        + "".join(map(_help_group, GROUPS))
+        + _HELP_END
+    )
 
 
 def _help_group(title: str) -> str:
@@ -160,7 +167,8 @@ def rst() -> str:
 
 def _rst_settings() -> Iterator[str]:
     yield _heading("Settings", "-")
-    yield from _rst_entry(COMMAND)
+    for word in POSITIONAL:
+        yield from _rst_entry(word)
     for title, group in GROUPS.items():
         yield _heading(title, "~")
         for option in group:
@@ -168,8 +176,8 @@ def _rst_settings() -> Iterator[str]:
 
 
 def _rst_entry(option: Option) -> Iterator[str]:
-    name = option.name if option.in_file or option is COMMAND else f"--{option.name}"
-    metavar = f" *{option.metavar}*" if option.kind and option is not COMMAND else ""
+    name = option.name if option.in_file or option in POSITIONAL else f"--{option.name}"
+    metavar = f" *{option.metavar}*" if option.kind and option not in POSITIONAL else ""
     yield f"``{name}``{metavar}"
     yield textwrap.indent(_filled(option.meaning, 104), "   ")
     yield ""

@@ -17,11 +17,17 @@ from typing import NoReturn
 from tproxy_relay import __version__, endpoint, limits, listeners, logs, notify, sockets
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import CapabilityMissingError, ConfigError
+from tproxy_relay.intercept import plan
+from tproxy_relay.intercept.managed import Interception
 from tproxy_relay.policy import Destinations
 from tproxy_relay.settings import Settings
 from tproxy_relay.sockets import Tuning
 from tproxy_relay.wakeup import Wakeup
 from tproxy_relay.worker import Worker
+
+HANDSHAKE_GRACE = 1.0
+"""Seconds for the handshakes that are under way when the ruleset stops taking new connections: a round trip, and one
+retransmission on a short path."""
 
 LOG_FLUSH = 1.0
 """Seconds that the log gets at the end."""
@@ -41,29 +47,38 @@ def run(settings: Settings, environ: MutableMapping[str, str]) -> NoReturn:
     writer = logs.LogWriter(settings)
     writer.start()
     try:
-        worker = _prepare(settings, target, wakeup, environ)
+        worker, interception = _prepare(settings, target, wakeup, environ)
     except BaseException:
         writer.stop(LOG_FLUSH)
         raise
-    code = _serve(worker, environ)
+    code = _serve(worker, interception, environ)
     writer.stop(LOG_FLUSH)
     _exit(code)
 
 
-def _prepare(settings: Settings, target: Endpoint | None, wakeup: Wakeup, environ: MutableMapping[str, str]) -> Worker:
+def _prepare(
+    settings: Settings, target: Endpoint | None, wakeup: Wakeup, environ: MutableMapping[str, str]
+) -> tuple[Worker, Interception | None]:
     tuning = Tuning(settings.keepalive, settings.user_timeout, _usable_mark(settings))
     _check_preserve_source(settings)
     _warn_of_nonlocal_bind()
     open_listeners = listeners.open_all(settings, tuning, environ)
+    own_ports = frozenset(one.endpoint.port for one in open_listeners)
     room = limits.max_connections(settings.max_connections, limits.raise_descriptor_limit())
-    worker = Worker(
-        settings,
-        open_listeners,
-        wakeup,
-        tuning=tuning,
-        destinations=Destinations(frozenset(one.endpoint.port for one in open_listeners), target),
-        max_connections=room,
-    )
+    interception = _intercept(settings, tuning.mark, own_ports)
+    try:
+        worker = Worker(
+            settings,
+            open_listeners,
+            wakeup,
+            tuning=tuning,
+            destinations=Destinations(own_ports, target),
+            max_connections=room,
+        )
+    except BaseException:
+        if interception:
+            interception.remove()
+        raise
     log.info(
         "listening",
         extra={
@@ -75,16 +90,44 @@ def _prepare(settings: Settings, target: Endpoint | None, wakeup: Wakeup, enviro
             "mark": f"{tuning.mark:#x}",
         },
     )
-    return worker
+    return worker, interception
 
 
-def _serve(worker: Worker, environ: MutableMapping[str, str]) -> int:
+def _intercept(settings: Settings, mark: int, own_ports: frozenset[int]) -> Interception | None:
+    """The ruleset, once the listeners are there: connections that come before the accept loop wait in the backlog."""
+    if not (settings.intercept_inbound or settings.intercept_outbound):
+        return None
+    wanted = plan.of_settings(settings)
+    for port in wanted.listener_ports - own_ports:
+        raise ConfigError(f"none of the inherited sockets listens on port {port}, where interception leads")
+    if wanted.exempt_uid not in (None, os.geteuid()):
+        raise ConfigError(f"user is {settings.user}, but this process runs as account number {os.geteuid()}")
+    if settings.intercept_outbound and not mark and wanted.exempt_uid is None:
+        raise CapabilityMissingError(
+            "cannot mark sockets, so outbound interception would catch the relay itself: CAP_NET_RAW is missing; "
+            f"{listeners.HOW_TO_GIVE}. Or run it as an account of its own, and name that one with --user"
+        )
+    interception = Interception(wanted, settings.backend)
+    interception.install()
+    return interception
+
+
+def _serve(worker: Worker, interception: Interception | None, environ: MutableMapping[str, str]) -> int:
+    def stopping() -> float:
+        notify.notify("STOPPING=1", environ)
+        if interception is None:
+            return 0.0
+        interception.drain()
+        return HANDSHAKE_GRACE
+
     notify.notify("READY=1", environ)
     try:
-        worker.run(lambda: notify.notify("STOPPING=1", environ))
+        worker.run(stopping)
     except Exception:
         log.critical("the accept loop met a bug", exc_info=True)
-        return 1
+        return 1  # and the guard does what on-failure says
+    if interception is not None:
+        interception.remove()
     return 0
 
 

@@ -19,15 +19,38 @@ class HostPort(NamedTuple):
         return f"{host}:{self.port}"
 
 
+class PortRange(NamedTuple):
+    """TCP ports from the first to the last, both included."""
+
+    first: int
+    last: int
+
+    def covers(self, port: int) -> bool:
+        """True if the port is one of them."""
+        return self.first <= port <= self.last
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every setting with its default. The meaning of each is in options.OPTIONS, once."""
 
     command: str = "run"
+    action: str | None = None
+    """Of `rules`: show, apply, remove or status."""
     ports: tuple[int, ...] = (15002, 15006)
     bind: tuple[str, ...] = ("0.0.0.0", "::")
     interface: str | None = None
     mode: str = "tproxy"
+    intercept_inbound: tuple[PortRange, ...] = ()
+    intercept_outbound: tuple[PortRange, ...] = ()
+    inbound_port: int = 15006
+    outbound_port: int = 15002
+    backend: str = "auto"
+    on_failure: str = "open"
+    user: str | None = None
     preserve_source: str = "no"
     target: HostPort | None = None
     max_connections: int | None = None
@@ -42,9 +65,13 @@ class Settings:
     user_timeout: float = 0.0
     mark_mask: int = 0x07000000
     """Three bits of the fwmark; the highest of them marks the relay's own sockets."""
+    route_table: int = 7006
+    route_priority: int = 7006
     log_level: str = "debug"
     log_format: str = "console"
     log_file: str | None = None
     """None: standard error."""
     keep: bool = False
     """`demo` only: leave the network up until Ctrl-C."""
+    json: bool = False
+    """`check` and `rules` only: answer in JSON."""

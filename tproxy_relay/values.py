@@ -7,11 +7,12 @@ kernel or the resolver reads it: int() and str.isdigit() would also take '٣', '
 
 import argparse
 import ipaddress
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tproxy_relay.settings import HostPort
+from tproxy_relay.settings import HostPort, PortRange
 
 # poll(2), TCP_USER_TIMEOUT and the like take milliseconds in a C int: a little under 25 days.
 MOST_SECONDS = 2147483
@@ -20,6 +21,11 @@ LEAST_SECONDS = 0.001
 MOST_KEEPALIVE = 32767
 MOST_CONNECTIONS = 1_000_000
 MOST_ITEMS = 64
+# rtnetlink(7): a table's number has 32 bits; these three are default, main and local.
+MOST_ROUTE_TABLE = 0xFFFFFFFF
+_TAKEN_ROUTE_TABLES = (253, 254, 255)
+# The rule for the main table has 32766 (ip-rule(8)), and three are needed below it.
+MOST_ROUTE_PRIORITY = 32763
 # PATH_MAX in linux/limits.h, less the NUL at the end.
 MOST_PATH = 4095
 
@@ -29,6 +35,7 @@ _SECONDS = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _MASK = re.compile(r"0[xX][0-9a-fA-F]{1,8}|[1-9][0-9]{0,9}")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
+_ACCOUNT = re.compile(r"0|[1-9][0-9]{0,9}|[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[^][]*)]|(?P<host>[^][:]*)):(?P<port>[^:]*)")
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 # inet_aton() takes '127.1' and '0x7f.1' for addresses, so a name must not end like one.
@@ -220,6 +227,44 @@ def _path(text: str) -> str:
     return text
 
 
+def _port_ranges(text: str) -> tuple[PortRange, ...]:
+    """Ports and ranges of them, smallest first; two that overlap are one slip of the keyboard."""
+    ranges = []
+    for item in _items(text):
+        first, dash, last = item.partition("-")
+        try:
+            one = PortRange(_port(first.strip(_BLANKS)), _port((last if dash else first).strip(_BLANKS)))
+        except BadValue as error:
+            raise BadValue(f"{error} in {shown(text)}" if item != text else str(error)) from None
+        if one.first > one.last:
+            raise BadValue(f"{item} runs backwards in {shown(text)}: write {one.last}-{one.first}")
+        ranges.append(one)
+    ranges.sort()
+    for before, after in itertools.pairwise(ranges):
+        if after.first <= before.last:
+            raise BadValue(f"{before} and {after} overlap in {shown(text)}")
+    return tuple(ranges)
+
+
+def _route_table(text: str) -> int:
+    number = whole(1, MOST_ROUTE_TABLE).parse(text)
+    if number in _TAKEN_ROUTE_TABLES:
+        raise BadValue(f"{text} is one of the kernel's own routing tables: take another number")
+    assert isinstance(number, int)
+    return number
+
+
+def _account(text: str) -> str:
+    # The number or the name of an account (useradd(8)); whether there is one shows where it is used.
+    if not _ACCOUNT.fullmatch(text):
+        raise BadValue(f"{shown(text)} is not the name or number of an account")
+    return text
+
+
+PORT = Kind(_port, "a TCP port, 1-65535")
+PORT_RANGES = Kind(_port_ranges, f"ports and ranges such as 8000-8100, up to {MOST_ITEMS} of them, with commas between")
+ACCOUNT = Kind(_account, "the name or number of an account")
+ROUTE_TABLE = Kind(_route_table, f"1 to {MOST_ROUTE_TABLE}, but for 253 to 255")
 PORTS = Kind(_ports, f"1-65535, up to {MOST_ITEMS} of them, with commas between")
 ADDRESSES = Kind(_addresses, "numeric IPv4 and IPv6 addresses, with commas between")
 INTERFACE = Kind(_interface, "the name of an interface, such as eth0")

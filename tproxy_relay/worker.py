@@ -100,15 +100,16 @@ class Worker:
         self._draining = False
         self._at_once = False
 
-    def run(self, stopping: Callable[[], None]) -> None:
+    def run(self, stopping: Callable[[], float]) -> None:
         """Until TERM (drain) or INT (at once), when `stopping` is called; then everything is closed and every
-        connection recorded. Raises OSError if a listener breaks."""
+        connection recorded. `stopping` returns the seconds for which clients may still come that were intercepted
+        before it. Raises OSError if a listener breaks."""
         self._epoll.register(self._wakeup.fileno(), select.EPOLLIN)
         self._watch_listeners()
         try:
             while not self._step():
                 continue
-            stopping()
+            self._serve_latecomers(stopping())
             self._drain()
         except BaseException:
             self._abort_all(Outcome.ABORTED)
@@ -118,13 +119,17 @@ class Worker:
 
     def _step(self) -> bool:
         """One turn of the loop. True if it is time to stop."""
-        for fd, _events in self._epoll.poll(self._patience()):
+        self._turn(self._patience())
+        return self._obey_signals()
+
+    def _turn(self, patience: float | None) -> None:
+        """Whatever happens within so many seconds."""
+        for fd, _events in self._epoll.poll(patience):
             if fd in self._by_fd:
                 self._accept_from(self._by_fd[fd])
             elif fd != self._wakeup.fileno():
                 self._hangups.fired(fd)
         self._keep_time()
-        return self._obey_signals()
 
     def _patience(self) -> float | None:
         """Seconds until the clock has something to do; None if nothing is due."""
@@ -276,6 +281,14 @@ class Worker:
             "live": len(self._registry),
             "closed": dict(self._registry.closed_by_outcome),
         }
+
+    def _serve_latecomers(self, seconds: float) -> None:
+        """Clients whose handshake was under way: without a listener its last packet would be answered by a reset."""
+        deadline = time.monotonic() + seconds
+        while not self._at_once and (left := deadline - time.monotonic()) > 0:
+            patience = self._patience()
+            self._turn(left if patience is None else min(left, patience))
+            self._at_once = self._obey_signals() or self._at_once
 
     def _drain(self) -> None:
         """Serve what has come so far, for drain-timeout seconds at most."""

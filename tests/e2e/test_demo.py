@@ -166,7 +166,7 @@ def test_it_shows_what_it_promises_and_leaves_nothing(stage: Stage) -> None:
         (signal.SIGINT, "3. What one side does", 130),
         (signal.SIGINT, "4. How fast", 130),
         (signal.SIGTERM, "2. Whom", 143),
-        pytest.param(signal.SIGHUP, "5. What the relay", 129, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, "6. What the relay", 129, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_it_at_any_moment(stage: Stage, number: int, moment: str, code: int) -> None:

@@ -1,15 +1,22 @@
-"""The main job in every place that a relay can stand, for both families, with and without the client's address."""
+"""The main job in every place that a relay can stand: each cell of the matrix, with the relay's own ruleset.
 
+A relay with one configuration serves the six cells of its row. Each proves that it was intercepted by the relay's
+record of that very connection.
+"""
+
+import contextlib
 import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import NoReturn
 
 import pytest
+from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT
 
 from tproxy_relay.endpoint import from_sockaddr
-from tproxy_relay.lab import Host, Lab, Topology
+from tproxy_relay.lab import Host, Lab, LabError, RelayProcess, Topology
 
-PORT = 8000
-FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 HOSTILE = {
     "net.ipv4.conf.all.rp_filter": 1,
     "net.ipv4.conf.default.rp_filter": 1,
@@ -41,29 +48,72 @@ PLACES = (
 )
 
 
+@dataclass(frozen=True)
+class Row:
+    """One configuration of relay and host."""
+
+    backend: str
+    mode: str = "tproxy"
+    preserve: str = "no"
+    hostile: bool = False
+    more: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        words = (self.backend, self.mode, self.preserve, "hostile" if self.hostile else "normal", *self.more)
+        return "-".join(words).replace("---", "-")
+
+
+MATRIX = [Row(*cell) for cell in product(BACKENDS, ("tproxy",), ("no", "address", "full"), (False, True))]
+MATRIX += [Row(backend, "redirect") for backend in BACKENDS]
+MATRIX += [Row("nft", more=("--bind", "127.0.0.1,::1")), Row("iptables-nft", more=("--bind", "127.0.0.1,::1"))]
+QUICK = {Row("nft"), Row("nft", preserve="address", hostile=True), Row("nft", "redirect")}
+
+
+@dataclass
+class Stage:
+    """The lab with the relay of one row at work."""
+
+    lab: Lab
+    relay: RelayProcess
+    row: Row
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(row, id=str(row), marks=[] if row in QUICK else pytest.mark.slow) for row in MATRIX],
+)
+def stage(request: pytest.FixtureRequest, require_or_skip: Callable[[str], NoReturn]) -> Iterator[Stage]:
+    row = request.param
+    with contextlib.ExitStack() as stack:
+        try:
+            lab = stack.enter_context(Lab())
+        except LabError as error:
+            require_or_skip(str(error))
+        for name, value in HOSTILE.items() if row.hostile else ():
+            lab.relay.set_sysctl(name, value)
+        options = ("--backend", row.backend, "--mode", row.mode, "--preserve-source", row.preserve, *row.more)
+        yield Stage(lab, stack.enter_context(lab.relay_process(*BOTH_WAYS, *options)), row)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.topology)
+def test_an_exchange_goes_through_the_relay(stage: Stage, place: Place, family: int) -> None:
+    record, client, peer = exchange(stage, place, family)
+    _, server_host = ends(stage.lab, place)
+    assert record["orig_dst"] == str(from_sockaddr((server_host.address(family), PORT)))
+    assert record["client"] == str(from_sockaddr(client))
+    assert record["outcome"] == "completed"
+    assert (record["bytes_up"], record["bytes_down"]) == (7, 10)
+    check_source(record, stage, place, family, client, peer)
+
+
 def ends(lab: Lab, place: Place) -> tuple[Host, Host]:
     return getattr(lab, place.client), getattr(lab, place.server)
 
 
-@pytest.mark.parametrize("sysctls", [{}, HOSTILE], ids=["normal", "hostile"])
-@pytest.mark.parametrize("preserve", ["no", "address", "full"])
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.topology)
-def test_an_exchange_goes_through_the_relay(preserve: str, place: Place, sysctls: dict[str, int]) -> None:
-    with Lab() as lab:
-        for name, value in sysctls.items():
-            lab.relay.set_sysctl(name, value)
-        lab.intercept((PORT,), topology=place.topology, preserve_source=preserve != "no")
-        with lab.relay_process("--preserve-source", preserve) as relay:
-            for family in FAMILIES.values():
-                record, client, peer = exchange(lab, place, family, relay)
-                check_record(record, lab, place, family, client)
-                check_source(record, lab, place, family, preserve, client, peer)
-            relay.stop()
-
-
-def exchange(lab, place, family, relay):  # type: ignore[no-untyped-def]
+def exchange(stage, place, family):  # type: ignore[no-untyped-def]
     """One request and its answer; the record, the client's address, and whom the server saw."""
-    client_host, server_host = ends(lab, place)
+    client_host, server_host = ends(stage.lab, place)
     with server_host.listen(PORT, family) as listener:
         listener.settimeout(5)
         client = client_host.connect(server_host.address(family), PORT)
@@ -76,23 +126,15 @@ def exchange(lab, place, family, relay):  # type: ignore[no-untyped-def]
         server.sendall(b"the answer")
         server.close()
         assert client.recv(100) == b"the answer" and client.recv(100) == b""
-        record = relay.record_of(client)
+        record = stage.relay.record_of(client)
         name = client.getsockname()
         client.close()
         return record, name, peer
 
 
-def check_record(record, lab, place, family, client):  # type: ignore[no-untyped-def]
-    _, server_host = ends(lab, place)
-    assert record["orig_dst"] == str(from_sockaddr((server_host.address(family), PORT)))
-    assert record["client"] == str(from_sockaddr(client))
-    assert record["outcome"] == "completed"
-    assert (record["bytes_up"], record["bytes_down"]) == (7, 10)
-
-
-def check_source(record, lab, place, family, preserve, client, peer):  # type: ignore[no-untyped-def]
+def check_source(record, stage, place, family, client, peer):  # type: ignore[no-untyped-def]
     """The server saw what the record says, and the record says what the place allows."""
-    expected = "relay" if preserve == "no" else place.can_preserve[preserve == "full"]
+    expected = "relay" if stage.row.preserve == "no" else place.can_preserve[stage.row.preserve == "full"]
     assert record["source"] == expected
     assert record["upstream_local"] == str(from_sockaddr(peer))
     if expected == "full":
@@ -100,9 +142,28 @@ def check_source(record, lab, place, family, preserve, client, peer):  # type: i
     elif expected == "address":
         assert peer[0] == client[0]
     elif place.topology == "host":
-        assert peer[0] == lab.relay.address(family)
+        assert peer[0] == stage.lab.relay.address(family)
     else:
-        assert peer[0] == lab.relay_address(family)
+        assert peer[0] == stage.lab.relay_address(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_nobody_outside_can_dial_a_listener_on_loopback(lab: Lab, family: int) -> None:
+    with lab.relay_process(*BOTH_WAYS, "--bind", "127.0.0.1,::1"), pytest.raises(ConnectionRefusedError):
+        lab.client.connect(lab.relay.address(family), 15006)
+
+
+def test_an_interface_limits_what_is_intercepted(lab: Lab) -> None:
+    with lab.relay_process("--intercept-inbound", str(PORT), "--interface", "rc") as relay:
+        for source, destination, through in ((lab.client, lab.server, True), (lab.server, lab.client, False)):
+            with destination.listen(PORT) as listener, source.connect(destination.ipv4, PORT) as client:
+                accepted, peer = listener.accept()
+                accepted.close()
+                assert (peer == client.getsockname()) is not through
+                if through:
+                    client.shutdown(socket.SHUT_WR)
+                    assert relay.record_of(client)["orig_dst"] == f"{destination.ipv4}:{PORT}"
+        assert len(relay.records()) == 1
 
 
 def test_without_a_relay_the_lab_routes_directly() -> None:

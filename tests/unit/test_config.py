@@ -28,6 +28,15 @@ SAMPLES = {
     "bind": ("::1", "127.0.0.1"),
     "interface": ("eth0", "lo"),
     "mode": ("redirect", "tproxy"),
+    "intercept-inbound": ("80,8000-8100", "443"),
+    "intercept-outbound": ("1-1023", "80"),
+    "inbound-port": ("15002", "1"),
+    "outbound-port": ("15006", "2"),
+    "backend": ("nft", "iptables-legacy"),
+    "on-failure": ("closed", "open"),
+    "route-table": ("7", "4294967295"),
+    "route-priority": ("1", "32763"),
+    "user": ("relay", "0"),
     "preserve-source": ("address", "full"),
     "target": ("a:1", "[::1]:2"),
     "mark-mask": ("0x7", "224"),
@@ -150,6 +159,14 @@ def test_commands(load: Load) -> None:
     assert load("--keep", "-ports", "1", "demo", "-bind=::1", environ={"LOG_LEVEL": "info"}).settings.command == "demo"
 
 
+def test_rules_take_another_word(load: Load) -> None:
+    for argv in (["rules", "remove", "--json"], ["-keepalive", "1", "rules", "-json", "remove"], ["-json", "rules", "remove"]):
+        loaded = load(*argv)
+        assert (loaded.settings.command, loaded.settings.action, loaded.settings.json) == ("rules", "remove", True)
+        assert loaded.origins["action"] == "command line"
+    assert load("check", "-json").settings.action is None
+
+
 def test_print_config_is_passed_on(load: Load) -> None:
     assert load("-print-config").print_config
 
@@ -226,10 +243,21 @@ def test_dev_null_is_no_file(load: Load) -> None:
         (["--log-file=--"], "--log-file: '--' is not the name of a file"),
         (["--ports=--"], "--ports: '--' is not a TCP port (1-65535)"),
         (["--config="], "--config: '' is not the name of a file"),
-        (["walk"], "command: 'walk' is not one of run, demo"),
-        ([""], "command: '' is not one of run, demo"),
-        (["run", "demo"], "unexpected argument 'demo'"),
-        (["run", "--", "--ports=1"], "unexpected argument '--ports=1'"),
+        (["walk"], "command: 'walk' is not one of run, check, rules, demo"),
+        ([""], "command: '' is not one of run, check, rules, demo"),
+        (["rules", "show", "apply"], "unexpected argument 'apply'"),
+        (["run", "demo"], "action: 'demo' is not one of show, apply, remove, status"),
+        (["run", "--", "--ports=1"], "action: '--ports=1' is not one of show, apply, remove, status"),
+        (["rules", "show", "--", "--ports=1"], "unexpected argument '--ports=1'"),
+        (["--action", "show"], "unknown option '--action'"),
+        (
+            ["rules", "-json"],
+            "'rules' needs one more word: show, apply, remove or status (command: command line)",
+        ),
+        (
+            ["-json", "run"],
+            "--json is for 'rules' and 'check', and the command is 'run' (json: command line, command: command line)",
+        ),
         (["--keep=yes", "demo"], "--keep: ignored explicit argument 'yes'"),
         (
             ["--keep"],
@@ -284,7 +312,7 @@ def test_help_needs_no_good_configuration(load: Load, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as ended:
         load(flag, environ={"TPROXY_RELAY_PORTS": "x"}, file="[nonsense]")
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: tproxy-relay [run | demo] [options]\n")
+    assert capsys.readouterr().out.startswith("usage: tproxy-relay [run | check | demo] [options]\n")
 
 
 @pytest.mark.parametrize("flag", ["-version", "--version"])
@@ -344,6 +372,15 @@ ANY_WORDS = {
     "mark-mask": ["7", "0x07000000", "0xe0000000"],
     "max-per-source": ["0", "1", "1000000"],
     "keepalive": ["0", "1", "32767"],
+    "intercept-inbound": ["80", "443,8000-8100", "1-1023"],
+    "intercept-outbound": ["80", "443,8000-8100", "1-1023"],
+    "inbound-port": ["15006"],
+    "outbound-port": ["15002"],
+    "backend": ["auto", "nft", "iptables", "iptables-nft", "iptables-legacy"],
+    "on-failure": ["open", "closed"],
+    "route-table": ["1", "7006", "4294967295"],
+    "route-priority": ["1", "32763"],
+    "user": ["0", "nobody", "4294967295", "_a.b-c"],
 }
 # A list of pieces, for in one alphabet the nasty characters would drown among all of Unicode.
 FILE_NAMES = st.lists(
@@ -361,7 +398,9 @@ ANY_TEXT = {
 
 
 def is_possible(texts: dict[str, str]) -> bool:
-    return texts.get("log-file") not in ("", "--")
+    """Leaves out what contradicts itself: of those pairs this is not the test."""
+    intercepts = any(name.startswith("intercept-") for name in texts)
+    return texts.get("log-file") not in ("", "--") and not (intercepts and {"ports", "bind", "interface"} & set(texts))
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
@@ -421,6 +460,9 @@ WORDS = st.sampled_from(
     [
         "run",
         "demo",
+        "rules",
+        "show",
+        "-json",
         "--",
         "-",
         "-h",

@@ -17,14 +17,14 @@ PACKAGE = Path(__file__).parents[2] / "tproxy_relay"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("demo", "service"),
+    ("check", "demo", "rules", "service"),
     ("config", "lab"),
     ("contradictions", "environment", "reference"),
     ("config_file",),
     ("options",),
     ("values",),
     ("worker",),
-    ("connection",),
+    ("connection", "intercept"),
     ("hangups", "limits", "listeners", "logs", "policy", "registry", "threads"),
     ("relay",),
     ("orig_dst", "sockets"),
@@ -38,7 +38,7 @@ LAYERS = (
 # relay from outside, as a process.
 CONFIGURATION = {"config", "config_file", "contradictions", "environment", "options", "reference", "values"}
 NARROW = {
-    "lab": {"endpoint", "errors", "linux", "__init__"},
+    "lab": {"endpoint", "errors", "intercept", "linux", "settings", "__init__"},
     **dict.fromkeys(CONFIGURATION, CONFIGURATION | {"errors", "settings", "__init__"}),
 }
 

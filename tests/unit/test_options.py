@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tproxy_relay.options import GROUPS, OPTIONS, Option, did_you_mean
+from tproxy_relay.options import GROUPS, OPTIONS, POSITIONAL, Option, did_you_mean
 from tproxy_relay.settings import Settings
 
 SETTINGS = [option for option in OPTIONS.values() if option.is_setting]
@@ -20,7 +20,7 @@ def test_each_setting_has_one_option() -> None:
 
 
 def test_no_name_is_there_twice() -> None:
-    assert len(OPTIONS) == 1 + sum(map(len, GROUPS.values()))
+    assert len(OPTIONS) == len(POSITIONAL) + sum(map(len, GROUPS.values()))
 
 
 @pytest.mark.parametrize("option", [option for option in SETTINGS if option.kind and option.default], ids=name_of)
@@ -43,16 +43,20 @@ def test_the_meaning_is_sentences_without_markup(option: Option) -> None:
 def test_what_only_the_command_line_can_set() -> None:
     assert {name for name, option in OPTIONS.items() if not option.in_file} == {
         "command",
+        "action",
         "config",
         "print-config",
         "keep",
+        "json",
         "version",
         "help",
     }
     assert {name for name, option in OPTIONS.items() if not option.in_environment} == {
         "command",
+        "action",
         "print-config",
         "keep",
+        "json",
         "version",
         "help",
     }

@@ -6,6 +6,7 @@ from tproxy_relay import policy
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.record import Outcome
+from tproxy_relay.settings import PortRange, Settings
 
 LOCAL, ELSEWHERE = "127.0.0.1", "192.0.2.1"
 TARGET = Endpoint("192.0.2.99", 99)
@@ -64,4 +65,10 @@ CLIENT, NEIGHBOUR = Endpoint("198.51.100.7", 4000), Endpoint(LOCAL, 4000)
 def test_whose_address_the_server_sees(
     preserve: str, client: Endpoint, destination: Endpoint, expected: tuple[str, ...]
 ) -> None:
-    assert policy.sources(preserve, client, destination) == expected
+    assert policy.sources(Settings(preserve_source=preserve), client, destination) == expected
+
+
+def test_a_client_port_that_is_intercepted_itself_is_not_taken_over() -> None:
+    settings = Settings(preserve_source="full", intercept_inbound=(PortRange(80, 80), PortRange(3000, 5000)))
+    assert policy.sources(settings, CLIENT, Endpoint(ELSEWHERE, 80)) == ("address",)
+    assert policy.sources(settings, Endpoint(CLIENT.host, 5001), Endpoint(ELSEWHERE, 80)) == ("full", "address")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tproxy_relay import config, config_file, errors, reference
-from tproxy_relay.options import OPTIONS
+from tproxy_relay.options import OPTIONS, POSITIONAL, Option
 from tproxy_relay.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +40,18 @@ def test_the_shipped_file_lists_every_setting_with_its_default(tmp_path: Path) -
     assert loaded.settings == Settings(log_level="info", log_format="json")
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "command"])
+@pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option not in POSITIONAL])
 def test_help_and_page_describe_every_option(name: str) -> None:
     assert re.search(rf"^  --{name}\b", reference.help_text(), re.MULTILINE)
     assert re.search(rf"^``(--)?{name}``", reference.rst(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("word", POSITIONAL, ids=lambda option: option.name)
+def test_help_and_page_describe_the_words(word: Option) -> None:
+    assert word.kind and re.search(rf"^  {word.name}\b", reference.help_text(), re.MULTILINE)
+    assert f"``{word.name}``\n" in reference.rst()
+    for text in reference.help_text(), reference.rst().replace(r"\|", "|"):
+        assert re.sub(r"\s+", "", word.kind.allowed) in re.sub(r"\s+", "", text)
 
 
 def test_help_fits_a_terminal() -> None:

@@ -76,6 +76,7 @@ class Running:
             max_connections=max_connections,
         )
         self.stopping = threading.Event()
+        self.latecomers_seconds = 0.0
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="worker")
         self.cpu_seconds = 0.0
@@ -93,9 +94,13 @@ class Running:
 
     def _run(self) -> None:
         try:
-            self.worker.run(self.stopping.set)
+            self.worker.run(self._stopping)
         except BaseException as error:
             self.error = error
+
+    def _stopping(self) -> float:
+        self.stopping.set()
+        return self.latecomers_seconds
 
     def __enter__(self) -> "Running":
         return self

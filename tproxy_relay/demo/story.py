@@ -65,10 +65,12 @@ class Story:
         self._who_is_seen(direct, relayed)
         self._endings()
         self._speed()
+        self._killed()
         self._access_lines()
         return self._relay
 
     def _introduce(self) -> None:
+        self._rules_before = self._rules()
         began = time.monotonic()
         self._relay = self._start_relay()
         for port in (WEB, WEB_DIRECT):
@@ -79,9 +81,8 @@ class Story:
         screen.remark(f"{self._relay.pid}, ready after {ready:.2f} s). All others are forwarded as ever.")
 
     def _start_relay(self, *options: str) -> RelayProcess:
-        relay = self._opened.enter_context(self._lab.relay_process(*options))
-        self._lab.intercept([INTERCEPTED], preserve_source=bool(options))
-        return relay
+        """The relay installs its ruleset before it says that it is ready."""
+        return self._opened.enter_context(self._lab.relay_process("--intercept-inbound", INTERCEPTED, *options))
 
     def _web_pages(self) -> tuple[list[Answer], list[Answer]]:
         screen.title("1. The client asks for a web page, at the server's own address")
@@ -173,8 +174,30 @@ class Story:
         share = relayed.gbit_per_second / direct.gbit_per_second
         screen.fact("relayed", f"{relayed.gbit_per_second:6.2f} Gbit/s, {share:.0%} of that")
 
+    def _killed(self) -> None:
+        screen.title("5. The relay is killed (kill -9), and started again")
+        self._records += self._relay.records()
+        self._relay.kill()
+        began = time.monotonic()
+        for label, family in FAMILIES.items():
+            answer = exchanges.get(self._lab, WEB, family)
+            promise("whom the server saw after the relay's death", answer.seen, answer.name)
+            screen.fact(label, f"the next connection went direct: the server saw {answer.seen}")
+        while self._rules() != self._rules_before:
+            promise("rules left after the relay's death", time.monotonic() - began < PROOF_TIMEOUT, True)
+        screen.fact("rules", f"all gone {time.monotonic() - began:.2f} s after the kill, and routing as before")
+        self._relay = self._start_relay("--preserve-source", "address")
+        answer, _ = self._get(socket.AF_INET)
+        screen.fact("again", f"status {answer.status} from {answer.asked_for}, carried by the new relay")
+
+    def _rules(self) -> list[str]:
+        """What the relay's host steers packets by."""
+        looks = (["nft", "list", "ruleset"], ["ip", "-4", "rule"], ["ip", "-6", "rule"])
+        routes = (["ip", family, "route", "show", "table", "all"] for family in ("-4", "-6"))
+        return [self._lab.relay.run(look).stdout for look in (*looks, *routes)]
+
     def _access_lines(self) -> None:
-        screen.title("5. What the relay wrote about all this")
+        screen.title("6. What the relay wrote about all this")
         screen.access_head()
         self._records += self._relay.records()
         for record in self._records:

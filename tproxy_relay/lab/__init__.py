@@ -11,8 +11,7 @@ entering the `with` raises LabError, whose text says what to do.
 
 from tproxy_relay.lab.host import Host
 from tproxy_relay.lab.needs import LabError
-from tproxy_relay.lab.network import Lab
+from tproxy_relay.lab.network import Lab, Topology
 from tproxy_relay.lab.relay_process import Line, RelayProcess
-from tproxy_relay.lab.ruleset import Plan, Topology
 
-__all__ = ["Host", "Lab", "LabError", "Line", "Plan", "RelayProcess", "Topology"]
+__all__ = ["Host", "Lab", "LabError", "Line", "RelayProcess", "Topology"]

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from socket import AF_INET, AF_INET6, SOCK_STREAM
 from typing import IO, Any
 
+from tproxy_relay.intercept import programs
 from tproxy_relay.lab import agent, needs
 from tproxy_relay.lab.needs import LabError
 
@@ -218,7 +219,7 @@ def _spawn(
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PATH": needs.search_path()}
+    return {**os.environ, "PATH": programs.search_path()}
 
 
 def _receive(control: socket.socket) -> bytes:

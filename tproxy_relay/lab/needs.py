@@ -1,14 +1,12 @@
 """What the lab needs of this machine, and the one line that says how to get what is missing."""
 
 import os
-import shutil
 
 from tproxy_relay.errors import RelayError
+from tproxy_relay.intercept import programs
 
 TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "ip": "iproute2", "nft": "nftables"}
 """Program to package; the names of the packages are the same on all distributions that we know."""
-
-_SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
 _CAP_NET_ADMIN = 1 << 12
 _CAP_SYS_ADMIN = 1 << 21
@@ -32,18 +30,12 @@ class LabError(RelayError):
 
 def require_tools() -> None:
     """LabError unless the programs and the protocols that the lab is made of are here."""
-    missing = [tool for tool in TOOLS if shutil.which(tool, path=search_path()) is None]
+    missing = [tool for tool in TOOLS if programs.find(tool) is None]
     if missing:
         packages = " ".join(sorted({TOOLS[tool] for tool in missing}))
         raise LabError(f"the network lab needs {' and '.join(missing)}: apt-get install {packages}")
     if not os.path.exists("/proc/sys/net/ipv6"):
         raise LabError("the network lab needs IPv6 in the kernel: boot without ipv6.disable=1")
-
-
-def search_path() -> str:
-    """PATH with the administrators' folders, which an ordinary user's often lacks."""
-    known = os.environ.get("PATH", os.defpath).split(":")
-    return ":".join([*known, *(folder for folder in _SBIN if folder not in known)])
 
 
 def privileged() -> bool:

@@ -11,11 +11,19 @@ import contextlib
 import socket
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Literal
 
-from tproxy_relay.lab import needs, ruleset
+from tproxy_relay.intercept import nft, routing
+from tproxy_relay.intercept.plan import Plan
+from tproxy_relay.lab import needs
 from tproxy_relay.lab.host import Host
 from tproxy_relay.lab.needs import LabError
 from tproxy_relay.lab.relay_process import RelayProcess
+from tproxy_relay.settings import PortRange
+
+Topology = Literal["gateway", "host", "local"]
+"""gateway: client to server, forwarded by the relay's host. host: client to a server program on the relay's
+host. local: a program on the relay's host to the server."""
 
 _KNOWN_GROUND = {
     # A new namespace inherits the machine's IPv4 settings; tests want the same everywhere.
@@ -49,7 +57,7 @@ class Lab:
         self.user_namespace = not needs.privileged() if user_namespace is None else user_namespace
         self.relays: list[RelayProcess] = []
         """Every relay that was started here, in order, the ended ones too."""
-        self._plan: ruleset.Plan | None = None
+        self._plan: Plan | None = None
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Lab":
@@ -88,26 +96,25 @@ class Lab:
         self,
         ports: Sequence[int | str] = ("8000-8999",),
         *,
-        topology: ruleset.Topology = "gateway",
+        topology: Topology = "gateway",
         preserve_source: bool = False,
-    ) -> ruleset.Plan:
-        """Steer new connections to these ports to the relay, instead of what was steered before."""
-        plan = ruleset.Plan(topology=topology, ports=tuple(ports), preserve_source=preserve_source)
+    ) -> None:
+        """Steer new connections to these ports (`8000`, `8000-8999`) to the relay, instead of what was steered before:
+        with the rules that the relay itself would install, held by nobody."""
         self.stop_intercepting()
-        self._plan = plan
-        for family in ("-4", "-6"):
-            self._ip(family, ruleset.routes(plan))
-        self.relay.run(["nft", "-f", "-"], input=ruleset.nft(plan))
-        return plan
+        self._plan = _plan(tuple(map(_range, ports)), topology, preserve_source)
+        for family in self._plan.families:
+            self._ip(f"-{family}", routing.batch(self._plan))
+        self.relay.run(["nft", "-f", "-"], input=nft.script(self._plan, "active"))
 
     def stop_intercepting(self) -> None:
         """Take the rules away; it is no error if there are none."""
         plan, self._plan = self._plan, None
         if plan is None:
             return
-        self.relay.run(["nft", "-f", "-"], input=ruleset.nft_undo())
-        for family in ("-4", "-6"):
-            self._ip(family, [line.replace(" add ", " del ", 1) for line in ruleset.routes(plan)], force=True)
+        self.relay.run(["nft", "-f", "-"], input=nft.removal())
+        for family in plan.families:
+            self._ip(f"-{family}", routing.batch(plan).replace(" add ", " del "), force=True)
 
     def relay_process(self, *options: str, wrapper: Sequence[str] = ()) -> RelayProcess:
         """The real relay, in the relay host, run with these options; to be used in a `with`."""
@@ -152,9 +159,32 @@ class Lab:
         self.client.run(["ip", "-batch", "-"], input=_LEAF.format(dev="cr", net=1))
         self.server.run(["ip", "-batch", "-"], input=_LEAF.format(dev="sr", net=2))
 
-    def _ip(self, family: str, lines: Sequence[str], *, force: bool = False) -> None:
+    def _ip(self, family: str, lines: str, *, force: bool = False) -> None:
         argv = ["ip", family, *(["-force"] if force else []), "-batch", "-"]
-        self.relay.run(argv, input="\n".join([*lines, ""]), check=not force)
+        self.relay.run(argv, input=lines, check=not force)
+
+
+def _plan(ports: tuple[PortRange, ...], topology: Topology, preserve_source: bool) -> Plan:
+    return Plan(
+        mode="tproxy",
+        inbound=() if topology == "local" else ports,
+        outbound=ports if topology == "local" else (),
+        inbound_port=15006,
+        outbound_port=15002,
+        listen={4: "0.0.0.0", 6: "::"},
+        interface=None,
+        preserve_source="address" if preserve_source else "no",
+        on_failure="open",
+        mark_mask=0x07000000,
+        route_table=7006,
+        route_priority=7006,
+        exempt_uid=None,
+    )
+
+
+def _range(ports: int | str) -> PortRange:
+    first, _, last = str(ports).partition("-")
+    return PortRange(int(first), int(last or first))
 
 
 def _settle(host: Host) -> None:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import tproxy_relay
 from tproxy_relay import endpoint
-from tproxy_relay.lab import needs
+from tproxy_relay.intercept import programs
 from tproxy_relay.lab.host import Host
 from tproxy_relay.lab.needs import LabError
 
@@ -247,4 +247,4 @@ def _environment(notify: Path) -> dict[str, str]:
     # So that a checkout that is not installed is what runs, from any working directory.
     package_home = str(Path(tproxy_relay.__file__).resolve().parent.parent)
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [package_home, kept.get("PYTHONPATH", "")]))
-    return {**kept, "PATH": needs.search_path(), "NOTIFY_SOCKET": str(notify)}
+    return {**kept, "PATH": programs.search_path(), "NOTIFY_SOCKET": str(notify)}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tproxy_relay.intercept import programs
 from tproxy_relay.lab import Lab, LabError, needs
 
 MAKER = """
@@ -131,14 +132,14 @@ def test_a_host_that_is_gone_says_so(user: bool | None) -> None:
 
 
 def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs, "search_path", lambda: "/nonexistent")
+    monkeypatch.setattr(programs, "search_path", lambda: "/nonexistent")
     with pytest.raises(LabError, match="apt-get install iproute2 nftables util-linux"):
         needs.require_tools()
 
 
 def test_tools_are_found_without_the_administrators_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin")
-    assert needs.search_path().split(":") == ["/usr/bin", "/usr/local/sbin", "/usr/sbin", "/sbin"]
+    assert programs.search_path().split(":") == ["/usr/bin", "/usr/local/sbin", "/usr/sbin", "/sbin"]
 
 
 def test_forbidden_user_namespaces_are_named_with_the_sysctl(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +157,7 @@ def test_a_namespace_that_cannot_be_made_is_one_line_with_the_kernels_reason(
     refusing = tmp_path / "unshare"
     refusing.write_text("#!/bin/sh\necho 'unshare: unshare failed: Operation not permitted' >&2\nexit 1\n")
     refusing.chmod(0o755)
-    monkeypatch.setattr(needs, "search_path", lambda: str(tmp_path))
+    monkeypatch.setattr(programs, "search_path", lambda: str(tmp_path))
     monkeypatch.setattr(needs, "require_tools", lambda: None)
     with pytest.raises(LabError) as caught:
         Lab().__enter__()

@@ -1,0 +1,78 @@
+"""`tproxy-relay check`, the doctor: what this host lacks, one line each, with the command that mends it.
+
+finding.py    what a line says              case.py, host.py   what is examined, and the facts about it
+tools.py  limits.py  sysctls.py             the programs, the limits, the settings of the kernel
+firewall.py  read_nft.py  read_iptables.py  other people's rules, in one form
+neighbours.py  standing.py                  who is in the way; what a former relay has left
+kernel.py  selfprobe.py  namespace.py       trying it out: the ruleset, and a connection through it
+"""
+
+import json
+from collections.abc import Iterator
+
+from tproxy_relay.check import kernel, limits, neighbours, selfprobe, standing, sysctls, tools
+from tproxy_relay.check.case import Case, Probe
+from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
+from tproxy_relay.errors import CapabilityMissingError, RelayError
+from tproxy_relay.intercept import plan
+from tproxy_relay.settings import Settings
+
+PROBES: tuple[Probe, ...] = (
+    tools.probe_capabilities,
+    tools.probe_ip,
+    tools.probe_nft,
+    tools.probe_iptables,
+    kernel.probe_kernel,
+    limits.probe_ports,
+    limits.probe_ephemeral_ports,
+    limits.probe_descriptors,
+    limits.probe_threads,
+    limits.probe_backlog,
+    limits.probe_conntrack,
+    sysctls.probe_harmless,
+    sysctls.probe_nonlocal_bind,
+    sysctls.probe_loopback,
+    sysctls.probe_interface,
+    sysctls.probe_forwarding,
+    sysctls.probe_bridges,
+    sysctls.probe_vrf,
+    neighbours.probe_routing_table,
+    neighbours.probe_rule_priority,
+    neighbours.probe_marks,
+    neighbours.probe_other_proxies,
+    neighbours.probe_filters,
+    neighbours.probe_masquerade,
+    standing.probe_ruleset,
+    selfprobe.probe_connections,
+)
+"""In the order of the lines."""
+
+
+def run(settings: Settings) -> int:
+    """Examine this host and print the answers: 1 if there is a problem, else 0."""
+    findings = list(examine(settings))
+    healthy = not any(one.level == PROBLEM for one in findings)
+    if settings.json:
+        print(json.dumps({"ok": healthy, "findings": [one.as_json() for one in findings]}))
+    else:
+        print("\n".join(map(str, findings)))
+    return 0 if healthy else 1
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """All findings. Raises ConfigError if `user` is not an account."""
+    case = Case(settings, plan.of_settings(settings))
+    if not case.intercepts:
+        yield ok("intercept", "nothing is to be intercepted: intercept-inbound and intercept-outbound are not set")
+    for probe in PROBES:
+        try:
+            yield from probe(case)
+        except CapabilityMissingError as error:
+            yield _not_looked(probe, error)
+        except RelayError as error:
+            yield _not_looked(probe, error)
+
+
+def _not_looked(probe: Probe, error: RelayError) -> Finding:
+    name = probe.__name__.removeprefix("probe_").replace("_", "-")
+    return warning(name, f"could not be looked at ({str(error)[:200]})", "what is wrong there stays unknown")

@@ -1,0 +1,218 @@
+"""The rules of other programs, nft's and iptables' in one form, and what they would do to one packet.
+
+A condition that is not understood here, or that depends on what the packet does not say, is neither true nor
+false. So a verdict is certain only where no such condition stands in the way; `maybe` says that it may be accepted.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+ACCEPT, DROP, MAYBE = "accept", "drop", "maybe"
+ALL_BITS = 0xFFFFFFFF
+
+_TO_US = frozenset({"tproxy", "redirect", "dnat"})
+_REWRITES_SOURCE = frozenset({"masquerade", "snat"})
+_DEPTH = 16
+"""Jumps within jumps; nft itself allows no more."""
+
+
+class Packet(NamedTuple):
+    """What is known of the first packet of a connection."""
+
+    family: int
+    port: int
+    """The destination's."""
+    mark: int
+    """Within `mask`; the other bits are unknown."""
+    mask: int
+    iif: str | None
+    """None: any interface but lo."""
+    oif: str | None
+
+
+class Condition(NamedTuple):
+    """One thing that a rule asks; `kind` is proto, ports, iif, oif, mark, state, family or unknown."""
+
+    kind: str
+    values: tuple[tuple[int, int], ...] | tuple[str, ...] = ()
+    """Ranges of numbers, or words; of a mark its value and its mask."""
+    negated: bool = False
+
+    def holds(self, packet: Packet) -> bool | None:
+        """Whether the packet fulfils it; None if that is not known."""
+        answer = _holds(self, packet)
+        return answer if answer is None else answer != self.negated
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule in somebody's chain."""
+
+    conditions: tuple[Condition, ...]
+    action: str
+    """accept, drop, return, jump, goto, tproxy, masquerade ...; '' if it decides nothing."""
+    target: str
+    """The chain that a jump leads to."""
+    marks: tuple[tuple[int, int], ...]
+    """Value and mask of each firewall mark that it sets or asks for."""
+    where: str
+    """The rule in the words of its program."""
+    delete: str
+    """The command that deletes it."""
+
+    def matches(self, packet: Packet) -> bool | None:
+        """True, False, or None if that is not known."""
+        answers = [condition.holds(packet) for condition in self.conditions]
+        return False if False in answers else (None if None in answers else True)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain with its rules."""
+
+    name: str
+    title: str
+    """As a person would name it, with its table and program."""
+    hook: str
+    """In small letters; '' for one that is only jumped to."""
+    kind: str
+    """filter, nat, route, or '': in iptables' words mangle and raw are filter too."""
+    families: tuple[int, ...]
+    drops: bool
+    """What its policy does."""
+    rules: tuple[Rule, ...]
+    insert: str
+    """The command that lets in packets with any of certain bits in their mark, with {mask} for the bits."""
+
+
+Firewall = Mapping[str, Mapping[str, Chain]]
+"""By table, by name, every chain."""
+
+
+def base_chains(firewall: Firewall, hook: str, kind: str, family: int) -> Iterator[tuple[Chain, Mapping[str, Chain]]]:
+    """The chains of that hook that see packets of that family, each with the chains of its table."""
+    for table in firewall.values():
+        for chain in table.values():
+            if chain.hook == hook and chain.kind == kind and family in chain.families:
+                yield chain, table
+
+
+def verdict(chain: Chain, table: Mapping[str, Chain], packet: Packet) -> tuple[str, str]:
+    """What becomes of the packet: ACCEPT, DROP or MAYBE, and for DROP the words of what drops it."""
+    decided = _walk(chain, table, packet, _DEPTH)
+    if decided:
+        return decided
+    return (DROP, f"policy drop of {chain.title}") if chain.drops else (ACCEPT, "")
+
+
+def takers(firewall: Firewall, hook: str, packet: Packet, actions: frozenset[str] = _TO_US) -> Iterator[Rule]:
+    """The rules at that hook that could take this packet to some port of this host, or rewrite it."""
+    for table in firewall.values():
+        reached = _reached(table, hook)
+        for name in reached:
+            yield from (
+                rule for rule in table[name].rules if rule.action in actions and rule.matches(packet) is not False
+            )
+
+
+def rewrites_source(firewall: Firewall, packet: Packet) -> Iterator[tuple[Rule, bool]]:
+    """The rules that give a new source to such a packet on its way out, and whether that is certain."""
+    for chain, table in base_chains(firewall, "postrouting", "nat", packet.family):
+        for rule, certain in _taken(chain, table, packet, _DEPTH, True):
+            if rule.action in _REWRITES_SOURCE:
+                yield rule, certain
+
+
+def all_rules(firewall: Firewall) -> Iterator[tuple[Chain, Rule]]:
+    """Every rule with its chain."""
+    for table in firewall.values():
+        for chain in table.values():
+            for rule in chain.rules:
+                yield chain, rule
+
+
+def _walk(chain: Chain, table: Mapping[str, Chain], packet: Packet, depth: int) -> tuple[str, str] | None:
+    """The decision, or None if the end of the chain, or a return, is reached for certain."""
+    for rule in chain.rules:
+        match = rule.matches(packet)
+        if match is False or not rule.action:
+            continue
+        if rule.action in ("jump", "goto"):
+            if rule.target not in table or depth == 0:
+                return MAYBE, ""
+            inner = _walk(table[rule.target], table, packet, depth - 1)
+            if inner and (match or inner[0] != DROP):
+                return inner if match else (MAYBE, "")
+            if rule.action == "goto" and match:
+                return inner
+        elif rule.action == "drop":
+            if match:
+                return DROP, rule.where
+        elif rule.action == "return":
+            if match:
+                return None
+        else:
+            return (ACCEPT, "") if match else (MAYBE, "")
+    return None
+
+
+def _taken(
+    chain: Chain, table: Mapping[str, Chain], packet: Packet, depth: int, certain: bool
+) -> Iterator[tuple[Rule, bool]]:
+    """The rules that the packet may meet, up to the one that ends its way for certain."""
+    for rule in chain.rules:
+        match = rule.matches(packet)
+        if match is False:
+            continue
+        yield rule, certain and match is True
+        if rule.action in ("jump", "goto") and rule.target in table and depth:
+            yield from _taken(table[rule.target], table, packet, depth - 1, certain and match is True)
+        elif rule.action in ("accept", "drop", "return", *_REWRITES_SOURCE) and match:
+            return
+
+
+def _reached(table: Mapping[str, Chain], hook: str) -> list[str]:
+    """The names of the chains that packets of a hook can come to."""
+    names = [name for name, chain in table.items() if chain.hook == hook]
+    for name in names:
+        for rule in table[name].rules:
+            if rule.target in table and rule.target not in names:
+                names.append(rule.target)
+    return names
+
+
+def _holds(condition: Condition, packet: Packet) -> bool | None:
+    kind, values = condition.kind, condition.values
+    if kind == "proto":
+        return "tcp" in values or "6" in values
+    if kind == "family":
+        return str(packet.family) in values
+    if kind == "ports":
+        return any(first <= packet.port <= last for first, last in _numbers(values))
+    if kind == "state":
+        return "new" in values  # and it has neither a NAT nor an older connection
+    if kind in ("iif", "oif"):
+        return _same_interface(packet.iif if kind == "iif" else packet.oif, values)
+    if kind == "mark":
+        return _same_mark(packet, values)
+    return None
+
+
+def _same_interface(name: str | None, values: tuple[object, ...]) -> bool | None:
+    if any(str(value).endswith(("+", "*")) for value in values):
+        return None
+    if name is None:
+        return False if set(values) == {"lo"} else None
+    return name in values
+
+
+def _same_mark(packet: Packet, values: tuple[object, ...]) -> bool | None:
+    ((value, mask),) = _numbers(values)
+    if (packet.mark ^ value) & mask & packet.mask:
+        return False
+    return True if mask & ~packet.mask & ALL_BITS == 0 else None
+
+
+def _numbers(values: tuple[object, ...]) -> list[tuple[int, int]]:
+    return [pair for pair in values if isinstance(pair, tuple)]

@@ -1,0 +1,246 @@
+"""Others who use what the ruleset uses: its routing table, its priorities, its bits of the mark, its packets.
+
+What belongs to somebody else is not taken away by a remedy, if other settings can keep clear of it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tproxy_relay.check import firewall
+from tproxy_relay.check.case import Case
+from tproxy_relay.check.finding import Finding, ok, problem, warning
+from tproxy_relay.check.firewall import ALL_BITS, Packet
+from tproxy_relay.intercept import routing
+from tproxy_relay.intercept.plan import Family
+from tproxy_relay.settings import PortRange
+
+_MATCH_ALL = {"priority", "src", "fwmark", "fwmask", "not", "table", "action", "protocol", "goto", "nop"}
+"""What a rule of routing may say without being about some addresses or ports only."""
+
+_DEAD_ENDS = {"6", "7", "8"}
+"""linux/rtnetlink.h: RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT."""
+
+
+def probe_routing_table(case: Case) -> Iterator[Finding]:
+    """Our table must be empty, but for our own route."""
+    if not (case.intercepts and case.plan.needs_routing):
+        return
+    found = False
+    for family in case.plan.families:
+        for destination in routing.foreign_routes(case.plan, family)[:1]:
+            found = True
+            yield problem(
+                f"route-table-ipv{family}",
+                f"routing table {case.plan.route_table} has somebody else's route to {destination}",
+                "the relay needs a table of its own, and does not start with this one",
+                case.command(route_table=_free_table(case)),
+            )
+    if not found:
+        yield ok("route-table", f"routing table {case.plan.route_table} is free")
+
+
+def probe_rule_priority(case: Case) -> Iterator[Finding]:
+    """Rules of routing that stand before ours and send our packets elsewhere."""
+    if not (case.intercepts and case.plan.needs_routing):
+        return
+    found = False
+    for family in case.plan.families:
+        for one in _foreign_rules(case, family):
+            if one["priority"] > case.plan.route_priority + 2 or not _diverts(case, family, one):
+                continue
+            found = True
+            narrow = set(one) - _MATCH_ALL or one.get("src") != "all"
+            what = f"IPv{family} rule of routing {one['priority']} comes before the relay's ({_shown(one)})"
+            why = "intercepted packets that it matches never reach the relay"
+            first = min(rule["priority"] for rule in _foreign_rules(case, family) if rule["priority"] > 0)
+            if first > 3:
+                remedy = case.command(route_priority=first - 3)
+            else:
+                remedy = f"ip -{family} rule del pref {one['priority']}"
+            make = warning if narrow else problem
+            yield make(f"rule-priority-ipv{family}", what, why, remedy)
+            break
+    if not found:
+        yield ok("rule-priority", f"no rule of routing before {case.plan.route_priority} takes the relay's packets")
+
+
+def probe_marks(case: Case) -> Iterator[Finding]:
+    """Somebody else who sets, or acts on, the bits that are ours."""
+    if not case.intercepts:
+        return
+    mask = case.plan.mark_mask
+    uses = [(value, used, where) for value, used, where in _uses_of_marks(case) if used]
+    clashes = [where for value, used, where in uses if value & used & mask]
+    if clashes:
+        taken = 0
+        for value, used, _ in uses:
+            taken |= value | (0 if used == ALL_BITS else used)
+        yield problem(
+            "marks",
+            f"{clashes[0]} uses bits of mark-mask {mask:#010x}",
+            "packets of the one would be taken for packets of the other",
+            case.command(mark_mask=free_mask(taken)) if free_mask(taken) else "",
+        )
+    else:
+        yield ok("marks", f"nobody else uses the bits {mask:#010x} of the mark")
+
+
+def probe_other_proxies(case: Case) -> Iterator[Finding]:
+    """Rules that would take the same connections to another listener."""
+    plan = case.plan
+    for hook, ranges in (("prerouting", plan.inbound), ("output", plan.outbound if plan.mode == "redirect" else ())):
+        actions = frozenset({"tproxy"} if plan.mode == "tproxy" else {"tproxy", "redirect", "dnat"})
+        for ports in ranges:
+            for family in plan.families:
+                packet = _packet(case, family, ports, 0, iif=plan.interface)
+                for rule in firewall.takers(_of_family(case, family), hook, packet, actions):
+                    yield problem(
+                        "other-proxy",
+                        f"{rule.where} takes connections to port {ports} too",
+                        "whichever rule comes first has them, and the other program has none",
+                        rule.delete,
+                    )
+                    return
+
+
+def probe_filters(case: Case) -> Iterator[Finding]:
+    """Intercepted packets still have their original port when they meet the filters of this host."""
+    if not case.intercepts or case.plan.mode != "tproxy":
+        return
+    seen = set()
+    for what, hook, packet in _journeys(case):
+        for kind in ("filter", "route"):
+            for chain, table in firewall.base_chains(case.firewall, hook, kind, packet.family):
+                decision, by = firewall.verdict(chain, table, packet)
+                if decision == firewall.DROP and chain.insert not in seen:
+                    seen.add(chain.insert)
+                    yield problem(
+                        "filter",
+                        f"{by} drops {what}",
+                        "such packets keep their original port, and are to be let in by their mark",
+                        chain.insert.format(mask=case.plan.mark_mask),
+                    )
+    if not seen:
+        yield ok("filter", "no filter of this host drops relayed connections for certain")
+
+
+def probe_masquerade(case: Case) -> Iterator[Finding]:
+    """NAT gives the relay's connections this host's address, whatever source they had."""
+    plan = case.plan
+    if not (plan.inbound and plan.keeps_source):
+        return
+    for family in plan.families:
+        packet = _packet(case, family, plan.inbound[0], plan.marks.relay, iif=None)
+        for rule, certain in firewall.rewrites_source(case.firewall, packet):
+            yield (problem if certain else warning)(
+                "masquerade",
+                f"{rule.where} rewrites the source of connections to port {packet.port}",
+                f"servers see this host in spite of preserve-source {plan.preserve_source}; if they can answer "
+                f"clients through here, let the mark {plan.marks.relay:#x}/{plan.mark_mask:#x} pass before it",
+                case.command(preserve_source="no"),
+            )
+            return
+    yield ok("masquerade", "no rule rewrites the preserved source")
+
+
+def free_mask(taken: int) -> int:
+    """Three neighbouring bits that nobody has, from the top down; 0 if there are none."""
+    return next((0b111 << shift for shift in range(28, -1, -1) if not 0b111 << shift & taken), 0)
+
+
+def _journeys(case: Case) -> Iterator[tuple[str, str, Packet]]:
+    """The filters that a relayed connection meets: what it is there, the hook, and its first packet."""
+    marks = case.plan.marks
+    for family in case.plan.families:
+        for ports in case.plan.inbound:
+            yield (
+                f"connections to port {ports} on their way to the relay",
+                "input",
+                _packet(case, family, ports, marks.inbound, iif=case.plan.interface),
+            )
+        for ports in case.plan.outbound:
+            yield (
+                f"connections to port {ports} of programs here, on their way to the relay",
+                "input",
+                _packet(case, family, ports, marks.outbound, iif="lo"),
+            )
+        for ports in (*case.plan.inbound, *case.plan.outbound):
+            yield (
+                f"the relay's own connections to port {ports}",
+                "output",
+                _packet(case, family, ports, marks.relay, iif=None),
+            )
+
+
+def _packet(case: Case, family: Family, ports: PortRange, mark: int, *, iif: str | None) -> Packet:
+    return Packet(family, ports.first, mark, case.plan.mark_mask, iif, None)
+
+
+def _of_family(case: Case, family: Family) -> dict[str, dict[str, firewall.Chain]]:
+    return {
+        name: {key: chain for key, chain in table.items() if family in chain.families}
+        for name, table in case.firewall.items()
+    }
+
+
+def _foreign_rules(case: Case, family: Family) -> list[dict[str, Any]]:
+    """All but the relay's, and the three that the kernel begins with."""
+    there = case.host.rules_of_routing(family)
+    return [
+        one
+        for one in there
+        if one["priority"] not in (0, 32766, 32767) and one.get("protocol") != str(routing.PROTOCOL)
+    ]
+
+
+def _diverts(case: Case, family: Family, one: dict[str, Any]) -> bool:
+    """True if a packet with one of our marks, and no bits of others, could match it and would not come to our rules."""
+    if "fwmark" in one:
+        marks = case.plan.marks
+        value, mask = _fwmark(one)
+        equal = [(mark ^ value) & mask == 0 for mark in (marks.inbound, marks.outbound)]
+        if all(equal) if "not" in one else not any(equal):
+            return False
+    if one.get("action") in _DEAD_ENDS:
+        return True
+    if "table" not in one:
+        return False
+    routes = case.host.routes(family, str(one["table"]))
+    return any(_prefix_length(route) > one.get("suppress_prefixlen", -1) for route in routes)
+
+
+def _prefix_length(route: dict[str, Any]) -> int:
+    destination = str(route.get("dst", "default"))
+    if destination == "default":
+        return 0
+    _, slash, length = destination.partition("/")
+    return int(length) if slash else 128
+
+
+def _fwmark(one: dict[str, Any]) -> tuple[int, int]:
+    return int(str(one["fwmark"]), 0), int(str(one.get("fwmask", hex(ALL_BITS))), 0)
+
+
+def _uses_of_marks(case: Case) -> Iterator[tuple[int, int, str]]:
+    """Value, mask and place of each mark in somebody else's rules."""
+    for family in case.plan.families:
+        for one in _foreign_rules(case, family):
+            if "fwmark" in one:
+                value, mask = _fwmark(one)
+                yield value, mask, f"IPv{family} rule of routing {one['priority']} ({_shown(one)})"
+    for _, rule in firewall.all_rules(case.firewall):
+        for value, mask in rule.marks:
+            yield value, mask, rule.where
+
+
+def _free_table(case: Case) -> int:
+    table = case.plan.route_table + 1
+    while any(case.host.routes(family, str(table)) for family in case.plan.families):
+        table += 1
+    return table
+
+
+def _shown(one: dict[str, Any]) -> str:
+    return " ".join(
+        f"{key} {value}".strip() for key, value in one.items() if key != "priority" and (key, value) != ("src", "all")
+    )

@@ -1,0 +1,168 @@
+"""What `nft -j list ruleset` prints, as chains that firewall.py can judge (libnftables-json(5))."""
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tproxy_relay.check.firewall import ALL_BITS, Chain, Condition, Rule
+
+_FAMILIES = {"ip": (4,), "ip6": (6,), "inet": (4, 6)}
+_ACTIONS = {"accept", "drop", "return", "jump", "goto", "reject", "tproxy", "redirect", "dnat", "snat"}
+_ACTIONS |= {"masquerade"}
+_STATEMENTS = {"counter", "log", "mangle", "set", "notrack", "meter", "quota", "ct helper", "flow"}
+"""Statements that say neither yes nor no."""
+
+
+def chains(objects: Iterable[dict[str, Any]], leave_out: Iterable[tuple[str, str]]) -> Mapping[str, dict[str, Chain]]:
+    """By table, every chain of inet, ip and ip6 but those of the tables to leave out (family, name)."""
+    left_out = set(leave_out)
+    rules: dict[tuple[str, str, str], list[Rule]] = {}
+    tables: dict[str, dict[str, Chain]] = {}
+    found = [one for one in objects if _family(one) in _FAMILIES]
+    for one in (one["rule"] for one in found if "rule" in one):
+        rules.setdefault((one["family"], one["table"], one["chain"]), []).extend(_rules(one))
+    for one in (one["chain"] for one in found if "chain" in one):
+        if (one["family"], one["table"]) not in left_out:
+            key = (one["family"], one["table"], one["name"])
+            tables.setdefault(f"nft {key[0]} {key[1]}", {})[one["name"]] = _chain(one, rules.get(key, []))
+    return tables
+
+
+def _family(one: dict[str, Any]) -> str:
+    return next((str(value.get("family")) for value in one.values() if isinstance(value, dict)), "")
+
+
+def _chain(one: dict[str, Any], rules: list[Rule]) -> Chain:
+    place = f"{one['family']} {shlex.quote(one['table'])} {shlex.quote(one['name'])}"
+    return Chain(
+        name=one["name"],
+        title=f"nft chain {place}",
+        hook=one.get("hook", ""),
+        kind=one.get("type", ""),
+        families=_FAMILIES[one["family"]],
+        drops=one.get("policy") == "drop",
+        rules=tuple(rules),
+        insert=f"nft insert rule {place} 'meta mark & {{mask:#010x}} != 0 accept'",
+    )
+
+
+def _rules(one: dict[str, Any]) -> Iterator[Rule]:
+    """One, or for a map of verdicts one for each of its elements."""
+    place = f"{one['family']} {shlex.quote(one['table'])} {shlex.quote(one['chain'])} handle {one['handle']}"
+    conditions: list[Condition] = []
+    marks: list[tuple[int, int]] = []
+    action = target = ""
+    verdicts: list[tuple[Condition, str, str]] = []
+    for expression in one.get("expr", ()):
+        (kind, value), *_ = expression.items()
+        if kind == "match":
+            conditions.append(_condition(value))
+            marks += _mark_of(value["left"], value["right"])
+        elif kind == "mangle":
+            marks += _mark_set(value["key"], value["value"])
+        elif kind in _ACTIONS:
+            if not action:  # `tproxy to :1 accept`
+                action, target = _verdict(expression)
+        elif kind == "vmap" and isinstance(value["data"], dict) and "set" in value["data"]:
+            for element, verdict in value["data"]["set"]:
+                condition = _condition({"op": "==", "left": value["key"], "right": element})
+                verdicts.append((condition, *_verdict(verdict)))
+        elif kind not in _STATEMENTS:
+            conditions.append(
+                Condition("unknown")
+            )  # a limit, a named map of verdicts, what iptables-nft keeps to itself
+            action = action or ("maybe" if kind in ("vmap", "queue", "xt") else "")
+    for condition, action, target in verdicts:
+        yield _rule(place, [*conditions, condition], action, target, marks)
+    if not verdicts:
+        yield _rule(place, conditions, action, target, marks)
+
+
+def _rule(place: str, conditions: list[Condition], action: str, target: str, marks: list[tuple[int, int]]) -> Rule:
+    return Rule(tuple(conditions), action, target, tuple(marks), f"nft rule {place}", f"nft delete rule {place}")
+
+
+def _verdict(expression: dict[str, Any]) -> tuple[str, str]:
+    """What is done, and the chain that a jump leads to."""
+    (kind, value), *_ = expression.items()
+    target = value.get("target", "") if isinstance(value, dict) else ""
+    return ("drop" if kind == "reject" else kind), str(target)
+
+
+def _condition(match: dict[str, Any]) -> Condition:
+    left, right, negated = match["left"], match["right"], match.get("op") == "!="
+    name = _name(left)
+    if match.get("op") not in ("==", "!=", "in"):
+        return Condition("unknown")
+    if name == "tcp dport" or name == "th dport":
+        ranges = _ranges(right)
+        return Condition("ports", ranges, negated) if ranges else Condition("unknown")
+    if name in ("meta l4proto", "ip protocol", "ip6 nexthdr"):
+        return Condition("proto", _words(right), negated)
+    if name == "meta nfproto":
+        return Condition("family", tuple("4" if word == "ipv4" else "6" for word in _words(right)), negated)
+    if name in ("meta iifname", "meta iif", "meta oifname", "meta oif"):
+        return Condition("iif" if " i" in name else "oif", _words(right), negated)
+    if name in ("ct state", "ct status"):
+        return Condition("state", _words(right), negated)
+    if name == "meta mark" and isinstance(right, int):
+        return Condition("mark", ((right, _mask(left)),), negated)
+    if name.startswith(("udp ", "icmp ", "icmpv6 ", "sctp ")):
+        return Condition("proto", (name.split()[0],))
+    return Condition("unknown")
+
+
+def _name(left: Any) -> str:
+    """The thing that is asked for, as nft writes it."""
+    if not isinstance(left, dict):
+        return ""
+    if "&" in left:
+        return _name(left["&"][0])
+    if "meta" in left:
+        return f"meta {left['meta']['key']}"
+    if "ct" in left:
+        return f"ct {left['ct']['key']}"
+    if "payload" in left:
+        return f"{left['payload'].get('protocol')} {left['payload'].get('field')}"
+    return ""
+
+
+def _mask(left: dict[str, Any]) -> int:
+    masked = left.get("&")
+    return masked[1] if masked and isinstance(masked[1], int) else ALL_BITS
+
+
+def _mark_of(left: Any, right: Any) -> list[tuple[int, int]]:
+    if _name(left) not in ("meta mark", "ct mark"):
+        return []
+    return [(value, _mask(left)) for value, _ in _ranges(right)]
+
+
+def _mark_set(key: Any, value: Any) -> list[tuple[int, int]]:
+    """The bits that a rule sets: `meta mark set 1`, `meta mark set meta mark & 0xff | 1`."""
+    if _name(key) not in ("meta mark", "ct mark"):
+        return []
+    if isinstance(value, int):
+        return [(value, ALL_BITS)]
+    if isinstance(value, dict) and "|" in value and isinstance(value["|"][1], int):
+        return [(value["|"][1], value["|"][1])]
+    return []
+
+
+def _ranges(right: Any) -> tuple[tuple[int, int], ...]:
+    """Numbers and ranges of them; empty if there is anything else among them."""
+    elements = right["set"] if isinstance(right, dict) and "set" in right else [right]
+    found = []
+    for element in elements:
+        if isinstance(element, dict) and "range" in element and all(isinstance(end, int) for end in element["range"]):
+            found.append((element["range"][0], element["range"][1]))
+        elif isinstance(element, int):
+            found.append((element, element))
+        else:
+            return ()
+    return tuple(found)
+
+
+def _words(right: Any) -> tuple[str, ...]:
+    elements = right["set"] if isinstance(right, dict) and "set" in right else right
+    return tuple(map(str, elements if isinstance(elements, list) else [elements]))

@@ -1,0 +1,180 @@
+"""A real connection through the rules of this host, while a relay runs.
+
+Two throw-away namespaces are tied to this host for a moment, a client's and a server's, each by a veth pair with
+addresses for documentation (RFC 5737, RFC 3849). The client's connection to the server comes in as a stranger's
+would; one that this process makes goes out as a program's would. The server shows whether it arrived, and the table of
+sockets whether the relay took it. No packet leaves this host, and the namespaces take all of it with them.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tproxy_relay.check import host
+from tproxy_relay.check.case import Case
+from tproxy_relay.check.finding import Finding, ok, problem, warning
+from tproxy_relay.check.namespace import Namespace
+from tproxy_relay.errors import RelayError
+from tproxy_relay.intercept import programs, ruleset
+from tproxy_relay.intercept.plan import Family
+
+PATIENCE = 0.8
+"""Seconds for a connection within this host, which takes a millisecond."""
+
+CLIENT_LINK, SERVER_LINK = "tprchk0", "tprchk1"
+_NETWORKS = ("192.0.2", "198.51.100", "203.0.113")
+_FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+WORKS, DIRECT, REFUSED, LOST, STUCK = "works", "direct", "refused", "lost", "stuck"
+
+_MEANING = {
+    DIRECT: ("goes direct", "the ruleset does not take it to the relay"),
+    REFUSED: ("is refused", "neither relay nor server answers"),
+    LOST: ("is lost", "no answer: it is taken by the rules, or dropped by a filter, and reaches nobody"),
+    STUCK: ("is taken by the relay and goes no further", "the relay hangs, or cannot connect"),
+}
+
+
+class Address(NamedTuple):
+    """Of one end, with this host's address on the same link."""
+
+    far: str
+    near: str
+    length: int
+
+
+def probe_connections(case: Case) -> Iterator[Finding]:
+    """Each direction that is intercepted, by each family."""
+    if not case.intercepts or not case.relay_listens or ruleset.status(case.plan).state == "absent":
+        return
+    if not (case.host.may(host.SYS_ADMIN) and case.host.may(host.NET_ADMIN)):
+        yield warning("self-probe", "no connection was tried", "that takes root", f"sudo {case.command()}")
+        return
+    try:
+        with Namespace(user=False) as client, Namespace(user=False) as server:
+            with _wired(case, client, server) as families:
+                yield from _try_all(case, client, server, families)
+    except RelayError as error:
+        yield warning("self-probe", f"no connection was tried ({error})", "so nobody knows whether they are relayed")
+
+
+def _try_all(case: Case, client: Namespace, server: Namespace, families: list[Family]) -> Iterator[Finding]:
+    plan = case.plan
+    for direction, ranges in (("inbound", plan.inbound), ("outbound", plan.outbound)):
+        if not ranges:
+            continue
+        if direction == "inbound" and plan.interface:
+            yield ok("self-probe", f"inbound was not tried: it is limited to interface {plan.interface}")
+            continue
+        if direction == "outbound" and plan.exempt_uid == os.geteuid():
+            yield ok("self-probe", "outbound was not tried: this account is exempt")
+            continue
+        for family in families:
+            taken_at = ranges[0].first if plan.mode == "tproxy" else getattr(plan, f"{direction}_port")
+            maker = client if direction == "inbound" else None
+            result = attempt(maker, server, family, address(case, family, 1).far, ranges[0].first, taken_at)
+            yield _judged(case, f"{direction} IPv{family} connection to port {ranges[0].first}", result)
+
+
+def _judged(case: Case, what: str, result: str) -> Finding:
+    if result == WORKS:
+        return ok("self-probe", f"an {what} is relayed")
+    meaning, why = _MEANING[result]
+    again = case.holder is None and ruleset.status(case.plan).problems
+    remedy = case.command("rules apply" if again else "rules status")
+    return problem("self-probe", f"an {what} {meaning}", why, remedy)
+
+
+def attempt(
+    client: Namespace | None, server: Namespace, family: Family, destination: str, port: int, taken_at: int
+) -> str:
+    """Connect and see what becomes of it; without a client's namespace, from this host."""
+    kind = _FAMILIES[family]
+    with server.socket(kind) as listener, client.socket(kind) if client else socket.socket(kind) as sock:
+        listener.bind((destination, port))
+        listener.listen(1)
+        for each in (listener, sock):
+            each.settimeout(PATIENCE)
+        try:
+            sock.connect((destination, port))
+        except ConnectionError:
+            return REFUSED
+        except OSError:
+            return LOST
+        mine = sock.getsockname()[1]
+        if not any((one.local_port, one.remote_port) == (taken_at, mine) for one in host.sockets()):
+            return DIRECT
+        return WORKS if _passes(sock, listener) else STUCK
+
+
+def _passes(sock: socket.socket, listener: socket.socket) -> bool:
+    """True if what the client says comes to the server, and the answer back."""
+    try:
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.settimeout(PATIENCE)
+            sock.sendall(b"?")
+            accepted.sendall(b"!" if accepted.recv(1) == b"?" else b"-")
+            return sock.recv(1) == b"!"
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _wired(case: Case, client: Namespace, server: Namespace) -> Iterator[list[Family]]:
+    """Tie both to this host. The families that this works with."""
+    try:
+        for namespace, link in ((client, CLIENT_LINK), (server, SERVER_LINK)):
+            _ip(
+                f"link add {link} type veth peer name far netns {namespace.pid}",
+                f"link set {link} addrgenmode none",
+                f"link set {link} up",
+            )
+            namespace.ip("link set lo up", "link set far addrgenmode none", "link set far up")
+        families: list[Family] = []
+        for family in case.plan.families:
+            with contextlib.suppress(RelayError):
+                _address_family(case, family, client, server)
+                families.append(family)
+        if not families:
+            raise RelayError("no addresses for it")
+        yield families
+    finally:
+        for link in (CLIENT_LINK, SERVER_LINK):
+            programs.run(["ip", "link", "del", link], check=False)
+        _await_gone()
+
+
+def _address_family(case: Case, family: Family, client: Namespace, server: Namespace) -> None:
+    for number, (namespace, link) in enumerate(((client, CLIENT_LINK), (server, SERVER_LINK))):
+        one = address(case, family, number)
+        nodad = " nodad" if family == 6 else ""
+        if family == 6:  # neighbours are asked from an address of the link
+            _ip(f"addr add fe80::1/64 dev {link} nodad")
+            namespace.ip("addr add fe80::2/64 dev far nodad")
+        _ip(f"addr add {one.near}/{one.length} dev {link}{nodad}")
+        namespace.ip(f"addr add {one.far}/{one.length} dev far{nodad}", f"route add default via {one.near}")
+
+
+def address(case: Case, family: Family, number: int) -> Address:
+    """Of the client's link (0) or the server's (1)."""
+    if family == 6:
+        return Address(f"2001:db8:7006:{number}::2", f"2001:db8:7006:{number}::1", 64)
+    used = [one for interface in case.host.interfaces for one in interface.addresses]
+    used += [str(route.get("dst")) for route in case.host.routes(4, "main")]
+    network = next((one for one in _NETWORKS if not any(word.startswith(f"{one}.") for word in used)), _NETWORKS[0])
+    return Address(f"{network}.{4 * number + 2}", f"{network}.{4 * number + 1}", 30)
+
+
+def _ip(*lines: str) -> None:
+    programs.run(["ip", "-batch", "-"], "\n".join([*lines, ""]))
+
+
+def _await_gone() -> None:
+    """The relay's last packets for the far ends must not find another way out of this host."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and os.path.exists(f"/proc/sys/net/ipv4/conf/{SERVER_LINK}"):
+        continue

@@ -1,0 +1,138 @@
+"""Settings of the kernel, and of interfaces, that break interception; and those that are said to and do not."""
+
+from collections.abc import Iterator
+
+from tproxy_relay.check import host
+from tproxy_relay.check.case import Case
+from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
+from tproxy_relay.check.host import number, of_interface
+
+HARMLESS = ("rp_filter", "src_valid_mark", "tcp_fwmark_accept", "fwmark_reflect")
+"""The usual recipes fail with these: their rules of routing match by mark alone (intercept/routing.py)."""
+
+
+def probe_harmless(case: Case) -> Iterator[Finding]:
+    """Strict values that other recipes want changed."""
+    if not (case.intercepts and case.plan.needs_routing):
+        return
+    strict = [name for name in HARMLESS if _strict(name, case)]
+    if strict:
+        yield ok("strict-sysctls", f"{', '.join(strict)} on, and the ruleset works with that")
+    else:
+        yield ok("strict-sysctls", f"{', '.join(HARMLESS)} are off")
+
+
+def probe_nonlocal_bind(case: Case) -> Iterator[Finding]:
+    """With ip_nonlocal_bind every address looks like one of this host."""
+    for family in case.plan.families:
+        name = f"net.ipv{family}.ip_nonlocal_bind"
+        if host.number(name) != 1:
+            continue
+        why = "every address looks like our own, so connections to the relay's port numbers elsewhere are refused"
+        if case.plan.keeps_source:
+            why = f"every address looks like our own, so preserve-source {case.plan.preserve_source} does nothing"
+        yield problem("nonlocal-bind", f"{name} is 1", why, set_sysctl(name, 0))
+
+
+def probe_loopback(case: Case) -> Iterator[Finding]:
+    """Intercepted packets are routed to lo, which must be up, for each family."""
+    if not (case.intercepts and case.plan.needs_routing):
+        return
+    lo = next((one for one in case.host.interfaces if one.name == "lo"), None)
+    if lo is None or not lo.up:
+        yield problem("lo", "interface lo is down", "intercepted packets are routed to it", "ip link set lo up")
+        return
+    name = "net.ipv6.conf.lo.disable_ipv6"
+    if 6 in case.plan.families and number(name) == 1:
+        yield problem(
+            "lo", f"{name} is 1, and this host has IPv6", "intercepted packets are routed to lo", set_sysctl(name, 0)
+        )
+        return
+    yield ok("lo", "interface lo is up")
+
+
+def probe_interface(case: Case) -> Iterator[Finding]:
+    """The one interface that is listened on, if there is one."""
+    name = case.settings.interface
+    for interface in case.host.interfaces if name else ():
+        if interface.name == name and not interface.up:
+            yield problem("interface", f"interface {name} is down", "nothing arrives there", f"ip link set {name} up")
+
+
+def probe_forwarding(case: Case) -> Iterator[Finding]:
+    """A gateway must forward what the relay does not take: while it stops, and when it is dead."""
+    plan = case.plan
+    if not plan.inbound or plan.on_failure != "open":
+        return
+    served = {one.local_port for one in host.sockets() if one.listening}
+    elsewhere = [ports for ports in plan.inbound if not served.intersection(range(ports.first, ports.last + 1))]
+    outside = [one for one in case.host.interfaces if one.name != "lo" and one.up and not one.master]
+    why = (
+        f"nobody here serves port {', '.join(map(str, elsewhere))}, so the servers are behind this host; when the "
+        "relay stops or dies, connections to them go nowhere"
+    )
+    for family in plan.families:
+        ways = [one.name for one in outside if one.has(family)]
+        if not elsewhere or len(ways) < 2:
+            continue
+        switch = "net.ipv4.ip_forward" if family == 4 else "net.ipv6.conf.all.forwarding"
+        each = [of_interface(family, name, "forwarding") for name in ways] if family == 4 else []
+        off = [name for name in (switch, *each) if number(name) == 0]
+        if off:
+            yield problem(
+                f"forwarding-ipv{family}",
+                f"{off[0]} is 0",
+                why,
+                set_sysctl(switch, 1) if off[0] == switch else " && ".join(set_sysctl(name, 1) for name in off),
+            )
+        else:
+            yield ok(f"forwarding-ipv{family}", f"IPv{family} is forwarded when the relay is not there")
+
+
+def probe_bridges(case: Case) -> Iterator[Finding]:
+    """br_netfilter takes packets through the rules while they are still in a bridge; TPROXY then loses them."""
+    if not case.plan.inbound or case.plan.mode != "tproxy":
+        return
+    bridges = [one for one in case.host.interfaces if one.kind == "bridge"]
+    ours = [one for one in bridges if case.plan.interface in (None, one.name)]
+    if not ours:
+        return
+    found = False
+    for family in case.plan.families:
+        word = "iptables" if family == 4 else "ip6tables"
+        switch, attribute = f"net.bridge.bridge-nf-call-{word}", f"nf_call_{word}"
+        why = (
+            f"IPv{family} connections that come in by bridge {', '.join(one.name for one in ours)} are lost or refused"
+        )
+        if number(switch) == 1:
+            others = [one.name for one in bridges if one not in ours]
+            keep = "".join(f" && ip link set {name} type bridge {attribute} 1" for name in others)
+            yield problem(f"bridge-ipv{family}", f"{switch} is 1", why, set_sysctl(switch, 0) + keep)
+            found = True
+        for one in ours:
+            if one.bridge.get(attribute):
+                mend = f"ip link set {one.name} type bridge {attribute} 0"
+                yield problem(f"bridge-ipv{family}", f"bridge {one.name} has {attribute} 1", why, mend)
+                found = True
+    if not found:
+        yield ok("bridge", f"bridge {', '.join(one.name for one in ours)}: packets in it do not meet the rules")
+
+
+def probe_vrf(case: Case) -> Iterator[Finding]:
+    """A listener hears what comes in by a VRF's interfaces only if it is told so."""
+    vrfs = [one.name for one in case.host.interfaces if one.kind == "vrf"]
+    if case.plan.inbound and vrfs and number("net.ipv4.tcp_l3mdev_accept") == 0:
+        yield warning(
+            "vrf",
+            f"net.ipv4.tcp_l3mdev_accept is 0, and there is a VRF ({', '.join(vrfs)})",
+            "what comes in by its interfaces is not relayed",
+            set_sysctl("net.ipv4.tcp_l3mdev_accept", 1),
+        )
+
+
+def _strict(name: str, case: Case) -> bool:
+    plain = number(f"net.ipv4.{name}")
+    if plain is not None:
+        return plain != 0
+    names = ["all", *(one.name for one in case.host.interfaces)]
+    return any(number(of_interface(4, one, name)) for one in names)

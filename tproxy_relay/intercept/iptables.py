@@ -1,0 +1,341 @@
+"""The plan as iptables-restore text, for each family: the same rules as in nft.py, in chains of our own.
+
+What differs from nft, and cannot be helped:
+
+- without a listener xt_TPROXY drops the packet instead of letting it go on, so a dead relay is a black hole until
+  somebody takes the rules away or puts those of the state `closed` there (guard.py);
+- REJECT exists in the table `filter` only, and rules are not tied to a process.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from tproxy_relay.intercept.plan import CONNTRACK_ZONE, NEVER, Family, Plan, State
+from tproxy_relay.settings import PortRange
+
+PREFIX = "TPROXY_RELAY_"
+TABLES = ("raw", "mangle", "nat", "filter")
+
+_LEADS_TO_US = re.compile(rf" -[jg] {PREFIX}")
+_TCP = "-p tcp"
+_SYN = "-p tcp -m tcp --syn"
+_NOT_SYN = "-p tcp -m tcp ! --syn"
+
+
+class Rule(NamedTuple):
+    """What a rule matches and does, and the comment that it carries."""
+
+    match: str
+    then: str
+    label: str
+
+    @property
+    def text(self) -> str:
+        """As it stands after `-A CHAIN`."""
+        return f'{self.match} -m comment --comment "{self.label}" {self.then}'.strip()
+
+
+_OWN_ZONE = f"-j CT --zone {CONNTRACK_ZONE}"
+
+_TRACKED = Rule("-m conntrack --ctstate INVALID", "-j RETURN", "keeps connections tracked")
+"""Without any rule that needs it, the kernel stops tracking connections: see nft.py."""
+
+
+class Chain(NamedTuple):
+    """A chain of ours in a table; `hook` is the built-in chain that leads there, '' for none."""
+
+    table: str
+    name: str
+    hook: str
+    rules: tuple[Rule, ...]
+
+
+def chains(plan: Plan, state: State, family: Family) -> list[Chain]:
+    """What is installed for one family; chains come before those that lead to them."""
+    return [chain for chain in _all_chains(plan, state, family) if chain.rules]
+
+
+def restore(plan: Plan, state: State, family: Family, saved: "Saved", made: str = "") -> str:
+    """The text for `iptables-restore --noflush` that puts it in the place of what iptables-save has shown.
+    `made` is remembered in the rules, see `_jump`."""
+    lines: list[str] = []
+    wanted = chains(plan, state, family)
+    for table in TABLES:
+        here = [chain for chain in wanted if chain.table == table]
+        old = saved.chains_in(table)
+        jumps = saved.jumps_in(table)
+        if not (here or old or jumps):
+            continue
+        names = [PREFIX + chain.name for chain in here]
+        lines += [f"*{table}", *(f":{name} - [0:0]" for name in {**dict.fromkeys(names), **dict.fromkeys(old)})]
+        lines += [line.replace("-A ", "-D ", 1) for line in jumps]
+        for chain in here:
+            lines += [f"-A {PREFIX}{chain.name} {rule.text}" for rule in chain.rules]
+        lines += [_jump(plan, state, chain, made) for chain in here if chain.hook]
+        lines += [f"-X {name}" for name in old if name not in names]  # emptied by their line with the colon
+        lines.append("COMMIT")
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+def removal(saved: "Saved") -> str:
+    """The text that takes away everything of ours that iptables-save has shown; '' if there was nothing."""
+    lines: list[str] = []
+    for table in TABLES:
+        old = saved.chains_in(table)
+        jumps = saved.jumps_in(table)
+        if old or jumps:
+            lines += [f"*{table}", *(f":{name} - [0:0]" for name in old)]
+            lines += [line.replace("-A ", "-D ", 1) for line in jumps]
+            lines += [*(f"-X {name}" for name in old), "COMMIT"]
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+class Counted(NamedTuple):
+    """A rule of ours as the kernel has it."""
+
+    chain: str
+    label: str
+    packets: int
+    bytes: int
+    text: str
+    """The whole rule, without its counters."""
+
+
+class Saved(NamedTuple):
+    """What iptables-save -c says of us."""
+
+    chains: tuple[tuple[str, str], ...]
+    """Table and name of each chain of ours."""
+    jumps: tuple[str, ...]
+    """The lines in other chains that lead to ours, with the table before them."""
+    rules: tuple[Counted, ...]
+    """The rules in our chains, and then the jumps."""
+    rest: frozenset[str]
+    """`TABLE/CHAIN` of those in which there is a rule of somebody else, or another policy than ACCEPT."""
+
+    def chains_in(self, table: str) -> list[str]:
+        """Our chains in that table."""
+        return [name for where, name in self.chains if where == table]
+
+    def jumps_in(self, table: str) -> list[str]:
+        """The lines of that table that lead to our chains."""
+        return [line.split(" ", 1)[1] for line in self.jumps if line.startswith(f"{table} ")]
+
+    @property
+    def made(self) -> list[str]:
+        """The built-in chains that did not exist before ours, as our jumps remember it."""
+        for line in self.jumps:
+            _, found, rest = line.partition("made=")
+            if found:
+                return rest.split('"')[0].split(" ")[0].split(",")
+        return []
+
+
+def read(saved: str) -> Saved:
+    """Understand the output of `iptables-save -c`."""
+    table, chains_here, jumps, rules, rest = "", [], [], [], set()
+    jump_rules = []
+    for line in saved.splitlines():
+        if line.startswith("*"):
+            table = line[1:].strip()
+        elif line.startswith(f":{PREFIX}"):
+            chains_here.append((table, line[1:].split()[0]))
+        elif line.startswith(":"):
+            name, policy = line[1:].split()[:2]
+            if policy not in ("-", "ACCEPT"):
+                rest.add(f"{table}/{name}")
+        elif line.startswith("["):
+            counters, rule = line[1:].split("] ", 1)
+            chain = rule.split()[1]
+            packets, octets = counters.split(":")
+            counted = Counted(chain, _label(rule), int(packets), int(octets), rule)
+            if chain.startswith(PREFIX):
+                rules.append(counted)
+            elif _LEADS_TO_US.search(rule):
+                jumps.append(f"{table} {rule}")
+                jump_rules.append(counted)
+            else:
+                rest.add(f"{table}/{chain}")
+    return Saved(tuple(chains_here), tuple(jumps), (*rules, *jump_rules), frozenset(rest))
+
+
+def expected(plan: Plan, state: State, family: Family) -> dict[str, list[str]]:
+    """The labels of the rules in each chain of ours, and of the jumps, by the name of their built-in chain."""
+    wanted: dict[str, list[str]] = {}
+    for chain in chains(plan, state, family):
+        wanted[PREFIX + chain.name] = [rule.label for rule in chain.rules]
+    return wanted
+
+
+def _label(rule: str) -> str:
+    _, found, rest = rule.partition("--comment ")
+    if not found:
+        return ""
+    return rest[1:].split('"')[0] if rest.startswith('"') else rest.split()[0]
+
+
+def _jump(plan: Plan, state: State, chain: Chain, made: str) -> str:
+    """First in its chain: what comes before could take packets away. The comment remembers the built-in chains that
+    did not exist (iptables-nft makes them when they are first used), so that they can go with us."""
+    note = f" made={made}" if made else ""
+    return f'-I {chain.hook} 1 -p tcp -m comment --comment "plan {plan.digest} {state}{note}" -j {PREFIX}{chain.name}'
+
+
+def _all_chains(plan: Plan, state: State, family: Family) -> Iterator[Chain]:
+    tproxy = plan.mode == "tproxy"
+    if state == "closed":
+        yield Chain("filter", "CLOSED_IN", "INPUT", tuple(_closed_inbound(plan, family)))
+        yield Chain("filter", "CLOSED_FWD", "FORWARD", tuple(_closed_inbound(plan, family)))
+        yield Chain("filter", "CLOSED_OUT", "OUTPUT", tuple(_closed_outbound(plan, family)))
+        return
+    if plan.preserve_source == "full" and plan.inbound:
+        yield Chain("raw", "ZONE_PRE", "PREROUTING", tuple(_zone_prerouting(plan)))
+        yield Chain("raw", "ZONE_OUT", "OUTPUT", tuple(_zone_output(plan)))
+    if plan.needs_routing:
+        divert = (
+            Rule("", f"-j MARK --set-xmark {_bits(plan, plan.marks.inbound)}", "packets of relayed connections"),
+            Rule("", "-j ACCEPT", "packets of relayed connections"),
+        )
+        yield Chain("mangle", "DIVERT", "", divert)
+        yield Chain("mangle", "LO", "", tuple(_from_lo(plan, family)))
+        yield Chain("mangle", "PRE", "PREROUTING", tuple(_prerouting(plan, state, family)))
+    if (tproxy and plan.outbound) or (plan.inbound and plan.keeps_source):
+        yield Chain("mangle", "OUT", "OUTPUT", tuple(_output(plan, state, family)))
+    if not tproxy and plan.inbound:
+        yield Chain("nat", "NAT_PRE", "PREROUTING", tuple(_nat_prerouting(plan, state, family)))
+    if not tproxy and plan.outbound:
+        yield Chain("nat", "NAT_OUT", "OUTPUT", tuple(_nat_output(plan, state, family)))
+
+
+def _prerouting(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
+    yield Rule("-i lo", f"-g {PREFIX}LO", "sent by this host to itself")
+    ours = f"{_NOT_SYN} -m socket --transparent --nowildcard"
+    yield Rule(ours, f"-j {PREFIX}DIVERT", "packets of relayed connections")
+    if plan.mode != "tproxy" or not plan.inbound or state != "active":
+        return
+    yield from _never(family)
+    target = f"-j TPROXY --on-port {plan.inbound_port}{_on_ip(plan, family)}"
+    target += f" --tproxy-mark {_bits(plan, plan.marks.inbound)}"
+    yield from _by_ports(f"{_arrives(plan)} {_SYN}", plan.inbound, target, "inbound")
+
+
+def _from_lo(plan: Plan, family: Family) -> Iterator[Rule]:
+    ours = f"{_TCP} -m mark --mark {_bits(plan, plan.marks.relay)}"
+    to_us = f"{_TCP} -m mark --mark {_bits(plan, plan.marks.outbound)}"
+    if plan.inbound and plan.keeps_source:
+        remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.relay)}"
+        yield Rule(f"{ours} -m conntrack --ctdir ORIGINAL", remember, "from the relay to a server here")
+    yield Rule(ours, "-j ACCEPT", "from the relay")
+    if plan.mode != "tproxy" or not plan.outbound:
+        return
+    # xt_TPROXY drops packets of established sockets that are not transparent. A bare SYN would also match a server
+    # here that listens on the same port.
+    not_syn = to_us.replace(_TCP, _NOT_SYN, 1)
+    yield Rule(f"{not_syn} -m socket --nowildcard", "-j ACCEPT", "packets of relayed connections")
+    target = f"-j TPROXY --on-port {plan.outbound_port}{_on_ip(plan, family)}"
+    yield Rule(to_us, f"{target} --tproxy-mark {_bits(plan, plan.marks.outbound)}", "to the relay")
+
+
+def _output(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
+    divert = f"-j MARK --set-xmark {_bits(plan, plan.marks.outbound)}"
+    if plan.inbound and plan.keeps_source:
+        # First, because with tcp_fwmark_accept=1 the answers of a server here carry the relay's mark too.
+        answers = f"{_TCP} -m conntrack --ctdir REPLY -m connmark --mark {_bits(plan, plan.marks.relay)}"
+        yield Rule(answers, divert, "answers of servers here to the address of a client")
+        yield Rule(answers, "-j RETURN", "answers of servers here to the address of a client")
+    if plan.mode != "tproxy" or not plan.outbound:
+        return
+    yield from _exempt(plan, family)
+    if state == "active":
+        remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.outbound)}"
+        yield from _by_ports(_SYN, plan.outbound, remember, "outbound")
+    relayed = f"{_TCP} -m conntrack --ctdir ORIGINAL -m connmark --mark {_bits(plan, plan.marks.outbound)}"
+    yield Rule(relayed, divert, "packets of relayed connections")
+
+
+def _exempt(plan: Plan, family: Family) -> Iterator[Rule]:
+    """What is never outbound."""
+    yield Rule(f"-m mark --mark {_bits(plan, plan.marks.relay)}", "-j RETURN", "from the relay")
+    if plan.exempt_uid is not None:
+        label = f"from account {plan.exempt_uid}"
+        yield Rule(f"-m owner --uid-owner {plan.exempt_uid}", "-j RETURN", label)
+    yield Rule("-m addrtype --dst-type LOCAL", "-j RETURN", "to this host itself")
+    yield from _never(family)
+
+
+def _nat_prerouting(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
+    yield _TRACKED
+    yield from _never(family)
+    if state == "active":
+        target = _redirect(plan, family, plan.inbound_port)
+        yield from _by_ports(f"{_arrives(plan)} {_SYN}", plan.inbound, target, "inbound")
+
+
+def _nat_output(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
+    yield _TRACKED
+    yield from _exempt(plan, family)
+    if state == "active":
+        yield from _by_ports(_SYN, plan.outbound, _redirect(plan, family, plan.outbound_port), "outbound")
+
+
+def _closed_inbound(plan: Plan, family: Family) -> Iterator[Rule]:
+    if plan.inbound:
+        yield from _never(family)
+        reject = "-j REJECT --reject-with tcp-reset"
+        yield from _by_ports(f"{_arrives(plan)} {_SYN}", plan.inbound, reject, "inbound without a relay")
+
+
+def _closed_outbound(plan: Plan, family: Family) -> Iterator[Rule]:
+    if plan.outbound:
+        yield from _exempt(plan, family)
+        yield from _by_ports(_SYN, plan.outbound, "-j REJECT --reject-with tcp-reset", "outbound without a relay")
+
+
+def _zone_prerouting(plan: Plan) -> Iterator[Rule]:
+    yield from _by_ports(_TCP, plan.inbound, "-j RETURN", "to a server", "--dports")
+    match = f"! -i lo {_NOT_SYN} -m socket --transparent"
+    yield from _by_ports(match, plan.inbound, _OWN_ZONE, "server side of a connection that keeps its port", "--sports")
+
+
+def _zone_output(plan: Plan) -> Iterator[Rule]:
+    yield from _by_ports(_TCP, plan.inbound, "-j RETURN", "from a server", "--sports")
+    match = f"! -o lo {_TCP} -m addrtype ! --src-type LOCAL -m mark --mark {_bits(plan, plan.marks.relay)}"
+    yield from _by_ports(match, plan.inbound, _OWN_ZONE, "server side of a connection that keeps its port", "--dports")
+
+
+def _by_ports(
+    match: str, ranges: Sequence[PortRange], then: str, label: str, which_port: str = "--dports"
+) -> Iterator[Rule]:
+    """One rule for every seven ranges: multiport takes fifteen numbers (iptables-extensions(8)), a range has two."""
+    for start in range(0, len(ranges), 7):
+        ports = ",".join(str(one).replace("-", ":") for one in itertools.islice(ranges, start, start + 7))
+        yield Rule(f"{match} -m multiport {which_port} {ports}".strip(), then, label)
+
+
+def _never(family: Family) -> Iterator[Rule]:
+    for network in NEVER[family]:
+        yield Rule(f"-d {network}", "-j RETURN", "never intercepted")
+
+
+def _redirect(plan: Plan, family: Family, port: int) -> str:
+    """To the interface's own address; to another one, where the listeners have nothing else."""
+    address = plan.on_address(family)
+    if address is None or address in ("127.0.0.1", "::1"):
+        return f"-j REDIRECT --to-ports {port}"
+    host = f"[{address}]" if family == 6 else address
+    return f"-j DNAT --to-destination {host}:{port}"
+
+
+def _on_ip(plan: Plan, family: Family) -> str:
+    address = plan.on_address(family)
+    return f" --on-ip {address}" if address else ""
+
+
+def _arrives(plan: Plan) -> str:
+    return f"-i {plan.interface}" if plan.interface else "! -i lo"
+
+
+def _bits(plan: Plan, bits: int) -> str:
+    return f"{bits:#x}/{plan.mark_mask:#x}"

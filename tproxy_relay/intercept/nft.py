@@ -1,0 +1,225 @@
+"""The plan as nft text: one table of our own, every rule with a comment that says what it is for.
+
+Only bare SYNs are taken, so connections older than the rules live on. Other packets of ours are known by their
+transparent socket, or by a connection mark. Bare SYNs must not be known that way: they would find an old
+connection in TIME_WAIT, and the client would have to try again.
+
+TPROXY exists in prerouting only (nft_tproxy.c). So what programs here send is marked in output, which routes it to
+lo (routing.py), and meets TPROXY when it comes in from there.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from tproxy_relay.intercept.plan import CONNTRACK_ZONE, NEVER, Family, Plan, State
+from tproxy_relay.settings import PortRange
+
+TABLE = "tproxy_relay"
+
+_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
+_NOT_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
+_NAMES: dict[Family, str] = {4: "ip", 6: "ip6"}
+
+
+class Rule(NamedTuple):
+    """A statement and the comment that it carries."""
+
+    text: str
+    label: str
+
+
+_TRACKED = Rule("ct state invalid return", "keeps connections tracked")
+"""Without any rule that needs it, the kernel stops tracking connections, and addresses are no longer rewritten: the
+relayed connections of a draining relay would be lost."""
+
+
+class Chain(NamedTuple):
+    """A chain with its hook, '' for one that is only jumped to."""
+
+    name: str
+    hook: str
+    rules: tuple[Rule, ...]
+
+
+def script(plan: Plan, state: State, *, held: bool = False) -> str:
+    """The text that installs it in place of what was there. `held`: the kernel removes the table when the process
+    that loads this is gone (nft(8), flags owner; Linux 5.12)."""
+    return f"table inet {TABLE}\ndelete table inet {TABLE}\n" + _table(plan, state, held)
+
+
+def change(plan: Plan, state: State, *, held: bool = False) -> str:
+    """The text that brings an installed table into another state, its hooks staying where they are."""
+    return f"flush table inet {TABLE}\n" + _table(plan, state, held)
+
+
+def removal() -> str:
+    """The text that leaves nothing, whether or not there was anything."""
+    return f"table inet {TABLE}\ndelete table inet {TABLE}\n"
+
+
+def one_line(text: str) -> str:
+    """The same for nft's interactive mode, where a line is a transaction."""
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line if line.endswith(("{", ";")) else f"{line};" for line in lines if line)
+
+
+def chains(plan: Plan, state: State) -> list[Chain]:
+    """What the table holds."""
+    return [chain for chain in _all_chains(plan, state) if chain.rules]
+
+
+def _table(plan: Plan, state: State, held: bool) -> str:
+    lines = [f"table inet {TABLE} {{", *(["    flags owner;"] if held else [])]
+    for chain in chains(plan, state):
+        lines.append(f"    chain {chain.name} {{")
+        if chain.hook:
+            lines.append(f"        type {chain.hook}; policy accept;")
+        lines += [f'        {rule.text} comment "{rule.label}"' for rule in chain.rules]
+        lines.append("    }")
+    return "\n".join([*lines, "}", ""])
+
+
+def _all_chains(plan: Plan, state: State) -> Iterator[Chain]:
+    tproxy = plan.mode == "tproxy"
+    first = Rule("meta l4proto != tcp return", f"plan {plan.digest} {state}: TCP only")
+    if plan.preserve_source == "full" and plan.inbound:
+        yield Chain("zone_prerouting", "filter hook prerouting priority raw", tuple(_zone_in(plan)))
+        yield Chain("zone_output", "filter hook output priority raw", tuple(_zone_out(plan)))
+    if plan.needs_routing:
+        # Before the chain that goes there: nft takes names in the order of the text.
+        yield Chain("from_lo", "", tuple(_from_lo(plan)))
+        prerouting = (first, *_prerouting(plan, state))
+        yield Chain("prerouting", "filter hook prerouting priority mangle", prerouting)
+    if (tproxy and plan.outbound) or (plan.inbound and plan.keeps_source):
+        yield Chain("output", "route hook output priority mangle", (first, *_output(plan, state)))
+    if not tproxy and plan.inbound:
+        yield Chain("nat_prerouting", "nat hook prerouting priority -100", (first, *_nat_prerouting(plan, state)))
+    if not tproxy and plan.outbound:
+        yield Chain("nat_output", "nat hook output priority -100", (first, *_nat_output(plan, state)))
+
+
+def _prerouting(plan: Plan, state: State) -> Iterator[Rule]:
+    take_in = _set(plan, "meta mark", plan.marks.inbound)
+    yield Rule('iifname "lo" goto from_lo', "sent by this host to itself")
+    yield Rule(f"{_NOT_SYN} socket transparent 1 {take_in} counter accept", "packets of relayed connections")
+    if plan.mode != "tproxy" or not plan.inbound or state != "active":
+        return
+    for family in plan.families:
+        to = f"tproxy {_NAMES[family]} to {_listener(plan, family)}:{plan.inbound_port}"
+        match = f"{_arrives(plan)}meta nfproto ipv{family} {_SYN} tcp dport {_ports(plan.inbound)}"
+        yield Rule(f"{_arrives(plan)}{_never(family)} return", f"never intercepted, IPv{family}")
+        yield Rule(f"{match} {to} {take_in} counter accept", f"inbound, IPv{family}")
+        if plan.on_failure == "closed":
+            # Reached only while nothing listens: tproxy without a listener lets the packet go on.
+            yield Rule(f"{match} counter reject with tcp reset", f"inbound without a relay, IPv{family}")
+
+
+def _from_lo(plan: Plan) -> Iterator[Rule]:
+    ours, to_us = _is(plan, "meta mark", plan.marks.relay), _is(plan, "meta mark", plan.marks.outbound)
+    if plan.inbound and plan.keeps_source:
+        remember = _set(plan, "ct mark", plan.marks.relay)
+        yield Rule(f"{ours} ct direction original {remember} counter accept", "from the relay to a server here")
+    yield Rule(f"{ours} accept", "from the relay")
+    if plan.mode != "tproxy" or not plan.outbound:
+        return
+    for family in plan.families:
+        to = f"tproxy {_NAMES[family]} to {_listener(plan, family)}:{plan.outbound_port}"
+        yield Rule(
+            f"{to_us} meta nfproto ipv{family} meta l4proto tcp {to} counter accept", f"to the relay, IPv{family}"
+        )
+    # Without this a program here would wait in vain for a dead relay: its packets are on lo and cannot go back.
+    yield Rule(f"{to_us} meta l4proto tcp counter reject with tcp reset", "to the relay, which is not there")
+
+
+def _output(plan: Plan, state: State) -> Iterator[Rule]:
+    divert = _set(plan, "meta mark", plan.marks.outbound)
+    if plan.inbound and plan.keeps_source:
+        # First, because with tcp_fwmark_accept=1 the answers of a server here carry the relay's mark too.
+        answers = f"ct direction reply {_is(plan, 'ct mark', plan.marks.relay)}"
+        yield Rule(f"{answers} {divert} counter accept", "answers of servers here to the address of a client")
+    if plan.mode != "tproxy" or not plan.outbound:
+        return
+    yield from _exempt(plan)
+    relayed = f"ct direction original {_is(plan, 'ct mark', plan.marks.outbound)}"
+    yield Rule(f"{relayed} {divert} counter accept", "packets of relayed connections")
+    if state != "active":
+        return
+    remember = _set(plan, "ct mark", plan.marks.outbound)
+    for family in plan.families:
+        match = f"meta nfproto ipv{family} {_SYN} tcp dport {_ports(plan.outbound)}"
+        yield Rule(f"{match} {remember} {divert} counter", f"outbound, IPv{family}")
+
+
+def _exempt(plan: Plan) -> Iterator[Rule]:
+    """What is never outbound."""
+    yield Rule(f"{_is(plan, 'meta mark', plan.marks.relay)} counter return", "from the relay")
+    if plan.exempt_uid is not None:
+        yield Rule(f"meta skuid {plan.exempt_uid} counter return", f"from account {plan.exempt_uid}")
+    yield Rule("fib daddr type local return", "to this host itself")
+    for family in plan.families:
+        yield Rule(f"{_never(family)} return", f"never intercepted, IPv{family}")
+
+
+def _nat_prerouting(plan: Plan, state: State) -> Iterator[Rule]:
+    yield _TRACKED
+    if state != "active":
+        return
+    for family in plan.families:
+        match = f"{_arrives(plan)}meta nfproto ipv{family} {_SYN} tcp dport {_ports(plan.inbound)}"
+        yield Rule(f"{_arrives(plan)}{_never(family)} return", f"never intercepted, IPv{family}")
+        yield Rule(f"{match} counter {_redirect(plan, family, plan.inbound_port)}", f"inbound, IPv{family}")
+
+
+def _nat_output(plan: Plan, state: State) -> Iterator[Rule]:
+    yield _TRACKED
+    if state != "active":
+        return
+    yield from _exempt(plan)
+    for family in plan.families:
+        match = f"meta nfproto ipv{family} {_SYN} tcp dport {_ports(plan.outbound)}"
+        yield Rule(f"{match} counter {_redirect(plan, family, plan.outbound_port)}", f"outbound, IPv{family}")
+
+
+def _zone_in(plan: Plan) -> Iterator[Rule]:
+    ports = _ports(plan.inbound)
+    match = f'iifname != "lo" {_NOT_SYN} tcp sport {ports} tcp dport != {ports} socket transparent 1'
+    yield Rule(f"{match} ct zone set {CONNTRACK_ZONE}", "server side of a connection that keeps its port")
+
+
+def _zone_out(plan: Plan) -> Iterator[Rule]:
+    ports, ours = _ports(plan.inbound), _is(plan, "meta mark", plan.marks.relay)
+    match = f'oifname != "lo" {ours} fib saddr type != local tcp dport {ports} tcp sport != {ports}'
+    yield Rule(f"{match} ct zone set {CONNTRACK_ZONE}", "server side of a connection that keeps its port")
+
+
+def _redirect(plan: Plan, family: Family, port: int) -> str:
+    """To the interface's own address; to another one, where the listeners have nothing else."""
+    address = plan.on_address(family)
+    if address is None or address in ("127.0.0.1", "::1"):
+        return f"redirect to :{port}"
+    return f"dnat {_NAMES[family]} to {_listener(plan, family)}:{port}"
+
+
+def _listener(plan: Plan, family: Family) -> str:
+    address = plan.on_address(family) or ""
+    return f"[{address}]" if ":" in address else address
+
+
+def _arrives(plan: Plan) -> str:
+    return f'iifname "{plan.interface}" ' if plan.interface else 'iifname != "lo" '
+
+
+def _never(family: Family) -> str:
+    return f"{_NAMES[family]} daddr {{ {', '.join(NEVER[family])} }}"
+
+
+def _set(plan: Plan, what: str, bits: int) -> str:
+    return f"{what} set {what} & {0xFFFFFFFF & ~plan.mark_mask:#010x} | {bits:#010x}"
+
+
+def _is(plan: Plan, what: str, bits: int) -> str:
+    return f"{what} & {plan.mark_mask:#010x} == {bits:#010x}"
+
+
+def _ports(ranges: Sequence[PortRange]) -> str:
+    return "{ " + ", ".join(map(str, ranges)) + " }"

@@ -1,0 +1,188 @@
+"""What is to be intercepted: one frozen value, from which every rule and every route is made.
+
+Three bits of the fwmark say what a packet is; all other bits belong to others and are never touched:
+
+    IN      of an intercepted connection from outside; or an answer to a relay that borrowed a client's address
+    OUT     of an intercepted connection of a program on this host; or such an answer from a server on this host
+    RELAY   sent by the relay itself (SO_MARK): never intercepted
+"""
+
+import hashlib
+import ipaddress
+import json
+import pwd
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+from tproxy_relay.errors import ConfigError
+from tproxy_relay.settings import PortRange, Settings
+
+State = Literal["active", "draining", "closed"]
+"""active: new connections are taken. draining: none are, and those that the relay has go on. closed: new ones
+are refused; this stands in for a dead relay under `on-failure closed` where the active rules cannot do it."""
+
+Family = Literal[4, 6]
+IPV4: Family = 4
+IPV6: Family = 6
+
+NEVER: Mapping[Family, tuple[str, ...]] = {
+    4: ("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32"),
+    6: ("::1/128", "fe80::/10", "ff00::/8"),
+}
+"""Destinations that mean something on one host or link only (RFC 6890, RFC 4291)."""
+
+INTERFACE = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
+"""linux/if.h: IFNAMSIZ is 16 with the final zero. What the kernel would allow beside these is not worth a quote."""
+
+CONNTRACK_ZONE = 7006
+"""Of the server's side of connections that keep the client's port: both sides have the same four numbers."""
+
+
+class Marks(NamedTuple):
+    """The three bits, from the lowest up."""
+
+    inbound: int
+    outbound: int
+    relay: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which connections go to which listener, and how. ValueError if a value could not stand in a rule."""
+
+    mode: str
+    inbound: tuple[PortRange, ...]
+    """Destination ports of connections that arrive from outside."""
+    outbound: tuple[PortRange, ...]
+    """Destination ports of connections of programs on this host."""
+    inbound_port: int
+    outbound_port: int
+    listen: Mapping[Family, str]
+    """Families that are intercepted, with the address that the listeners have there ('0.0.0.0', '127.0.0.1')."""
+    interface: str | None
+    """Only what arrives here is inbound; None: what arrives anywhere but on lo."""
+    preserve_source: str
+    on_failure: str
+    mark_mask: int
+    route_table: int
+    route_priority: int
+    """Of the first of three rules of routing; the others follow it."""
+    exempt_uid: int | None
+    """Connections of this account are not outbound: for a relay that may not set marks."""
+
+    def __post_init__(self) -> None:
+        if self.mark_mask.bit_count() != 3 or not 0 < self.mark_mask <= 0xFFFFFFFF:
+            raise ValueError(f"mark mask {self.mark_mask:#x}")
+        if self.interface is not None and (not INTERFACE.fullmatch(self.interface) or self.interface in (".", "..")):
+            raise ValueError(f"interface {self.interface!r}")
+        if self.mode not in ("tproxy", "redirect") or self.on_failure not in ("open", "closed"):
+            raise ValueError(f"mode {self.mode!r}, on-failure {self.on_failure!r}")
+        for ports in (*self.inbound, *self.outbound, PortRange(self.inbound_port, self.outbound_port)):
+            if not all(1 <= port <= 65535 for port in ports):
+                raise ValueError(f"ports {ports}")
+        for family, address in self.listen.items():
+            if ipaddress.ip_address(address).version != family:
+                raise ValueError(f"address {address!r}")
+
+    @property
+    def marks(self) -> Marks:
+        """IN, OUT and RELAY."""
+        low, middle, high = (1 << bit for bit in range(32) if self.mark_mask >> bit & 1)
+        return Marks(low, middle, high)
+
+    @property
+    def listener_ports(self) -> frozenset[int]:
+        """Where intercepted connections are sent."""
+        ports = [self.inbound_port] * bool(self.inbound) + [self.outbound_port] * bool(self.outbound)
+        return frozenset(ports)
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """4, 6 or both."""
+        return tuple(sorted(self.listen))
+
+    @property
+    def keeps_source(self) -> bool:
+        """True if answers to a client's own address must find their way to the relay."""
+        return self.preserve_source != "no"
+
+    @property
+    def needs_routing(self) -> bool:
+        """False only where the kernel rewrites addresses and nobody borrows one."""
+        return self.mode == "tproxy" or self.keeps_source
+
+    def on_address(self, family: Family) -> str | None:
+        """The listeners' address of that family; None for all of them."""
+        address = self.listen[family]
+        return None if ipaddress.ip_address(address).is_unspecified else address
+
+    @property
+    def digest(self) -> str:
+        """Eight characters that change with anything in the plan."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def of_settings(settings: Settings) -> Plan:
+    """The plan that these settings ask for, on this host. ConfigError if `user` is not an account."""
+    return Plan(
+        mode=settings.mode,
+        inbound=settings.intercept_inbound,
+        outbound=settings.intercept_outbound,
+        inbound_port=settings.inbound_port,
+        outbound_port=settings.outbound_port,
+        listen=_listen(settings.bind),
+        interface=settings.interface,
+        preserve_source=settings.preserve_source,
+        on_failure=settings.on_failure,
+        mark_mask=settings.mark_mask,
+        route_table=settings.route_table,
+        route_priority=settings.route_priority,
+        exempt_uid=None if settings.user is None else uid_of(settings.user),
+    )
+
+
+def uid_of(account: str) -> int:
+    """The number of an account, given by name or number. ConfigError if there is no account of that name."""
+    if account.isdigit():
+        return int(account)
+    try:
+        return pwd.getpwnam(account).pw_uid
+    except KeyError as error:
+        raise ConfigError(f"user: there is no account {account!r} on this host") from error
+
+
+def to_json(plan: Plan) -> str:
+    """In one line, for the guard process."""
+    return json.dumps(asdict(plan))
+
+
+def from_json(text: str) -> Plan:
+    """The other way; ValueError, KeyError or TypeError for anything else."""
+    values = json.loads(text)
+    values["inbound"] = tuple(PortRange(*ports) for ports in values["inbound"])
+    values["outbound"] = tuple(PortRange(*ports) for ports in values["outbound"])
+    values["listen"] = {IPV6 if family == "6" else IPV4: address for family, address in values["listen"].items()}
+    return Plan(**values)
+
+
+def _listen(bind: tuple[str, ...]) -> dict[Family, str]:
+    """One address for each family: the wildcard or loopback if they are there, else the first one."""
+    chosen: dict[Family, str] = {}
+    for family in (IPV4, IPV6):
+        addresses = [ipaddress.ip_address(text) for text in bind]
+        mine = [address for address in addresses if address.version == family]
+        mine.sort(key=lambda address: (not address.is_unspecified, not address.is_loopback))
+        if mine and (family == IPV4 or _has_ipv6()):
+            chosen[family] = str(mine[0])
+    return chosen
+
+
+def _has_ipv6() -> bool:
+    """True if any interface has an IPv6 address: without one there is nothing to intercept, and no route to add."""
+    try:
+        with open("/proc/net/if_inet6", encoding="ascii") as addresses:
+            return bool(addresses.read(1))
+    except OSError:
+        return False

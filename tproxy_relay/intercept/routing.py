@@ -1,0 +1,134 @@
+"""The routing that intercepted packets need: a table in which every address is local, and who looks there.
+
+    P      IN   from lo      skip to P+2
+    P      OUT  from lo      look in the table
+    P+1    IN                look in the table
+    P+2    nothing, where the skip lands
+
+IN counts only for packets that came in by an interface. The kernel asks the same rules twice more, both times as if
+from lo: when it checks a packet's source (src_valid_mark), and for the SYN-ACKs of our listeners, which inherit the
+mark (tcp_fwmark_accept). One global rule for the mark would lose all traffic on hosts with either setting.
+"""
+
+import json
+from typing import Any
+
+from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.intercept import programs
+from tproxy_relay.intercept.plan import Family, Plan
+
+ALL_FAMILIES: tuple[Family, ...] = (4, 6)
+
+PROTOCOL = 206
+"""Whose rules and routes these are (rtnetlink(7), rtm_protocol): a number that nobody else uses, so that ours are found
+whatever the plan was, and nobody else's are taken for ours."""
+
+
+def rules(plan: Plan) -> list[str]:
+    """The rules of routing as the words after `ip rule add`, for each family the same."""
+    first, mask, table = plan.route_priority, f"{plan.mark_mask:#x}", plan.route_table
+    inbound, outbound = f"fwmark {plan.marks.inbound:#x}/{mask}", f"fwmark {plan.marks.outbound:#x}/{mask}"
+    return [
+        f"pref {first} {inbound} iif lo goto {first + 2} protocol {PROTOCOL}",
+        f"pref {first} {outbound} iif lo lookup {table} protocol {PROTOCOL}",
+        f"pref {first + 1} {inbound} lookup {table} protocol {PROTOCOL}",
+        f"pref {first + 2} nop protocol {PROTOCOL}",
+    ]
+
+
+def route(table: object) -> str:
+    """The one route, as the words after `ip route add`."""
+    return f"local default dev lo table {table} proto {PROTOCOL}"
+
+
+def batch(plan: Plan) -> str:
+    """All of it for one family, as `ip -batch` reads it."""
+    return "\n".join([*_commands(plan), ""])
+
+
+def install(plan: Plan) -> None:
+    """Add what is missing, and take away what an earlier plan has left. Raises SystemRefusedError if the table is in
+    use by somebody else, ProgramError or CapabilityMissingError."""
+    for family in plan.families if plan.needs_routing else ():
+        foreign = foreign_routes(plan, family)
+        if foreign:
+            raise SystemRefusedError(
+                f"routing table {plan.route_table} has a route to {foreign[0]} that is not the relay's "
+                f"(`ip -{family} route show table {plan.route_table}`): choose another number with --route-table"
+            )
+    for family in ALL_FAMILIES:
+        lines = missing(plan, family)
+        if lines:
+            programs.run(["ip", f"-{family}", "-batch", "-"], "\n".join([*lines, ""]))
+        _delete(family, [line for line in _there(family) if line not in _wanted(plan, family)])
+
+
+def missing(plan: Plan, family: Family) -> list[str]:
+    """The lines of `batch` for what the kernel does not have."""
+    there = _there(family)
+    return [line for line in _wanted(plan, family) if line not in there]
+
+
+def uninstall() -> bool:
+    """Take away what is ours, of whatever plan. True if there was anything."""
+    return any([_delete(family, _there(family)) for family in ALL_FAMILIES])
+
+
+def listing() -> list[str]:
+    """What of ours the kernel has, for people."""
+    return [f"ip -{family} {line.replace(' add ', ': ', 1)}" for family in ALL_FAMILIES for line in _there(family)]
+
+
+def foreign_routes(plan: Plan, family: Family) -> list[str]:
+    """Destinations of the routes of somebody else in our table."""
+    routes = _ask(family, "route", "show", "table", str(plan.route_table))
+    return [str(one.get("dst")) for one in routes if one.get("protocol") != str(PROTOCOL)]
+
+
+def _commands(plan: Plan) -> list[str]:
+    return [f"route add {route(plan.route_table)}", *(f"rule add {rule}" for rule in rules(plan))]
+
+
+def _wanted(plan: Plan, family: Family) -> list[str]:
+    return _commands(plan) if plan.needs_routing and family in plan.families else []
+
+
+def _there(family: Family) -> list[str]:
+    """What of ours the kernel has, as the lines that would add it."""
+    routes = _ask(family, "route", "show", "table", "all", "proto", str(PROTOCOL))
+    found = [f"route add {route(one['table'])}" for one in routes if "table" in one]
+    ours = (one for one in _ask(family, "rule", "show") if one.get("protocol") == str(PROTOCOL))
+    return found + [f"rule add {_words(one)}" for one in ours]
+
+
+def _delete(family: Family, lines: list[str]) -> bool:
+    if lines:
+        undo = [line.replace(" add ", " del ", 1) for line in reversed(lines)]
+        programs.run(["ip", f"-{family}", "-force", "-batch", "-"], "\n".join([*undo, ""]), check=False)
+    return bool(lines)
+
+
+def _words(one: dict[str, Any]) -> str:
+    """A rule as `ip -json rule` tells it, in the words of `rules`."""
+    words = [f"pref {one['priority']}"]
+    if "fwmark" in one:
+        words.append(f"fwmark {one['fwmark']}/{one.get('fwmask', '0xffffffff')}")
+    if "iif" in one:
+        words.append(f"iif {one['iif']}")
+    if "goto" in one:
+        words.append(f"goto {one['goto']}")
+    elif "table" in one:
+        words.append(f"lookup {one['table']}")
+    elif "nop" in one:
+        words.append("nop")
+    return " ".join([*words, f"protocol {PROTOCOL}"])
+
+
+def _ask(family: Family, *words: str) -> list[dict[str, Any]]:
+    """What `ip -json` answers, with numbers for names; nothing for a family or table that the kernel does not have."""
+    done = programs.run(["ip", "-N", "-json", f"-{family}", *words], check=False)
+    try:
+        answer = json.loads(done.stdout or "[]")
+    except ValueError:
+        return []
+    return [one for one in answer if isinstance(one, dict)]

@@ -1,0 +1,128 @@
+"""The ruleset as a whole: routing and rules together, installed in one go or not at all, and compared with the plan.
+
+Packets are marked only by the rules, so routing comes first and goes last.
+"""
+
+import shlex
+from typing import NamedTuple
+
+from tproxy_relay.errors import RelayError
+from tproxy_relay.intercept import backend, routing
+from tproxy_relay.intercept.backend import Backend, Count, Step
+from tproxy_relay.intercept.plan import Plan, State
+from tproxy_relay.intercept.programs import ProgramError
+
+STATES: tuple[State, ...] = ("active", "draining", "closed")
+
+
+class Status(NamedTuple):
+    """The plan against the kernel."""
+
+    state: str
+    """A State, or 'absent', or 'degraded': then `problems` says why."""
+    backend: str | None
+    problems: list[str]
+    counts: list[Count]
+    routing: list[str]
+
+
+class Ruleset:
+    """A plan and the backend that it goes to."""
+
+    def __init__(self, plan: Plan, where: Backend) -> None:
+        self.plan = plan
+        self.backend = where
+
+    def steps(self) -> list[Step]:
+        """What `apply` does, in its order."""
+        steps = []
+        if self.plan.needs_routing:
+            for family in self.plan.families:
+                steps.append(Step(("ip", f"-{family}", "-batch", "-"), routing.batch(self.plan)))
+        return steps + self.backend.steps(self.plan, "active")
+
+    def apply(self) -> bool:
+        """Install it, unless all of it is there already: then False. Raises like `install`."""
+        if not self.problems("active"):
+            return False
+        self.install("active")
+        return True
+
+    def install(self, state: State) -> None:
+        """Put it in the place of what there is of ours, and look whether it is there. On any failure what was added is
+        taken away again. Raises ProgramError, SystemRefusedError or CapabilityMissingError."""
+        others = [other for other in backend.present() if other.name != self.backend.name]
+        was_here = bool(self.backend.counts())
+        try:
+            routing.install(self.plan)
+            self.backend.install(self.plan, state)
+            for other in others:
+                other.remove()
+            problems = self.problems(state)
+            if problems:
+                raise ProgramError(f"the rules were loaded, but the kernel does not have them: {problems[0]}")
+        except BaseException:
+            if not was_here:
+                self._roll_back()
+            raise
+
+    def restore(self, state: State) -> list[str]:
+        """Put back what is gone or was changed; what that was. Raises like `install`."""
+        rules, routes = self.backend.problems(self.plan, state), _missing_routing(self.plan)
+        if routes:
+            routing.install(self.plan)
+        if rules:
+            self.backend.install(self.plan, state)
+        return rules + routes
+
+    def change(self, state: State) -> None:
+        """Bring it into another state."""
+        self.backend.change(self.plan, state)
+
+    def problems(self, state: State) -> list[str]:
+        """What is not as it should be; empty if all is well."""
+        return self.backend.problems(self.plan, state) + _missing_routing(self.plan)
+
+    def _roll_back(self) -> None:
+        for undo in (self.backend.remove, routing.uninstall):
+            try:
+                undo()
+            except RelayError:
+                continue  # the first error is the one to tell
+
+
+def remove() -> bool:
+    """Take away what is there, of whatever plan and in whichever backend; True if there was anything."""
+    removed = [where.remove() for where in backend.present()]
+    return routing.uninstall() or any(removed)
+
+
+def status(plan: Plan) -> Status:
+    """Compare the plan with the kernel."""
+    found = backend.present()
+    lines = routing.listing()
+    if not found:
+        problems = ["there are rules of routing, but none for packets"] if lines else []
+        return Status("degraded" if lines else "absent", None, problems, [], lines)
+    where = found[0]
+    problems = [f"there are rules of {other.name} too" for other in found[1:]]
+    by_state = {state: where.problems(plan, state) for state in STATES}
+    state = min(STATES, key=lambda one: len(by_state[one]))
+    problems += by_state[state] + (_missing_routing(plan) if state != "closed" else [])
+    return Status("degraded" if problems else state, where.name, problems, where.counts(), lines)
+
+
+def shell_script(steps: list[Step], title: str) -> str:
+    """The steps as a script that a person can read and sh can run."""
+    lines = ["#!/bin/sh", *(f"# {line}" for line in title.splitlines()), "set -e"]
+    for step in steps:
+        lines += ["", f"{shlex.join(step.argv)} <<'END'", step.stdin.rstrip("\n"), "END"]
+    return "\n".join([*lines, ""])
+
+
+def _missing_routing(plan: Plan) -> list[str]:
+    return [
+        f"ip -{family}: '{line.replace(' add ', ' ', 1)}' is missing"
+        for family in plan.families
+        for line in routing.missing(plan, family)
+    ]

@@ -1,0 +1,112 @@
+"""`tproxy-relay rules show | apply | remove | status`: the ruleset by hand.
+
+What `apply` installs is held by nobody and stays until `remove`. A running relay that holds a ruleset of its own
+(`run` with intercept-inbound or intercept-outbound) keeps these two out.
+"""
+
+import json
+
+from tproxy_relay.intercept import backend, lock, plan, ruleset
+from tproxy_relay.intercept.lock import Holder, Lock
+from tproxy_relay.intercept.plan import Plan
+from tproxy_relay.intercept.ruleset import Ruleset, Status
+from tproxy_relay.listeners import listening_ports
+from tproxy_relay.settings import Settings
+
+
+def run(settings: Settings) -> int:
+    """Do what `settings.action` says and print the answer. Returns the exit code; raises RelayError."""
+    wanted = plan.of_settings(settings)
+    return {"show": _show, "apply": _apply, "remove": _remove, "status": _status}[settings.action or ""](
+        wanted, settings
+    )
+
+
+def _show(wanted: Plan, settings: Settings) -> int:
+    where = backend.of_name(settings.backend) if settings.backend != "auto" else backend.preferred()
+    steps = Ruleset(wanted, where).steps()
+    if settings.json:
+        print(json.dumps({"backend": where.name, "steps": [step._asdict() for step in steps]}))
+    else:
+        title = f"The interception ruleset of tproxy-relay, plan {wanted.digest}, for {where.name}.\n"
+        print(ruleset.shell_script(steps, title + "`tproxy-relay rules remove` takes it away again."), end="")
+    return 0
+
+
+def _apply(wanted: Plan, settings: Settings) -> int:
+    warnings: list[str] = []
+    with Lock():
+        where = backend.choose(settings.backend, wanted, warn=warnings.append)
+        changed = Ruleset(wanted, where).apply()
+    done = f"{'applied' if changed else 'already applied'} with {where.name}: {_summary(wanted)}"
+    _answer(settings, done, warnings)
+    return 0
+
+
+def _remove(wanted: Plan, settings: Settings) -> int:
+    with Lock():
+        removed = ruleset.remove()
+    _answer(settings, "removed" if removed else "there was nothing to remove", [])
+    return 0
+
+
+def _status(wanted: Plan, settings: Settings) -> int:
+    now, holder = ruleset.status(wanted), lock.holder()
+    listeners = _listeners(wanted)
+    problems = now.problems + [f"nothing listens on port {port}" for port, there in listeners.items() if not there]
+    state = "degraded" if problems and now.state != "absent" else now.state
+    if settings.json:
+        print(
+            json.dumps(
+                {
+                    "state": state,
+                    "backend": now.backend,
+                    "problems": problems,
+                    "rules": [count._asdict() for count in now.counts],
+                    "routing": now.routing,
+                    "listeners": [{"port": port, "listening": there} for port, there in listeners.items()],
+                    "holder": holder.pid if holder else None,
+                }
+            )
+        )
+    else:
+        print("\n".join(_report(state, now, problems, listeners, holder)))
+    return 0 if state in ("active", "draining") else 1
+
+
+def _report(
+    state: str, now: Status, problems: list[str], listeners: dict[int, bool], holder: Holder | None
+) -> list[str]:
+    held = f", held by process {holder.pid}" if holder else ""
+    lines = [f"ruleset: {state}{f' ({now.backend})' if now.backend else ''}{held}"]
+    lines += [f"problem: {problem}" for problem in problems]
+    lines += [f"listener: port {port}, {'listening' if there else 'nobody'}" for port, there in listeners.items()]
+    lines += now.routing
+    for count in now.counts:
+        packets = "-" if count.packets is None else str(count.packets)
+        lines.append(f"{packets:>12} packets  {count.family} {count.chain}: {count.label}")
+    return lines
+
+
+def _listeners(wanted: Plan) -> dict[int, bool]:
+    """The listeners that the plan sends connections to, and whether something listens there."""
+    there = listening_ports()
+    return {port: port in there for port in sorted(wanted.listener_ports)}
+
+
+def _summary(wanted: Plan) -> str:
+    parts = []
+    for name, ranges, port in (
+        ("inbound", wanted.inbound, wanted.inbound_port),
+        ("outbound", wanted.outbound, wanted.outbound_port),
+    ):
+        if ranges:
+            parts.append(f"{name} {','.join(map(str, ranges))} to {port}")
+    return "; ".join(parts)
+
+
+def _answer(settings: Settings, done: str, warnings: list[str]) -> None:
+    if settings.json:
+        print(json.dumps({"done": done, "warnings": warnings}))
+    else:
+        print("\n".join([*(f"warning: {line}" for line in warnings), done]))
