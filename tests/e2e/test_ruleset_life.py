@@ -147,11 +147,13 @@ def test_killed_while_draining_nothing_is_left_even_with_closed(furnished: Lab) 
 
 @pytest.mark.parametrize("victim", ["intercept.guard", "nft -i"])
 def test_a_killed_guard_is_replaced(furnished: Lab, victim: str) -> None:
+    """Without rules for a moment, a relayed connection that is silent does not notice."""
     lab = furnished
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS) as relay:
         with lab.client.connect(lab.server.ipv4, PORT) as carried:
             assert ping(carried) == ""
             rules = look(lab)
+            wait_until(lambda: "unacked" not in lab.relay.run(["ss", "-tin"]).stdout, "no packet is on its way")
             for pid in processes(lab, victim):
                 os.kill(pid, signal.SIGKILL)
             relay.wait_for_line(lambda line: line["message"] == "ruleset restored")

@@ -89,8 +89,8 @@ class Guard:
             if self._changes.told(ready):
                 self._look_soon()
             if self._holder in ready:
-                self._selector.unregister(self._holder)  # it has ended, and its table is gone
-                self._look_at = 0.0
+                self._selector.unregister(self._holder)
+                self._hold_again()
             if time.monotonic() >= self._look_at:
                 self._look()
 
@@ -98,6 +98,17 @@ class Guard:
         self._holder = self._ruleset.backend.holder
         if self._holder is not None:
             self._selector.register(self._holder, selectors.EVENT_READ)
+
+    def _hold_again(self) -> None:
+        """The holder has ended, and its table is gone: at once, because the servers now get packets of relayed
+        connections, and reset them."""
+        try:
+            self._ruleset.backend.install(self._plan, self._state)
+            tell("restored", what="the process that held the table had died", state=self._state)
+            self._watch_holder()
+        except RelayError as error:
+            tell("trouble", message=str(error))
+        self._look_soon()
 
     def _look_soon(self) -> None:
         soon = max(time.monotonic() + SETTLE, self._looked_at + LOOK_INTERVAL)
