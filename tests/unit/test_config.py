@@ -160,7 +160,11 @@ def test_commands(load: Load) -> None:
 
 
 def test_rules_take_another_word(load: Load) -> None:
-    for argv in (["rules", "remove", "--json"], ["-keepalive", "1", "rules", "-json", "remove"], ["-json", "rules", "remove"]):
+    for argv in (
+        ["rules", "remove", "--json"],
+        ["-keepalive", "1", "rules", "-json", "remove"],
+        ["-json", "rules", "remove"],
+    ):
         loaded = load(*argv)
         assert (loaded.settings.command, loaded.settings.action, loaded.settings.json) == ("rules", "remove", True)
         assert loaded.origins["action"] == "command line"

@@ -5,7 +5,10 @@ import pytest
 from tproxy_relay import contradictions
 from tproxy_relay.errors import ConfigError, RelayError, UsageError
 from tproxy_relay.options import OPTIONS
-from tproxy_relay.settings import HostPort, Settings
+from tproxy_relay.settings import HostPort, PortRange, Settings
+
+HTTP = (PortRange(80, 80),)
+EVERYTHING = (PortRange(1, 65535),)
 
 
 def refusal(settings: Settings, on_command_line: str = "") -> RelayError:
@@ -72,6 +75,85 @@ def test_a_link_local_address_needs_an_interface() -> None:
 def test_settings_that_go_well_together() -> None:
     assert is_accepted(Settings(mode="redirect", preserve_source="full"))
     assert is_accepted(Settings(user_timeout=1, keepalive=60, connect_timeout=10))
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (Settings(command="rules"), "'rules' needs one more word: show, apply, remove or status"),
+        (Settings(action="show"), "'show' goes with 'rules', and the command is 'run'"),
+        (Settings(command="check", action="status"), "'status' goes with 'rules', and the command is 'check'"),
+        (Settings(json=True), "--json is for 'rules' and 'check', and the command is 'run'"),
+        (Settings(command="demo", json=True), "--json is for 'rules' and 'check', and the command is 'demo'"),
+        *(
+            (Settings(command="rules", action=action), f"'rules {action}' needs something to intercept")
+            for action in ("show", "apply", "status")
+        ),
+    ],
+)
+def test_words_in_the_wrong_place(settings: Settings, sentence: str) -> None:
+    assert str(refusal(settings)).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(command="check"),
+        Settings(command="check", json=True),
+        Settings(command="rules", action="remove", json=True),
+        Settings(command="rules", action="status", json=True, intercept_inbound=HTTP),
+        Settings(command="rules", action="apply", intercept_outbound=HTTP),
+    ],
+)
+def test_words_in_the_right_place(settings: Settings) -> None:
+    assert is_accepted(settings)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (
+            Settings(intercept_inbound=HTTP, inbound_port=9),
+            "the listener inbound-port 9, which is not in ports 15002,15006",
+        ),
+        (Settings(intercept_outbound=HTTP, outbound_port=9), "the listener outbound-port 9, which is not in ports"),
+        (
+            Settings(intercept_inbound=HTTP, ports=(15002,)),
+            "the listener inbound-port 15006, which is not in ports 15002",
+        ),
+        (Settings(intercept_inbound=EVERYTHING), "1-65535 has the relay's own port 15002 in it"),
+        (Settings(intercept_outbound=(PortRange(15000, 15004),)), "15000-15004 has the relay's own port 15002 in it"),
+        (Settings(intercept_outbound=HTTP, interface="eth0"), "a listener on eth0 does not hear them"),
+        (Settings(intercept_inbound=HTTP, interface="lo"), "nothing arrives from outside on lo"),
+        (
+            Settings(intercept_inbound=HTTP, mode="redirect", bind=("127.0.0.1",)),
+            "a listener on 127.0.0.1 does not hear",
+        ),
+        (Settings(intercept_inbound=HTTP, mode="redirect", bind=("0.0.0.0", "::1")), "a listener on ::1 does not hear"),
+    ],
+)
+def test_interception_that_would_lead_nowhere(settings: Settings, sentence: str) -> None:
+    error = refusal(settings, on_command_line="intercept-outbound")
+    assert sentence in str(error)
+    assert isinstance(error, UsageError if settings.intercept_outbound else ConfigError)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(inbound_port=9, outbound_port=9),
+        Settings(intercept_inbound=HTTP, outbound_port=9),
+        Settings(intercept_inbound=HTTP, intercept_outbound=HTTP, ports=(9,), inbound_port=9, outbound_port=9),
+        Settings(intercept_inbound=HTTP, interface="eth0"),
+        Settings(intercept_outbound=HTTP, interface="lo"),
+        Settings(intercept_inbound=HTTP, bind=("127.0.0.1", "::1")),
+        Settings(intercept_inbound=HTTP, mode="redirect"),
+        Settings(intercept_inbound=HTTP, mode="redirect", bind=("127.0.0.1", "10.0.0.1")),
+        Settings(intercept_outbound=HTTP, mode="redirect", bind=("127.0.0.1",)),
+    ],
+)
+def test_interception_that_leads_to_a_listener(settings: Settings) -> None:
+    assert is_accepted(settings)
 
 
 def test_a_cap_that_another_cap_makes_idle_is_worth_a_warning() -> None:

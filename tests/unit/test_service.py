@@ -21,7 +21,7 @@ from loopback import RST
 from tproxy_relay import service
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import CapabilityMissingError, ConfigError
-from tproxy_relay.settings import HostPort, Settings
+from tproxy_relay.settings import HostPort, PortRange, Settings
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -277,6 +277,41 @@ def test_without_the_capability(require_or_skip: Callable[[str], NoReturn]) -> N
     ran = children.run_python(RIGHTS, prefix=prefix)
     assert (ran.stdout, ran.stderr) == ("0x0 0x0 0x0\nfine\n77\n77\n", "")
     assert CapabilityMissingError.exit_code == 77
+
+
+HTTP = (PortRange(80, 80),)
+
+
+def test_without_ports_to_intercept_there_is_no_ruleset() -> None:
+    assert service._intercept(Settings(), mark=0, own_ports=frozenset()) is None
+
+
+@pytest.mark.parametrize(
+    "settings, error, why",
+    [
+        (Settings(intercept_inbound=HTTP), ConfigError, "none of the inherited sockets listens on port 15006"),
+        (
+            Settings(intercept_outbound=HTTP, user="no-such-account"),
+            ConfigError,
+            "there is no account 'no-such-account'",
+        ),
+        (
+            Settings(intercept_outbound=HTTP, user=str(os.geteuid() + 1)),
+            ConfigError,
+            "but this process runs as account",
+        ),
+        (
+            Settings(intercept_outbound=HTTP),
+            CapabilityMissingError,
+            "outbound interception would catch the relay itself",
+        ),
+    ],
+)
+def test_interception_that_cannot_work_is_refused_before_anything_is_done(
+    settings: Settings, error: type[Exception], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        service._intercept(settings, mark=0, own_ports=frozenset({15002}))
 
 
 def test_a_taken_port_ends_the_start_with_its_code() -> None:

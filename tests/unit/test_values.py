@@ -3,7 +3,7 @@
 import pytest
 
 from tproxy_relay import values
-from tproxy_relay.settings import HostPort
+from tproxy_relay.settings import HostPort, PortRange
 from tproxy_relay.values import BadValue
 
 TIMEOUT = values.seconds("never")
@@ -286,6 +286,74 @@ def test_what_is_no_mask(text: str) -> None:
     assert reason(values.MASK, text)
 
 
+@pytest.mark.parametrize(
+    "text, ranges",
+    [
+        ("80", ((80, 80),)),
+        ("1-65535", ((1, 65535),)),
+        ("80-80", ((80, 80),)),
+        ("8000-8100,11000,22", ((22, 22), (8000, 8100), (11000, 11000))),
+        (" 8000 - 8100 ,\t443 ", ((443, 443), (8000, 8100))),
+        ("80,81", ((80, 80), (81, 81))),
+    ],
+)
+def test_port_ranges(text: str, ranges: tuple[tuple[int, int], ...]) -> None:
+    parsed = values.PORT_RANGES.parse(text)
+    assert parsed == tuple(PortRange(*one) for one in ranges)
+    assert values.PORT_RANGES.parse(values.PORT_RANGES.write(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("", "no value given"),
+        ("80,", "empty"),
+        ("0", "'0' is not a TCP port"),
+        ("65536", "'65536' is not a TCP port"),
+        ("80-", "'' is not a TCP port"),
+        ("-80", "'' is not a TCP port"),
+        ("1-2-3", "'2-3' is not a TCP port"),
+        ("80-65536", "'65536' is not a TCP port (1-65535) in '80-65536'"),
+        ("http", "'http' is not a TCP port"),
+        ("٨٠", "is not a TCP port"),
+        ("80; accept", "is not a TCP port"),
+        ("80 }\n", "is not a TCP port"),
+        ("8100-8000", "8100-8000 runs backwards in '8100-8000': write 8000-8100"),
+        ("80,80", "80 and 80 overlap in '80,80'"),
+        ("443,8000-8100,8100-8200", "8000-8100 and 8100-8200 overlap"),
+        ("1-65535,22", "1-65535 and 22 overlap"),
+        (",".join(map(str, range(1, 2 * values.MOST_ITEMS + 2, 2))), "64"),
+    ],
+)
+def test_what_are_no_port_ranges(text: str, why: str) -> None:
+    assert why in reason(values.PORT_RANGES, text)
+
+
+def test_one_port() -> None:
+    assert values.PORT.parse("15006") == 15006
+    for text in ("", "0", "65536", "1,2", "1-2", " 1", "+1"):
+        assert reason(values.PORT, text)
+
+
+@pytest.mark.parametrize("text", ["0", "1000", "4294967294", "relay", "_apt", "a.b-c_d", "A", "a" * 32])
+def test_account(text: str) -> None:
+    assert values.ACCOUNT.parse(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "01", "-1", "a b", "a" * 33, "a;b", "a\n", "é", "1a", "12345678901", "$(id)", "a$"]
+)
+def test_what_is_no_account(text: str) -> None:
+    assert reason(values.ACCOUNT, text)
+
+
+def test_route_table() -> None:
+    for number in (1, 252, 256, 7006, 4294967295):
+        assert values.ROUTE_TABLE.parse(str(number)) == number
+    for text in ("0", "253", "254", "255", "4294967296", "main", "0x10", "-1", ""):
+        assert reason(values.ROUTE_TABLE, text)
+
+
 @pytest.mark.parametrize("text", ["", "--", "a\nb", "a\0b", "a\x1b[2J", "\udcff", "a\u2028b"])
 def test_what_is_no_name_of_a_file(text: str) -> None:
     assert reason(values.PATH, text)
@@ -305,6 +373,8 @@ def test_words_may_be_in_capitals() -> None:
         (0.001, "0.001"),
         (2147483.0, "2147483"),
         ((1, 2), "1,2"),
+        ((PortRange(1, 1), PortRange(8000, 8100)), "1,8000-8100"),
+        ((), ""),
         (HostPort("::1", 80), "[::1]:80"),
         (HostPort("a", 80), "a:80"),
         (False, "no"),

@@ -378,6 +378,39 @@ def test_what_waits_in_the_backlog_is_served_when_term_comes(count: int) -> None
         assert running.lines.outcomes(count) == ["completed"] * count
 
 
+def test_clients_whose_handshake_was_under_way_are_served_when_the_stop_has_begun(running: Running) -> None:
+    running.latecomers_seconds = 2 * PATIENCE
+    running.signal(signal.SIGTERM)
+    assert running.stopping.wait(PATIENCE)
+    client, server = running.connect()
+    assert not running.lines.of("draining")
+    client.close()
+    server.close()
+    running.signal(signal.SIGTERM)
+    running.await_end(1)
+    assert running.lines.outcomes() == ["completed"]
+
+
+def test_waiting_for_latecomers_ends_by_itself() -> None:
+    with Running() as running:
+        running.latecomers_seconds = 0.3
+        began = time.monotonic()
+        running.signal(signal.SIGTERM)
+        running.await_end(2)
+        assert 0.3 <= time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_wait_for_latecomers(running: Running, second: signal.Signals) -> None:
+    running.latecomers_seconds = 2 * PATIENCE
+    running.connect()
+    running.signal(signal.SIGTERM)
+    assert running.stopping.wait(PATIENCE)
+    running.signal(second)
+    running.await_end(2)
+    assert running.lines.outcomes() == ["aborted"]
+
+
 def test_the_drain_ends_with_its_deadline() -> None:
     with Running(drain_timeout=0.4) as running:
         client, server = running.connect()

@@ -14,7 +14,7 @@ from tproxy_relay.intercept import routing
 from tproxy_relay.intercept.plan import Family
 from tproxy_relay.settings import PortRange
 
-_MATCH_ALL = {"priority", "src", "fwmark", "fwmask", "not", "table", "action", "protocol", "goto", "nop"}
+_MATCH_ALL = {"priority", "src", "fwmark", "fwmask", "not", "table", "action", "protocol", "suppress_prefixlen"}
 """What a rule of routing may say without being about some addresses or ports only."""
 
 _DEAD_ENDS = {"6", "7", "8"}

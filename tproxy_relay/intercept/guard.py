@@ -22,6 +22,7 @@ from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept import routing
 from tproxy_relay.intercept.backend import Backend, Nft
 from tproxy_relay.intercept.changes import Changes
+from tproxy_relay.intercept.holder import Holder
 from tproxy_relay.intercept.lock import Lock
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.intercept.programs import ProgramError
@@ -41,6 +42,7 @@ class Guard:
     def __init__(self, plan: Plan, backend: str, state: State) -> None:
         self._plan = plan
         self._state: State = state
+        self._holder: Holder | None = None
         self._lock = Lock()
         self._selector = selectors.DefaultSelector()
         hold = plan.on_failure == "open"
@@ -88,13 +90,14 @@ class Guard:
                 self._lock.answer(os.getppid())
             if self._changes.told(ready):
                 self._look_soon()
-            if self._holder in ready:
-                self._selector.unregister(self._holder)
+            if self._holder in ready and self._holder.has_ended():
                 self._hold_again()
             if time.monotonic() >= self._look_at:
                 self._look()
 
     def _watch_holder(self) -> None:
+        if self._holder is not None:
+            self._selector.unregister(self._holder)
         self._holder = self._ruleset.backend.holder
         if self._holder is not None:
             self._selector.register(self._holder, selectors.EVENT_READ)
@@ -105,9 +108,9 @@ class Guard:
         try:
             self._ruleset.backend.install(self._plan, self._state)
             tell("restored", what="the process that held the table had died", state=self._state)
-            self._watch_holder()
         except RelayError as error:
             tell("trouble", message=str(error))
+        self._watch_holder()
         self._look_soon()
 
     def _look_soon(self) -> None:
@@ -122,8 +125,8 @@ class Guard:
             restored = self._ruleset.restore(self._state)
             if restored:
                 tell("restored", what="; ".join(restored), state=self._state)
-                if self._ruleset.backend.holder is not self._holder:
-                    self._watch_holder()
+            if self._ruleset.backend.holder is not self._holder:
+                self._watch_holder()
         except RelayError as error:
             interval = LOOK_INTERVAL
             tell("trouble", message=str(error))

@@ -21,6 +21,7 @@ class Holder:
     """The child, and the way to talk to it."""
 
     def __init__(self) -> None:
+        self._at_end = False
         self._child = subprocess.Popen(
             [programs.require("nft"), "-i"],
             stdin=subprocess.PIPE,
@@ -33,7 +34,12 @@ class Holder:
     @property
     def alive(self) -> bool:
         """False once it has ended, and the table with it."""
-        return self._child.poll() is None
+        return not self._at_end and self._child.poll() is None
+
+    def has_ended(self) -> bool:
+        """When its output is readable: True if that is because there will be no more."""
+        self._at_end = not os.read(self.fileno(), 65536)
+        return self._at_end
 
     def fileno(self) -> int:
         """Becomes readable when it ends."""
@@ -54,7 +60,7 @@ class Holder:
 
     def _read_answer(self) -> str:
         deadline, said = time.monotonic() + programs.TIMEOUT, b""
-        while _SYNCED.encode() not in said:
+        while b"\n" not in said.partition(_SYNCED.encode())[2]:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self], [], [], left)[0]:
                 raise ProgramError(f"nft -i did not answer within {programs.TIMEOUT:g} s")
