@@ -18,7 +18,7 @@ import tproxy_relay
 from tproxy_relay import config_file, contradictions, environment, reference
 from tproxy_relay.config_file import Given, label
 from tproxy_relay.errors import ConfigError, UsageError
-from tproxy_relay.options import DEFAULT_FILE, OPTIONS, POSITIONAL, Option, did_you_mean
+from tproxy_relay.options import ACTION, COMMAND, DEFAULT_FILE, OPTIONS, POSITIONAL, Option, did_you_mean
 from tproxy_relay.settings import Settings
 from tproxy_relay.values import BadValue, shown
 
@@ -117,9 +117,11 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
 
     def _parse(self, argv: Sequence[str], variables: Mapping[str, str], file_text: str) -> dict[str, Any]:
         namespace, rest = self.parse_known_args(list(argv), env_vars=variables, config_file_contents=file_text)
+        given = vars(namespace)
+        if rest and given.get(COMMAND.name) and given.get(ACTION.name) is None:
+            given[ACTION.name] = _late_action(rest.pop(0))
         if rest:
             raise UsageError(f"unexpected argument {shown(rest[0])}")
-        given = vars(namespace)
         return {name: value for name, value in given.items() if value is not None or OPTIONS[name] not in POSITIONAL}
 
     def error(self, message: str) -> NoReturn:
@@ -128,6 +130,17 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
 
     def format_help(self) -> str:
         return reference.help_text()
+
+
+def _late_action(word: str) -> object:
+    """The second word, when an option stood between: argparse leaves it over (its documentation on intermixed
+    arguments says why)."""
+    if ACTION.kind is None or word.startswith("-"):
+        raise UsageError(f"unexpected argument {shown(word)}")
+    try:
+        return ACTION.kind.parse(word)
+    except BadValue as error:
+        raise UsageError(f"unexpected argument {error}") from None
 
 
 def _spellings(option: Option) -> tuple[str, ...]:

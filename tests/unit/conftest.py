@@ -3,8 +3,10 @@
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
+import networks
 import pytest
 from deadlines import wait_until
 
@@ -23,6 +25,23 @@ def nothing_left_behind() -> Iterator[None]:
         f"threads end: {sorted(t.name for t in set(threading.enumerate()) - threads)}",
     )
     wait_until(lambda: len(_descriptors()) <= descriptors, "descriptors are closed")
+
+
+@pytest.fixture(scope="session")
+def network(require_or_skip: Callable[[str], NoReturn]) -> None:
+    """The test runs in a network of its own, see networks.py."""
+    reason = networks.why_not()
+    if reason:
+        require_or_skip(reason.splitlines()[-1])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Where the fixture `network` is asked for."""
+    if "network" not in pyfuncitem.fixturenames:
+        return None
+    networks.run_test(pyfuncitem)
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,12 @@ class Backend(ABC):
 
     @abstractmethod
     def install(self, plan: Plan, state: State) -> None:
-        """Put the rules in the place of what there is of ours. Raises ProgramError or CapabilityMissingError, and
-        then nothing has changed."""
+        """Put the rules in the place of what there is of ours. Raises ProgramError or CapabilityMissingError; some
+        of it may be there by then."""
+
+    @abstractmethod
+    def remember(self) -> Callable[[], None]:
+        """What to call to have it again as it is now."""
 
     @abstractmethod
     def change(self, plan: Plan, state: State) -> None:
@@ -141,6 +145,16 @@ class Nft(Backend):
         programs.run(["nft", "-f", "-"], nft.removal())
         return True
 
+    def remember(self) -> Callable[[], None]:
+        listed = programs.run(["nft", "list", "table", "inet", nft.TABLE], check=False).stdout
+
+        def put_back() -> None:
+            self.remove()
+            if listed:
+                programs.run(["nft", "-f", "-"], listed)
+
+        return put_back
+
     def counts(self) -> list[Count]:
         rules = (entry["rule"] for entry in self._table() if "rule" in entry)
         return [Count("inet", rule["chain"], rule.get("comment", ""), *_counter(rule)) for rule in rules]
@@ -199,17 +213,20 @@ class Iptables(Backend):
     def install(self, plan: Plan, state: State) -> None:
         for family in plan.families:
             programs.require(self._program(family, "-restore"))
-        before = {family: self._saved(family) for family in plan.families}
-        done: list[Family] = []
-        try:
-            for family in plan.families:
-                done.append(family)
-                self._load(plan, state, family, before[family])
-        except RelayError:
-            for family in reversed(done):
-                if not before[family].chains:
+        for family in plan.families:
+            programs.run(self._restore(family), self._text(plan, state, family, self._saved(family)))
+
+    def remember(self) -> Callable[[], None]:
+        before = {family: self._saved(family) for family in _FAMILIES if self._has(family)}
+
+        def put_back() -> None:
+            for family, saved in before.items():
+                if saved.chains:
+                    programs.run(self._restore(family), iptables.again(saved, self._saved(family)))
+                else:
                     self._remove(family)
-            raise
+
+        return put_back
 
     def change(self, plan: Plan, state: State) -> None:
         self.install(plan, state)  # iptables-restore is one transaction for each table, and keeps connections
@@ -245,9 +262,6 @@ class Iptables(Backend):
                         f"IPv{family} {hook}: the rule that leads to the relay's chain is not there as planned"
                     )
         return found
-
-    def _load(self, plan: Plan, state: State, family: Family, saved: iptables.Saved) -> None:
-        programs.run(self._restore(family), self._text(plan, state, family, saved))
 
     def _text(self, plan: Plan, state: State, family: Family, saved: iptables.Saved) -> str:
         return iptables.restore(plan, state, family, saved, ",".join(self._to_make(plan, state, family, saved)))

@@ -92,6 +92,21 @@ def removal(saved: "Saved") -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
+def again(former: "Saved", now: "Saved") -> str:
+    """The text that puts what iptables-save has shown in the place of what it shows now."""
+    lines: list[str] = []
+    for table in TABLES:
+        names = list(dict.fromkeys([*former.chains_in(table), *now.chains_in(table)]))
+        if names:
+            lines += [f"*{table}", *(f":{name} - [0:0]" for name in names)]
+            lines += [line.replace("-A ", "-D ", 1) for line in now.jumps_in(table)]
+            lines += [rule.text for rule in former.rules if rule.chain in former.chains_in(table)]
+            lines += [re.sub(r"^-A (\S+)", r"-I \1 1", line) for line in former.jumps_in(table)]
+            lines += [f"-X {name}" for name in names if name not in former.chains_in(table)]
+            lines.append("COMMIT")
+    return "\n".join([*lines, ""])
+
+
 class Counted(NamedTuple):
     """A rule of ours as the kernel has it."""
 

@@ -46,9 +46,13 @@ def batch(plan: Plan) -> str:
     return "\n".join([*_commands(plan), ""])
 
 
-def install(plan: Plan) -> None:
-    """Add what is missing, and take away what an earlier plan has left. Raises SystemRefusedError if the table is in
-    use by somebody else, ProgramError or CapabilityMissingError."""
+Added = dict[Family, list[str]]
+"""By family, the lines that were added."""
+
+
+def install(plan: Plan, added: Added) -> None:
+    """Add what is missing, and note it before. Raises SystemRefusedError if the table is in use by somebody else,
+    ProgramError or CapabilityMissingError."""
     for family in plan.families if plan.needs_routing else ():
         foreign = foreign_routes(plan, family)
         if foreign:
@@ -57,9 +61,20 @@ def install(plan: Plan) -> None:
                 f"(`ip -{family} route show table {plan.route_table}`): choose another number with --route-table"
             )
     for family in ALL_FAMILIES:
-        lines = missing(plan, family)
-        if lines:
-            programs.run(["ip", f"-{family}", "-batch", "-"], "\n".join([*lines, ""]))
+        added[family] = missing(plan, family)
+        if added[family]:
+            programs.run(["ip", f"-{family}", "-batch", "-"], "\n".join([*added[family], ""]))
+
+
+def take_back(added: Added) -> None:
+    """Undo an `install`."""
+    for family, lines in added.items():
+        _delete(family, lines)
+
+
+def tidy(plan: Plan) -> None:
+    """Take away what an earlier plan has left."""
+    for family in ALL_FAMILIES:
         _delete(family, [line for line in _there(family) if line not in _wanted(plan, family)])
 
 

@@ -3,7 +3,9 @@
 Packets are marked only by the rules, so routing comes first and goes last.
 """
 
+import contextlib
 import shlex
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tproxy_relay.errors import RelayError
@@ -49,28 +51,30 @@ class Ruleset:
         return True
 
     def install(self, state: State) -> None:
-        """Put it in the place of what there is of ours, and look whether it is there. On any failure what was added is
-        taken away again. Raises ProgramError, SystemRefusedError or CapabilityMissingError."""
+        """Put it in the place of what there is of ours, and look whether it is there. On any failure things are put
+        back as they were. Raises ProgramError, SystemRefusedError or CapabilityMissingError."""
         others = [other for other in backend.present() if other.name != self.backend.name]
-        was_here = bool(self.backend.counts())
+        put_back = self.backend.remember()
+        added: routing.Added = {}
         try:
-            routing.install(self.plan)
+            routing.install(self.plan, added)
             self.backend.install(self.plan, state)
-            for other in others:
-                other.remove()
             problems = self.problems(state)
             if problems:
                 raise ProgramError(f"the rules were loaded, but the kernel does not have them: {problems[0]}")
         except BaseException:
-            if not was_here:
-                self._roll_back()
+            _whatever_comes(put_back)
+            _whatever_comes(lambda: routing.take_back(added))
             raise
+        for other in others:
+            other.remove()
+        routing.tidy(self.plan)
 
     def restore(self, state: State) -> list[str]:
         """Put back what is gone or was changed; what that was. Raises like `install`."""
         rules, routes = self.backend.problems(self.plan, state), _missing_routing(self.plan)
         if routes:
-            routing.install(self.plan)
+            routing.install(self.plan, {})
         if rules:
             self.backend.install(self.plan, state)
         return rules + routes
@@ -82,13 +86,6 @@ class Ruleset:
     def problems(self, state: State) -> list[str]:
         """What is not as it should be; empty if all is well."""
         return self.backend.problems(self.plan, state) + _missing_routing(self.plan)
-
-    def _roll_back(self) -> None:
-        for undo in (self.backend.remove, routing.uninstall):
-            try:
-                undo()
-            except RelayError:
-                continue  # the first error is the one to tell
 
 
 def remove() -> bool:
@@ -118,6 +115,12 @@ def shell_script(steps: list[Step], title: str) -> str:
     for step in steps:
         lines += ["", f"{shlex.join(step.argv)} <<'END'", step.stdin.rstrip("\n"), "END"]
     return "\n".join([*lines, ""])
+
+
+def _whatever_comes(step: Callable[[], None]) -> None:
+    """A step of rolling back; the error that made it necessary is the one to tell."""
+    with contextlib.suppress(RelayError):
+        step()
 
 
 def _missing_routing(plan: Plan) -> list[str]:

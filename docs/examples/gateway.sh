@@ -1,0 +1,30 @@
+#!/bin/sh
+# The interception ruleset of tproxy-relay, plan ca331be9, for nft.
+# `tproxy-relay rules remove` takes it away again.
+set -e
+
+ip -4 -batch - <<'END'
+route add local default dev lo table 7006 proto 206
+rule add pref 7006 fwmark 0x1000000/0x7000000 iif lo goto 7008 protocol 206
+rule add pref 7006 fwmark 0x2000000/0x7000000 iif lo lookup 7006 protocol 206
+rule add pref 7007 fwmark 0x1000000/0x7000000 lookup 7006 protocol 206
+rule add pref 7008 nop protocol 206
+END
+
+nft -f - <<'END'
+table inet tproxy_relay
+delete table inet tproxy_relay
+table inet tproxy_relay {
+    chain from_lo {
+        meta mark & 0x07000000 == 0x04000000 accept comment "from the relay"
+    }
+    chain prerouting {
+        type filter hook prerouting priority mangle; policy accept;
+        meta l4proto != tcp return comment "plan ca331be9 active: TCP only"
+        iifname "lo" goto from_lo comment "sent by this host to itself"
+        tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark & 0xf8ffffff | 0x01000000 counter accept comment "packets of relayed connections"
+        iifname != "lo" ip daddr { 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/4, 255.255.255.255/32 } return comment "never intercepted, IPv4"
+        iifname != "lo" meta nfproto ipv4 tcp flags & (fin | syn | rst | ack) == syn tcp dport { 8080 } tproxy ip to :15006 meta mark set meta mark & 0xf8ffffff | 0x01000000 counter accept comment "inbound, IPv4"
+    }
+}
+END

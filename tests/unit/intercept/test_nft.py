@@ -1,0 +1,215 @@
+"""The nft text: what must be true of it for every plan, and that nft takes it."""
+
+import json
+import re
+from dataclasses import replace
+
+import plans
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plans import PLAN, STATES, VARIANTS
+
+from tproxy_relay.intercept import nft, programs
+from tproxy_relay.intercept.backend import Nft
+from tproxy_relay.intercept.nft import Chain, Rule
+from tproxy_relay.intercept.plan import Plan, State
+
+every_plan = given(plan=plans.ANY, state=st.sampled_from(STATES))
+
+SYN, NOT_SYN = "tcp flags & (fin | syn | rst | ack) == syn", "tcp flags & (fin | syn | rst | ack) != syn"
+
+
+def rules(plan: Plan, state: State) -> list[tuple[Chain, Rule]]:
+    return [(chain, rule) for chain in nft.chains(plan, state) for rule in chain.rules]
+
+
+def labels(plan: Plan, chain: str, state: State = "active") -> list[str]:
+    return [rule.label for one, rule in rules(plan, state) if one.name == chain]
+
+
+@every_plan
+def test_it_is_made_of_harmless_characters(plan: Plan, state: State) -> None:
+    for text in nft.script(plan, state, held=True), nft.change(plan, state):
+        assert re.fullmatch(r"[a-zA-Z0-9_.:,;(){}\[\]=!&|/\" \n-]*", text)
+        for line in text.splitlines():
+            assert line.count('"') % 2 == 0
+            assert re.sub(r'"[^"]*"', "", line).count(";") <= (2 if "policy" in line else 1)
+
+
+@every_plan
+def test_it_touches_one_table(plan: Plan, state: State) -> None:
+    for text in nft.script(plan, state), nft.change(plan, state), nft.removal():
+        assert set(re.findall(r"\btable\b.*?(?= \{|$)", text, re.MULTILINE)) == {"table inet tproxy_relay"}
+
+
+@every_plan
+def test_every_rule_says_what_it_is_for(plan: Plan, state: State) -> None:
+    for _, rule in rules(plan, state):
+        assert re.fullmatch(r"[\w ,:-]{4,100}", rule.label)
+        assert f'{rule.text} comment "{rule.label}"\n' in nft.script(plan, state)
+
+
+@every_plan
+def test_the_first_rule_of_a_chain_knows_the_plan(plan: Plan, state: State) -> None:
+    for chain in nft.chains(plan, state):
+        if chain.hook and not chain.name.startswith("zone"):
+            assert chain.rules[0].label == f"plan {plan.digest} {state}: TCP only"
+
+
+@every_plan
+def test_tproxy_is_for_prerouting(plan: Plan, state: State) -> None:
+    """nft_tproxy.c has no other hook, and refuses the whole table."""
+    assert all("tproxy" not in rule.text for chain, rule in rules(plan, state) if "output" in chain.hook)
+
+
+@every_plan
+def test_a_bare_syn_never_matches_an_old_socket(plan: Plan, state: State) -> None:
+    assert all(NOT_SYN in rule.text for _, rule in rules(plan, state) if "socket transparent" in rule.text)
+
+
+@every_plan
+def test_only_bare_syns_are_taken(plan: Plan, state: State) -> None:
+    for chain, rule in rules(plan, state):
+        takes = re.search(r"\b(tproxy|redirect|dnat)\b", rule.text) or "ct mark set" in rule.text
+        assert not takes or SYN in rule.text or chain.name == "from_lo"
+
+
+@every_plan
+def test_foreign_bits_of_marks_survive(plan: Plan, state: State) -> None:
+    for _, rule in rules(plan, state):
+        writes = re.findall(r"(meta|ct) mark set (meta|ct) mark & (0x\w+) \| (0x\w+)", rule.text)
+        assert len(writes) == rule.text.count("mark set")
+        for to, of, kept, added in writes:
+            assert to == of and int(kept, 16) == 0xFFFFFFFF ^ plan.mark_mask and int(added, 16) in plan.marks
+        reads = re.findall(r"mark & (0x\w+) == (0x\w+)", rule.text)
+        assert len(reads) == rule.text.count("mark &") - len(writes)
+        for mask, value in reads:
+            assert int(mask, 16) == plan.mark_mask and int(value, 16) in plan.marks
+
+
+@every_plan
+def test_the_relay_is_exempt_before_anything_is_taken(plan: Plan, state: State) -> None:
+    for name in "output", "nat_output", "from_lo":
+        texts = [rule.text for chain, rule in rules(plan, state) if chain.name == name]
+        own = f"meta mark & {plan.mark_mask:#010x} == {plan.marks.relay:#010x}"
+        exempt = next((number for number, text in enumerate(texts) if text.startswith(own)), len(texts))
+        taking = (number for number, text in enumerate(texts) if SYN in text or re.search(r"\btproxy\b", text))
+        assert exempt < next(taking, len(texts)) or exempt == len(texts) == next(taking, len(texts))
+
+
+@every_plan
+def test_draining_is_active_without_what_takes_new_connections(plan: Plan, state: State) -> None:
+    active, draining = ([(chain.name, rule.text) for chain, rule in rules(plan, one)] for one in ("active", "draining"))
+    left_out = [rule for rule in active if rule not in draining]
+    assert [rule for rule in active if rule in draining] == draining
+    assert not any(SYN in text for _, text in draining)
+    # What is left out beside those only kept something from them.
+    assert all(SYN in text or text.endswith(" return") for _, text in left_out)
+    assert {name for name, _ in active} == {name for name, _ in draining}, "its hooks stay"
+
+
+@every_plan
+def test_one_line_says_the_same(plan: Plan, state: State) -> None:
+    text = nft.script(plan, state, held=True)
+    line = nft.one_line(text)
+    assert "\n" not in line
+    assert line.replace(";", "").split() == text.replace(";", "").split()
+    assert not re.search(r"[;{]\s*;", line)
+    assert line.count(";") == sum(not one.endswith("{") for one in text.splitlines()) + text.count("; policy")
+
+
+@pytest.mark.parametrize(
+    "name, chain, expected",
+    [
+        ("tproxy", "prerouting", "tproxy ip to :15006"),
+        ("tproxy", "from_lo", "tproxy ip6 to :15002"),
+        ("loopback", "prerouting", "tproxy ip to 127.0.0.1:15006"),
+        ("loopback", "from_lo", "tproxy ip6 to [::1]:15002"),
+        ("interface", "prerouting", 'iifname "a-b_c.d:1" meta nfproto ipv4'),
+        ("tproxy", "prerouting", 'iifname != "lo" meta nfproto ipv6'),
+        ("account", "output", "meta skuid 4294967294 counter return"),
+        ("redirect", "nat_prerouting", "redirect to :15006"),
+        ("redirect loopback", "nat_output", "redirect to :15002"),
+        ("redirect addresses", "nat_prerouting", "dnat ip to 192.0.2.1:15006"),
+        ("redirect addresses", "nat_output", "dnat ip6 to [2001:db8::1]:15002"),
+        ("mask", "output", "ct mark set ct mark & 0x7ffffefe | 0x00000100"),
+        ("full", "zone_output", "ct zone set 7006"),
+        ("tproxy", "prerouting", "tcp dport { 443, 8000-8100 }"),
+    ],
+)
+def test_what_a_setting_becomes(name: str, chain: str, expected: str) -> None:
+    assert any(expected in rule.text for one, rule in rules(VARIANTS[name], "active") if one.name == chain)
+
+
+def test_closed_refuses_what_has_no_listener_right_after_it_was_offered() -> None:
+    def prerouting(plan: Plan) -> list[str]:
+        return [re.sub(r", IPv[46]$", "", label) for label in labels(plan, "prerouting")[3:]]
+
+    assert prerouting(VARIANTS["tproxy"]) == ["never intercepted", "inbound"] * 2
+    assert prerouting(VARIANTS["closed"]) == ["never intercepted", "inbound", "inbound without a relay"] * 2
+
+
+def test_no_chain_without_a_purpose() -> None:
+    def names(name: str) -> list[str]:
+        return [chain.name for chain in nft.chains(VARIANTS[name], "active")]
+
+    assert names("tproxy") == ["from_lo", "prerouting", "output"]
+    assert names("inbound") == ["from_lo", "prerouting"]
+    assert names("redirect") == ["nat_prerouting", "nat_output"]
+    assert names("redirect outbound") == ["nat_output"]
+    assert names("full") == ["zone_prerouting", "zone_output", "from_lo", "prerouting", "output"]
+    assert "IPv6" not in nft.script(VARIANTS["IPv4"], "active") and "IPv4" not in nft.script(VARIANTS["IPv6"], "active")
+
+
+# --- the real nft
+
+
+def table() -> list[object]:
+    """The table as nft lists it, without what differs from one installation to the next."""
+    listed = programs.run(["nft", "-j", "list", "ruleset"]).stdout
+    listed = re.sub(r'"handle": \d+', '"handle": 0', listed)
+    return list(json.loads(listed)["nftables"][1:])
+
+
+@pytest.mark.usefixtures("network")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nft_takes_it_in_every_state_and_leaves_nothing_behind(name: str) -> None:
+    plan, where = VARIANTS[name], Nft()
+    before = table()
+    where.install(plan, "active")
+    assert where.problems(plan, "active") == []
+    active = table()
+    where.change(plan, "draining")
+    assert where.problems(plan, "draining") == []
+    assert where.problems(plan, "active") != []
+    where.change(plan, "active")
+    assert table() == active
+    programs.run(["nft", "-f", "-"], nft.one_line(nft.script(plan, "active")))
+    assert table() == active, "in one line"
+    where.install(plan, "active")
+    assert table() == active, "twice"
+    assert where.remove() and table() == before
+    programs.run(["nft", "-f", "-"], nft.removal())
+    assert table() == before and not where.remove()
+
+
+@pytest.mark.usefixtures("network")
+def test_nft_takes_any_plan() -> None:
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @every_plan
+    def check(plan: Plan, state: State) -> None:
+        programs.run(["nft", "-c", "-f", "-"], nft.script(plan, state))
+
+    check()
+
+
+@pytest.mark.usefixtures("network")
+def test_other_tables_are_left_alone() -> None:
+    programs.run(["nft", "-f", "-"], "table inet other { chain c { type filter hook input priority 0; accept; }; }")
+    before = table()
+    where = Nft()
+    where.install(replace(PLAN, on_failure="closed"), "active")
+    where.change(PLAN, "draining")
+    where.remove()
+    assert table() == before
