@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tproxy_relay import values
-from tproxy_relay.settings import Settings
+from tproxy_relay.settings import MOST_ROUTE_PRIORITY, Settings
 
 DEFAULT_FILE = "/etc/tproxy-relay.conf"
 PREFIX = "TPROXY_RELAY_"
@@ -165,7 +165,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "route-priority",
-            values.whole(1, values.MOST_ROUTE_PRIORITY),
+            values.whole(1, MOST_ROUTE_PRIORITY),
             "NUMBER",
             "The priority of the first rule of routing that the ruleset adds; the next two numbers are used too.",
         ),

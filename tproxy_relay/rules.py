@@ -6,7 +6,7 @@ What `apply` installs is held by nobody and stays until `remove`. A running rela
 
 import json
 
-from tproxy_relay.intercept import backend, lock, plan, ruleset
+from tproxy_relay.intercept import backends, lock, plan, ruleset
 from tproxy_relay.intercept.lock import Holder, Lock
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.intercept.ruleset import Ruleset, Status
@@ -23,7 +23,7 @@ def run(settings: Settings) -> int:
 
 
 def _show(wanted: Plan, settings: Settings) -> int:
-    where = backend.of_name(settings.backend) if settings.backend != "auto" else backend.preferred()
+    where = backends.of_name(settings.backend) if settings.backend != "auto" else backends.preferred()
     steps = Ruleset(wanted, where).steps()
     if settings.json:
         print(json.dumps({"backend": where.name, "steps": [step._asdict() for step in steps]}))
@@ -36,7 +36,7 @@ def _show(wanted: Plan, settings: Settings) -> int:
 def _apply(wanted: Plan, settings: Settings) -> int:
     warnings: list[str] = []
     with Lock():
-        where = backend.choose(settings.backend, wanted, warn=warnings.append)
+        where = backends.choose(settings.backend, wanted, warn=warnings.append)
         changed = Ruleset(wanted, where).apply()
     done = f"{'applied' if changed else 'already applied'} with {where.name}: {_summary(wanted)}"
     _answer(settings, done, warnings)

@@ -4,8 +4,18 @@ config.py is the only maker of it outside the tests; everything below reads it a
 Times are in seconds. 0 turns a timeout or a cap off, unless the field says otherwise.
 """
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
+
+INTERFACE_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
+"""linux/if.h: IFNAMSIZ is 16 with the final zero. What the kernel would allow beside these is not worth a quote."""
+
+KERNEL_ROUTE_TABLES = (253, 254, 255)
+"""rtnetlink(7): the tables default, main and local."""
+
+MOST_ROUTE_PRIORITY = 32763
+"""ip-rule(8): the rule for the main table has 32766, and three are needed below it."""
 
 
 class HostPort(NamedTuple):

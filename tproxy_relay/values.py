@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tproxy_relay.settings import HostPort, PortRange
+from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, HostPort, PortRange
 
 # poll(2), TCP_USER_TIMEOUT and the like take milliseconds in a C int: a little under 25 days.
 MOST_SECONDS = 2147483
@@ -21,11 +21,8 @@ LEAST_SECONDS = 0.001
 MOST_KEEPALIVE = 32767
 MOST_CONNECTIONS = 1_000_000
 MOST_ITEMS = 64
-# rtnetlink(7): a table's number has 32 bits; these three are default, main and local.
+# rtnetlink(7): a table's number has 32 bits.
 MOST_ROUTE_TABLE = 0xFFFFFFFF
-_TAKEN_ROUTE_TABLES = (253, 254, 255)
-# The rule for the main table has 32766 (ip-rule(8)), and three are needed below it.
-MOST_ROUTE_PRIORITY = 32763
 # PATH_MAX in linux/limits.h, less the NUL at the end.
 MOST_PATH = 4095
 
@@ -34,7 +31,6 @@ _WHOLE = re.compile(r"0|[1-9][0-9]*")
 _SECONDS = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _MASK = re.compile(r"0[xX][0-9a-fA-F]{1,8}|[1-9][0-9]{0,9}")
-_INTERFACE = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
 _ACCOUNT = re.compile(r"0|[1-9][0-9]{0,9}|[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[^][]*)]|(?P<host>[^][:]*)):(?P<port>[^:]*)")
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
@@ -184,7 +180,7 @@ def _addresses(text: str) -> tuple[str, ...]:
 
 
 def _interface(text: str) -> str:
-    if not _INTERFACE.fullmatch(text) or text in (".", ".."):
+    if not INTERFACE_NAME.fullmatch(text) or text in (".", ".."):
         raise BadValue(f"{shown(text)} is not the name of a network interface")
     return text
 
@@ -248,7 +244,7 @@ def _port_ranges(text: str) -> tuple[PortRange, ...]:
 
 def _route_table(text: str) -> int:
     number = whole(1, MOST_ROUTE_TABLE).parse(text)
-    if number in _TAKEN_ROUTE_TABLES:
+    if number in KERNEL_ROUTE_TABLES:
         raise BadValue(f"{text} is one of the kernel's own routing tables: take another number")
     assert isinstance(number, int)
     return number

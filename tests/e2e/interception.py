@@ -151,6 +151,8 @@ def processes(lab: Lab, word: str) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if os.readlink(folder / "ns/net") == network and word in (folder / "cmdline").read_text().replace("\0", " "):
+            if os.readlink(folder / "ns/net") == network and word in (folder / "cmdline").read_text().replace(
+                "\0", " "
+            ):
                 found.append(int(folder.name))
     return found

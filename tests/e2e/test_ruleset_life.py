@@ -114,7 +114,9 @@ def refusal(connect: Callable[[], str]) -> float:
     return min(times)
 
 
-def test_everything_killed_nft_rules_are_gone_and_the_rest_harms_nobody(furnished: Lab, rules: Callable[..., str]) -> None:
+def test_everything_killed_nft_rules_are_gone_and_the_rest_harms_nobody(
+    furnished: Lab, rules: Callable[..., str]
+) -> None:
     lab, before = furnished, look(furnished)
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS) as relay:
         check_intercepted(lab, relay, 6)
@@ -191,7 +193,11 @@ def test_signals_for_the_whole_group_do_not_end_the_guard(furnished: Lab) -> Non
 INTERFERENCE = {
     "nft": ["ip rule del pref 7007", "ip -6 route flush table 7006", "ip link set lo down; ip link set lo up"],
     "iptables-nft": ["iptables-nft -t mangle -F TPROXY_RELAY_OUT", "ip rule del pref 7008", "nft flush ruleset"],
-    "iptables-legacy": ["iptables-legacy -t mangle -F PREROUTING", "ip6tables-legacy -t mangle -F", "ip route flush table 7006"],
+    "iptables-legacy": [
+        "iptables-legacy -t mangle -F PREROUTING",
+        "ip6tables-legacy -t mangle -F",
+        "ip route flush table 7006",
+    ],
 }
 
 

@@ -386,9 +386,9 @@ def test_clients_whose_handshake_was_under_way_are_served_when_the_stop_has_begu
     assert not running.lines.of("draining")
     client.close()
     server.close()
+    wait_until(lambda: running.lines.outcomes() == ["completed"], "it is served to its end")
     running.signal(signal.SIGTERM)
     running.await_end(1)
-    assert running.lines.outcomes() == ["completed"]
 
 
 def test_waiting_for_latecomers_ends_by_itself() -> None:

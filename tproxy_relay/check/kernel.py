@@ -14,8 +14,9 @@ from tproxy_relay.check.case import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
-from tproxy_relay.intercept import backend, iptables, nft
+from tproxy_relay.intercept import backends, iptables, iptables_save, nft
 from tproxy_relay.intercept.backend import Backend, Step
+from tproxy_relay.intercept.backend_iptables import Iptables
 from tproxy_relay.intercept.plan import Family, Plan
 from tproxy_relay.intercept.ruleset import Ruleset
 from tproxy_relay.settings import PortRange
@@ -116,8 +117,8 @@ def _rules(case: Case, namespace: Namespace) -> tuple[str, list[Finding]]:
 def steps_from_nothing(plan: Plan, where: Backend) -> list[Step]:
     """What installs the plan on a host where nothing of ours is, whatever there is on this one."""
     steps = Ruleset(plan, where).steps()
-    if isinstance(where, backend.Iptables):
-        texts = [iptables.restore(plan, "active", family, iptables.read("")) for family in plan.families]
+    if isinstance(where, Iptables):
+        texts = [iptables.restore(plan, "active", family, iptables_save.read("")) for family in plan.families]
         before = steps[: -len(texts)]
         return before + [step._replace(stdin=text) for step, text in zip(steps[len(before) :], texts)]
     return steps
@@ -125,7 +126,7 @@ def steps_from_nothing(plan: Plan, where: Backend) -> list[Step]:
 
 def _candidates(case: Case) -> list[Backend]:
     names = ["nft", "iptables"] if case.settings.backend == "auto" else [case.settings.backend]
-    return [backend.of_name(name) for name in names]
+    return [backends.of_name(name) for name in names]
 
 
 def _owner(case: Case, namespace: Namespace) -> Iterator[Finding]:
@@ -142,7 +143,7 @@ def _owner(case: Case, namespace: Namespace) -> Iterator[Finding]:
 def _connection(case: Case, namespace: Namespace) -> Iterator[Finding]:
     """A connection to an address that is nowhere, taken by a listener that is not there."""
     trial = trial_plan(case.plan)
-    for step in steps_from_nothing(trial, backend.of_name("nft")):
+    for step in steps_from_nothing(trial, backends.of_name("nft")):
         namespace.run(step.argv, step.stdin)
     for family in trial.families:
         nodad = " nodad" if family == 6 else ""

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from tproxy_relay.check.firewall import ALL_BITS, Chain, Condition, Rule
-from tproxy_relay.intercept.iptables import PREFIX
+from tproxy_relay.intercept.iptables_save import PREFIX
 
 _ACTIONS = {
     **{"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop", "RETURN": "return", "TPROXY": "tproxy"},

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tproxy_relay.check.case import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
-from tproxy_relay.intercept import backend, routing, ruleset
+from tproxy_relay.intercept import backends, routing, ruleset
 
 REMOVE = "tproxy-relay rules remove"
 """Finds what is ours whatever plan it was made from."""
@@ -52,7 +52,7 @@ def _absent(case: Case) -> Iterator[Finding]:
 
 def _unasked(case: Case) -> Iterator[Finding]:
     """Without intercept-* nothing of ours should be there."""
-    found = [where.name for where in backend.present()] + routing.listing()
+    found = [where.name for where in backends.present()] + routing.listing()
     if not found:
         yield ok("leftovers", "no rules of a former relay")
     elif case.holder is not None:

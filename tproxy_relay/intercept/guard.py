@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable
 
 from tproxy_relay.errors import RelayError
-from tproxy_relay.intercept import backend as backends
+from tproxy_relay.intercept import backends
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept import routing
-from tproxy_relay.intercept.backend import Backend, Nft
+from tproxy_relay.intercept.backend import Backend
+from tproxy_relay.intercept.backend_nft import Nft
 from tproxy_relay.intercept.changes import Changes
 from tproxy_relay.intercept.holder import Holder
 from tproxy_relay.intercept.lock import Lock

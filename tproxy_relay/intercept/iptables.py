@@ -12,13 +12,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from tproxy_relay.intercept.iptables_save import PREFIX, TABLES, Saved
 from tproxy_relay.intercept.plan import CONNTRACK_ZONE, NEVER, Family, Plan, State
 from tproxy_relay.settings import PortRange
 
-PREFIX = "TPROXY_RELAY_"
-TABLES = ("raw", "mangle", "nat", "filter")
-
-_LEADS_TO_US = re.compile(rf" -[jg] {PREFIX}")
 _TCP = "-p tcp"
 _SYN = "-p tcp -m tcp --syn"
 _NOT_SYN = "-p tcp -m tcp ! --syn"
@@ -57,7 +54,7 @@ def chains(plan: Plan, state: State, family: Family) -> list[Chain]:
     return [chain for chain in _all_chains(plan, state, family) if chain.rules]
 
 
-def restore(plan: Plan, state: State, family: Family, saved: "Saved", made: str = "") -> str:
+def restore(plan: Plan, state: State, family: Family, saved: Saved, made: str = "") -> str:
     """The text for `iptables-restore --noflush` that puts it in the place of what iptables-save has shown.
     `made` is remembered in the rules, see `_jump`."""
     lines: list[str] = []
@@ -79,7 +76,7 @@ def restore(plan: Plan, state: State, family: Family, saved: "Saved", made: str 
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def removal(saved: "Saved") -> str:
+def removal(saved: Saved) -> str:
     """The text that takes away everything of ours that iptables-save has shown; '' if there was nothing."""
     lines: list[str] = []
     for table in TABLES:
@@ -92,7 +89,7 @@ def removal(saved: "Saved") -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def again(former: "Saved", now: "Saved") -> str:
+def again(former: Saved, now: Saved) -> str:
     """The text that puts what iptables-save has shown in the place of what it shows now."""
     lines: list[str] = []
     for table in TABLES:
@@ -107,88 +104,12 @@ def again(former: "Saved", now: "Saved") -> str:
     return "\n".join([*lines, ""])
 
 
-class Counted(NamedTuple):
-    """A rule of ours as the kernel has it."""
-
-    chain: str
-    label: str
-    packets: int
-    bytes: int
-    text: str
-    """The whole rule, without its counters."""
-
-
-class Saved(NamedTuple):
-    """What iptables-save -c says of us."""
-
-    chains: tuple[tuple[str, str], ...]
-    """Table and name of each chain of ours."""
-    jumps: tuple[str, ...]
-    """The lines in other chains that lead to ours, with the table before them."""
-    rules: tuple[Counted, ...]
-    """The rules in our chains, and then the jumps."""
-    rest: frozenset[str]
-    """`TABLE/CHAIN` of those in which there is a rule of somebody else, or another policy than ACCEPT."""
-
-    def chains_in(self, table: str) -> list[str]:
-        """Our chains in that table."""
-        return [name for where, name in self.chains if where == table]
-
-    def jumps_in(self, table: str) -> list[str]:
-        """The lines of that table that lead to our chains."""
-        return [line.split(" ", 1)[1] for line in self.jumps if line.startswith(f"{table} ")]
-
-    @property
-    def made(self) -> list[str]:
-        """The built-in chains that did not exist before ours, as our jumps remember it."""
-        for line in self.jumps:
-            _, found, rest = line.partition("made=")
-            if found:
-                return rest.split('"')[0].split(" ")[0].split(",")
-        return []
-
-
-def read(saved: str) -> Saved:
-    """Understand the output of `iptables-save -c`."""
-    table, chains_here, jumps, rules, rest = "", [], [], [], set()
-    jump_rules = []
-    for line in saved.splitlines():
-        if line.startswith("*"):
-            table = line[1:].strip()
-        elif line.startswith(f":{PREFIX}"):
-            chains_here.append((table, line[1:].split()[0]))
-        elif line.startswith(":"):
-            name, policy = line[1:].split()[:2]
-            if policy not in ("-", "ACCEPT"):
-                rest.add(f"{table}/{name}")
-        elif line.startswith("["):
-            counters, rule = line[1:].split("] ", 1)
-            chain = rule.split()[1]
-            packets, octets = counters.split(":")
-            counted = Counted(chain, _label(rule), int(packets), int(octets), rule)
-            if chain.startswith(PREFIX):
-                rules.append(counted)
-            elif _LEADS_TO_US.search(rule):
-                jumps.append(f"{table} {rule}")
-                jump_rules.append(counted)
-            else:
-                rest.add(f"{table}/{chain}")
-    return Saved(tuple(chains_here), tuple(jumps), (*rules, *jump_rules), frozenset(rest))
-
-
 def expected(plan: Plan, state: State, family: Family) -> dict[str, list[str]]:
     """The labels of the rules in each chain of ours, and of the jumps, by the name of their built-in chain."""
     wanted: dict[str, list[str]] = {}
     for chain in chains(plan, state, family):
         wanted[PREFIX + chain.name] = [rule.label for rule in chain.rules]
     return wanted
-
-
-def _label(rule: str) -> str:
-    _, found, rest = rule.partition("--comment ")
-    if not found:
-        return ""
-    return rest[1:].split('"')[0] if rest.startswith('"') else rest.split()[0]
 
 
 def _jump(plan: Plan, state: State, chain: Chain, made: str) -> str:

@@ -11,13 +11,12 @@ import hashlib
 import ipaddress
 import json
 import pwd
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from tproxy_relay.errors import ConfigError
-from tproxy_relay.settings import PortRange, Settings
+from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, MOST_ROUTE_PRIORITY, PortRange, Settings
 
 State = Literal["active", "draining", "closed"]
 """active: new connections are taken. draining: none are, and those that the relay has go on. closed: new ones
@@ -32,9 +31,6 @@ NEVER: Mapping[Family, tuple[str, ...]] = {
     6: ("::1/128", "fe80::/10", "ff00::/8"),
 }
 """Destinations that mean something on one host or link only (RFC 6890, RFC 4291)."""
-
-INTERFACE = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
-"""linux/if.h: IFNAMSIZ is 16 with the final zero. What the kernel would allow beside these is not worth a quote."""
 
 CONNTRACK_ZONE = 7006
 """Of the server's side of connections that keep the client's port: both sides have the same four numbers."""
@@ -73,18 +69,40 @@ class Plan:
     """Connections of this account are not outbound: for a relay that may not set marks."""
 
     def __post_init__(self) -> None:
-        if self.mark_mask.bit_count() != 3 or not 0 < self.mark_mask <= 0xFFFFFFFF:
-            raise ValueError(f"mark mask {self.mark_mask:#x}")
-        if self.interface is not None and (not INTERFACE.fullmatch(self.interface) or self.interface in (".", "..")):
-            raise ValueError(f"interface {self.interface!r}")
-        if self.mode not in ("tproxy", "redirect") or self.on_failure not in ("open", "closed"):
-            raise ValueError(f"mode {self.mode!r}, on-failure {self.on_failure!r}")
-        for ports in (*self.inbound, *self.outbound, PortRange(self.inbound_port, self.outbound_port)):
-            if not all(1 <= port <= 65535 for port in ports):
-                raise ValueError(f"ports {ports}")
+        for fault in self._faults():
+            raise ValueError(f"{fault} cannot stand in a rule")
+
+    def _faults(self) -> Iterator[str]:
+        """The settings have been checked already (values.py); this is the last door before the kernel."""
+        if not _is_whole(self.mark_mask, 1, 0xFFFFFFFF) or self.mark_mask.bit_count() != 3:
+            yield f"mark mask {self.mark_mask!r}"
+        if self.interface is not None and (
+            not INTERFACE_NAME.fullmatch(self.interface) or self.interface in (".", "..")
+        ):
+            yield f"interface {self.interface!r}"
+        for word, allowed in (
+            (self.mode, ("tproxy", "redirect")),
+            (self.on_failure, ("open", "closed")),
+            (self.preserve_source, ("no", "address", "full")),
+        ):
+            if word not in allowed:
+                yield repr(word)
+        for first, last in (*self.inbound, *self.outbound, *((one, one) for one in self._own_ports)):
+            if not (_is_whole(first, 1, 65535) and _is_whole(last, first, 65535)):
+                yield f"ports {first!r} to {last!r}"
         for family, address in self.listen.items():
-            if ipaddress.ip_address(address).version != family:
-                raise ValueError(f"address {address!r}")
+            if "%" in address or ipaddress.ip_address(address).version != family:
+                yield f"address {address!r}"
+        if not _is_whole(self.route_table, 1, 0xFFFFFFFF) or self.route_table in KERNEL_ROUTE_TABLES:
+            yield f"route table {self.route_table!r}"
+        if not _is_whole(self.route_priority, 1, MOST_ROUTE_PRIORITY):
+            yield f"route priority {self.route_priority!r}"
+        if self.exempt_uid is not None and not _is_whole(self.exempt_uid, 0, 0xFFFFFFFE):
+            yield f"account {self.exempt_uid!r}"
+
+    @property
+    def _own_ports(self) -> tuple[int, int]:
+        return self.inbound_port, self.outbound_port
 
     @property
     def marks(self) -> Marks:
@@ -165,6 +183,10 @@ def from_json(text: str) -> Plan:
     values["outbound"] = tuple(PortRange(*ports) for ports in values["outbound"])
     values["listen"] = {IPV6 if family == "6" else IPV4: address for family, address in values["listen"].items()}
     return Plan(**values)
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _listen(bind: tuple[str, ...]) -> dict[Family, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tproxy_relay.errors import RelayError
-from tproxy_relay.intercept import backend, routing
+from tproxy_relay.intercept import backends, routing
 from tproxy_relay.intercept.backend import Backend, Count, Step
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.intercept.programs import ProgramError
@@ -53,7 +53,7 @@ class Ruleset:
     def install(self, state: State) -> None:
         """Put it in the place of what there is of ours, and look whether it is there. On any failure things are put
         back as they were. Raises ProgramError, SystemRefusedError or CapabilityMissingError."""
-        others = [other for other in backend.present() if other.name != self.backend.name]
+        others = [other for other in backends.present() if other.name != self.backend.name]
         put_back = self.backend.remember()
         added: routing.Added = {}
         try:
@@ -90,13 +90,13 @@ class Ruleset:
 
 def remove() -> bool:
     """Take away what is there, of whatever plan and in whichever backend; True if there was anything."""
-    removed = [where.remove() for where in backend.present()]
+    removed = [where.remove() for where in backends.present()]
     return routing.uninstall() or any(removed)
 
 
 def status(plan: Plan) -> Status:
     """Compare the plan with the kernel."""
-    found = backend.present()
+    found = backends.present()
     lines = routing.listing()
     if not found:
         problems = ["there are rules of routing, but none for packets"] if lines else []

@@ -1,0 +1,106 @@
+"""Rules by nft: one table of our own."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from tproxy_relay.errors import RelayError
+from tproxy_relay.intercept import nft, programs
+from tproxy_relay.intercept.backend import Backend, Count, Labels, Step
+from tproxy_relay.intercept.holder import Holder
+from tproxy_relay.intercept.plan import Plan, State
+from tproxy_relay.intercept.programs import ProgramError
+
+
+class Nft(Backend):
+    """One table, `inet tproxy_relay`. With `hold` a child owns it, and it goes when the child goes."""
+
+    name = "nft"
+
+    def __init__(self, hold: bool = False) -> None:
+        self._hold = hold
+
+    @property
+    def tells_changes(self) -> bool:
+        return True
+
+    @property
+    def refuses_without_listener(self) -> bool:
+        return True
+
+    def steps(self, plan: Plan, state: State) -> list[Step]:
+        return [Step(("nft", "-f", "-"), nft.script(plan, state))]
+
+    def install(self, plan: Plan, state: State) -> None:
+        if not self._hold:
+            programs.run(["nft", "-f", "-"], nft.script(plan, state))
+            return
+        if self.holder is not None and self.holder.alive:
+            self.change(plan, state)  # an owned table cannot be deleted and made again in one transaction
+            return
+        self._close_holder()
+        self.holder = Holder()
+        try:
+            self.holder.load(nft.script(plan, state, held=True))
+        except RelayError:
+            self._close_holder()
+            raise
+
+    def change(self, plan: Plan, state: State) -> None:
+        if self.holder is None:
+            programs.run(["nft", "-f", "-"], nft.change(plan, state))
+        else:
+            self.holder.load(nft.change(plan, state, held=True))
+
+    def remove(self) -> bool:
+        if self.holder is not None:
+            self._close_holder()
+            return True
+        if not self._table():
+            return False
+        programs.run(["nft", "-f", "-"], nft.removal())
+        return True
+
+    def remember(self) -> Callable[[], None]:
+        listed = programs.run(["nft", "list", "table", "inet", nft.TABLE], check=False).stdout
+
+        def put_back() -> None:
+            self.remove()
+            if listed:
+                programs.run(["nft", "-f", "-"], listed)
+
+        return put_back
+
+    def counts(self) -> list[Count]:
+        rules = (entry["rule"] for entry in self._table() if "rule" in entry)
+        return [Count("inet", rule["chain"], rule.get("comment", ""), *_counter(rule)) for rule in rules]
+
+    def expected(self, plan: Plan, state: State) -> Labels:
+        return {f"inet {chain.name}": [rule.label for rule in chain.rules] for chain in nft.chains(plan, state)}
+
+    def _close_holder(self) -> None:
+        if self.holder is not None:
+            self.holder.close()
+            self.holder = None
+
+    @staticmethod
+    def _table() -> list[dict[str, Any]]:
+        """The table as `nft -j` lists it; empty if it is not there. Raises if nft cannot say."""
+        argv = ["nft", "-j", "list", "table", "inet", nft.TABLE]
+        done = programs.run(argv, check=False)
+        if done.returncode:
+            if "no such file or directory" in done.stderr.lower():
+                return []
+            raise programs.refusal(argv, done.stderr or done.stdout)
+        try:
+            return list(json.loads(done.stdout)["nftables"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProgramError(f"`{' '.join(argv)}` did not answer in JSON") from error
+
+
+def _counter(rule: dict[str, Any]) -> tuple[int | None, int | None]:
+    for expression in rule.get("expr", ()):
+        counter = expression.get("counter") if isinstance(expression, dict) else None
+        if isinstance(counter, dict):
+            return counter["packets"], counter["bytes"]
+    return None, None
