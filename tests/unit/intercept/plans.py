@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tproxy_relay.intercept.plan import Plan, State
@@ -72,3 +73,9 @@ ANY = st.builds(
     route_priority=st.integers(1, 32763),
     exempt_uid=st.none() | st.integers(0, 0xFFFFFFFE),
 )
+
+
+def every_plan(test):  # type: ignore[no-untyped-def]
+    """The test takes any `plan` and `state`."""
+    some = settings(max_examples=40, deadline=None, database=None)
+    return some(given(plan=ANY, state=st.sampled_from(STATES))(test))

@@ -21,7 +21,21 @@ INJECTION = 'eth0"; flush ruleset; #'
 HOSTILE: list[dict[str, Any]] = [
     *(
         {"interface": name}
-        for name in (INJECTION, "", "a" * 16, "eth0\n", "eth0\nadd", "a b", "a/b", "ä", "eth0;", "$(id)", ".", "..", "a*")
+        for name in (
+            INJECTION,
+            "",
+            "a" * 16,
+            "eth0\n",
+            "eth0\nadd",
+            "a b",
+            "a/b",
+            "ä",
+            "eth0;",
+            "$(id)",
+            ".",
+            "..",
+            "a*",
+        )
     ),
     *({"mark_mask": mask} for mask in (0, 1, 3, 0xF, -7, 7 << 30, 0x700000000)),
     *({"mode": mode} for mode in ("", "nat", "tproxy ")),
@@ -141,7 +155,9 @@ def test_a_host_without_ipv6_has_no_ipv6_rules(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_plan_says_what_the_settings_say() -> None:
     values = {**CHANGES, "mode": "redirect", "listen": {4: "192.0.2.1"}}
-    of_both = {name: value for name, value in values.items() if name not in ("inbound", "outbound", "listen", "exempt_uid")}
+    of_both = {
+        name: value for name, value in values.items() if name not in ("inbound", "outbound", "listen", "exempt_uid")
+    }
     settings = Settings(
         bind=("192.0.2.1",),
         intercept_inbound=values["inbound"],
