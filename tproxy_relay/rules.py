@@ -6,7 +6,7 @@ What `apply` installs is held by nobody and stays until `remove`. A running rela
 
 import json
 
-from tproxy_relay.intercept import backends, lock, plan, ruleset
+from tproxy_relay.intercept import backends, foreign_nat, lock, plan, ruleset
 from tproxy_relay.intercept.lock import Holder, Lock
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.intercept.ruleset import Ruleset, Status
@@ -16,7 +16,7 @@ from tproxy_relay.settings import Settings
 
 def run(settings: Settings) -> int:
     """Do what `settings.action` says and print the answer. Returns the exit code; raises RelayError."""
-    wanted = plan.of_settings(settings)
+    wanted = plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations())
     return {"show": _show, "apply": _apply, "remove": _remove, "status": _status}[settings.action or ""](
         wanted, settings
     )

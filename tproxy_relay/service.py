@@ -17,7 +17,7 @@ from typing import NoReturn
 from tproxy_relay import __version__, endpoint, limits, listeners, logs, notify, sockets
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import CapabilityMissingError, ConfigError
-from tproxy_relay.intercept import plan
+from tproxy_relay.intercept import foreign_nat, plan
 from tproxy_relay.intercept.managed import Interception
 from tproxy_relay.policy import Destinations
 from tproxy_relay.settings import Settings
@@ -97,7 +97,7 @@ def _intercept(settings: Settings, mark: int, own_ports: frozenset[int]) -> Inte
     """The ruleset, once the listeners are there: connections that come before the accept loop wait in the backlog."""
     if not (settings.intercept_inbound or settings.intercept_outbound):
         return None
-    wanted = plan.of_settings(settings)
+    wanted = plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations())
     for port in wanted.listener_ports - own_ports:
         raise ConfigError(f"none of the inherited sockets listens on port {port}, where interception leads")
     if wanted.exempt_uid not in (None, os.geteuid()):

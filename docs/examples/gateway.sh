@@ -1,5 +1,5 @@
 #!/bin/sh
-# The interception ruleset of tproxy-relay, plan ca331be9, for nft.
+# The interception ruleset of tproxy-relay, plan a3910ecc, for nft.
 # `tproxy-relay rules remove` takes it away again.
 set -e
 
@@ -20,7 +20,7 @@ table inet tproxy_relay {
     }
     chain prerouting {
         type filter hook prerouting priority mangle; policy accept;
-        meta l4proto != tcp return comment "plan ca331be9 active: TCP only"
+        meta l4proto != tcp return comment "plan a3910ecc active: TCP only"
         iifname "lo" goto from_lo comment "sent by this host to itself"
         tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark & 0xf8ffffff | 0x01000000 counter accept comment "packets of relayed connections"
         iifname != "lo" ip daddr { 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/4, 255.255.255.255/32 } return comment "never intercepted, IPv4"

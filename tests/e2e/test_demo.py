@@ -219,7 +219,8 @@ WITHOUT_RULES = """
 import sys
 from tproxy_relay import cli
 from tproxy_relay.lab import Lab
-Lab.intercept = lambda *args, **kwargs: None
+start = Lab.relay_process
+Lab.relay_process = lambda lab, *options: start(lab, *options[2:])
 sys.exit(cli.main())
 """
 

@@ -22,6 +22,10 @@ SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"
 """Where nft, ip and iptables are, and an ordinary user's PATH does not lead."""
 
 
+LEGACY_IPTABLES = os.geteuid() == 0
+"""In a user namespace they do not work: the kernel lets only the real root read /proc/net/ip_tables_names."""
+
+
 def enter() -> None:
     """Leave the network of this process for a new one with nothing in it but lo. OSError if that is forbidden."""
     uid, gid = os.geteuid(), os.getegid()

@@ -64,6 +64,19 @@ def test_the_page_on_the_design_names_modules_that_exist() -> None:
         assert (ROOT / "tproxy_relay" / f"{module}.py").exists(), module
 
 
+def test_the_page_on_the_design_names_files_of_packages_that_exist() -> None:
+    files = set(re.findall(r"``([a-z_]+/[a-z_]+)``", (DOCS / "design.rst").read_text()))
+    assert {"intercept/plan", "intercept/nft", "intercept/iptables", "intercept/routing"} <= files
+    for name in files:
+        assert (ROOT / "tproxy_relay" / f"{name}.py").exists(), name
+
+
+def test_the_package_of_interception_names_its_files() -> None:
+    folder = ROOT / "tproxy_relay" / "intercept"
+    named = set(re.findall(r"\b(\w+\.py)\b", (folder / "__init__.py").read_text()))
+    assert named == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+
+
 def test_every_page_is_in_the_index() -> None:
     index = (DOCS / "index.rst").read_text()
     for page in DOCS.glob("*.rst"):

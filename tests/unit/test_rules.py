@@ -8,6 +8,7 @@ import pytest
 
 from tproxy_relay import rules
 from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.intercept import lock
 from tproxy_relay.intercept.lock import Lock
 from tproxy_relay.settings import PortRange, Settings
 
@@ -88,7 +89,8 @@ def test_status(command: Command) -> None:
 
 
 @pytest.mark.usefixtures("network")
-def test_a_running_relay_keeps_apply_and_remove_out(command: Command) -> None:
+def test_a_running_relay_keeps_apply_and_remove_out(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "ANSWER_TIMEOUT", 0.05)  # this one does not answer
     with Lock():
         for action in "apply", "remove":
             with pytest.raises(SystemRefusedError):

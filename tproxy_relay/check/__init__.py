@@ -14,7 +14,7 @@ from tproxy_relay.check import kernel, limits, neighbours, selfprobe, standing, 
 from tproxy_relay.check.case import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
 from tproxy_relay.errors import CapabilityMissingError, RelayError
-from tproxy_relay.intercept import plan
+from tproxy_relay.intercept import foreign_nat, plan
 from tproxy_relay.settings import Settings
 
 PROBES: tuple[Probe, ...] = (
@@ -61,7 +61,7 @@ def run(settings: Settings) -> int:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """All findings. Raises ConfigError if `user` is not an account."""
-    case = Case(settings, plan.of_settings(settings))
+    case = Case(settings, plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations()))
     if not case.intercepts:
         yield ok("intercept", "nothing is to be intercepted: intercept-inbound and intercept-outbound are not set")
     for probe in PROBES:

@@ -39,8 +39,8 @@ def preferred() -> Backend:
 
 
 def present() -> list[Backend]:
-    """Every backend in which there is something of ours. One that cannot say is passed over (in a user namespace the
-    legacy iptables cannot); if none can for want of a right, CapabilityMissingError."""
+    """Every backend in which there is something of ours. One that cannot say is passed over; in a user namespace the
+    legacy iptables cannot. CapabilityMissingError if nft, or without it none, can for want of a right."""
     found: list[Backend] = []
     refused: list[CapabilityMissingError] = []
     answered = False
@@ -50,6 +50,8 @@ def present() -> list[Backend]:
                 found.append(backend)
             answered = True
         except CapabilityMissingError as error:
+            if isinstance(backend, Nft):
+                raise
             refused.append(error)
         except RelayError:
             continue

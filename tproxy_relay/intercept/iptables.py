@@ -139,6 +139,9 @@ def _all_chains(plan: Plan, state: State, family: Family) -> Iterator[Chain]:
         yield Chain("mangle", "PRE", "PREROUTING", tuple(_prerouting(plan, state, family)))
     if (tproxy and plan.outbound) or (plan.inbound and plan.keeps_source):
         yield Chain("mangle", "OUT", "OUTPUT", tuple(_output(plan, state, family)))
+    if plan.beside_nat:
+        ours = Rule(f"-m mark --mark {_bits(plan, plan.marks.inbound)}", "-j ACCEPT", "keeps its address")
+        yield Chain("nat", "NAT_KEEP", "PREROUTING", (ours,))
     if not tproxy and plan.inbound:
         yield Chain("nat", "NAT_PRE", "PREROUTING", tuple(_nat_prerouting(plan, state, family)))
     if not tproxy and plan.outbound:

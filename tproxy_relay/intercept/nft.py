@@ -92,6 +92,8 @@ def _all_chains(plan: Plan, state: State) -> Iterator[Chain]:
         yield Chain("prerouting", "filter hook prerouting priority mangle", prerouting)
     if (tproxy and plan.outbound) or (plan.inbound and plan.keeps_source):
         yield Chain("output", "route hook output priority mangle", (first, *_output(plan, state)))
+    if plan.beside_nat:
+        yield Chain("nat_keep", "nat hook prerouting priority -101", (first, *_nat_keep(plan)))
     if not tproxy and plan.inbound:
         yield Chain("nat_prerouting", "nat hook prerouting priority -100", (first, *_nat_prerouting(plan, state)))
     if not tproxy and plan.outbound:
@@ -168,6 +170,13 @@ def _nat_prerouting(plan: Plan, state: State) -> Iterator[Rule]:
         match = f"{_arrives(plan)}meta nfproto ipv{family} {_SYN} tcp dport {_ports(plan.inbound)}"
         yield Rule(f"{_arrives(plan)}{_never(family)} return", f"never intercepted, IPv{family}")
         yield Rule(f"{match} counter {_redirect(plan, family, plan.inbound_port)}", f"inbound, IPv{family}")
+
+
+def _nat_keep(plan: Plan) -> Iterator[Rule]:
+    """A packet that has been translated, if only to what it was, is not translated again by the chains that follow."""
+    for family in plan.families:
+        name, ours = _NAMES[family], _is(plan, "meta mark", plan.marks.inbound)
+        yield Rule(f"meta nfproto ipv{family} {ours} dnat {name} to {name} daddr", f"keeps its address, IPv{family}")
 
 
 def _nat_output(plan: Plan, state: State) -> Iterator[Rule]:

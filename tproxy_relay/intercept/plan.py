@@ -67,6 +67,8 @@ class Plan:
     """Of the first of three rules of routing; the others follow it."""
     exempt_uid: int | None
     """Connections of this account are not outbound: for a relay that may not set marks."""
+    beside_nat: bool = False
+    """Somebody else rewrites destinations of what arrives: keep them off what is intercepted."""
 
     def __post_init__(self) -> None:
         for fault in self._faults():
@@ -142,7 +144,7 @@ class Plan:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def of_settings(settings: Settings) -> Plan:
+def of_settings(settings: Settings, *, beside_nat: bool = False) -> Plan:
     """The plan that these settings ask for, on this host. ConfigError if `user` is not an account."""
     return Plan(
         mode=settings.mode,
@@ -158,6 +160,7 @@ def of_settings(settings: Settings) -> Plan:
         route_table=settings.route_table,
         route_priority=settings.route_priority,
         exempt_uid=None if settings.user is None else uid_of(settings.user),
+        beside_nat=beside_nat and settings.mode == "tproxy" and bool(settings.intercept_inbound),
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,7 @@ VARIANTS = {
     "mask": replace(PLAN, mark_mask=0x80000101),
     "address": replace(PLAN, preserve_source="address"),
     "full": replace(PLAN, preserve_source="full", on_failure="closed"),
+    "beside nat": replace(PLAN, beside_nat=True),
     "many ports": replace(PLAN, inbound=tuple(PortRange(one, one + 5) for one in range(1, 641, 10))),
     "redirect": _REDIRECT,
     "redirect outbound": replace(_REDIRECT, inbound=()),
@@ -72,7 +74,13 @@ ANY = st.builds(
     route_table=st.integers(1, 252) | st.integers(256, 0xFFFFFFFF),
     route_priority=st.integers(1, 32763),
     exempt_uid=st.none() | st.integers(0, 0xFFFFFFFE),
+    beside_nat=st.booleans(),
 )
+
+
+def quickly(cases, *quick):  # type: ignore[no-untyped-def]
+    """For parametrize: these cases, of which all but the quick ones are slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def every_plan(test):  # type: ignore[no-untyped-def]

@@ -106,6 +106,7 @@ CHANGES: dict[str, Any] = {
     "route_table": 7,
     "route_priority": 7,
     "exempt_uid": 0,
+    "beside_nat": True,
 }
 
 
@@ -154,18 +155,44 @@ def test_a_host_without_ipv6_has_no_ipv6_rules(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_plan_says_what_the_settings_say() -> None:
-    values = {**CHANGES, "mode": "redirect", "listen": {4: "192.0.2.1"}}
-    of_both = {
-        name: value for name, value in values.items() if name not in ("inbound", "outbound", "listen", "exempt_uid")
-    }
     settings = Settings(
         bind=("192.0.2.1",),
-        intercept_inbound=values["inbound"],
-        intercept_outbound=values["outbound"],
+        mode="redirect",
+        interface="eth0",
+        intercept_inbound=(),
+        intercept_outbound=(PortRange(8000, 8101),),
+        inbound_port=1,
+        outbound_port=2,
+        preserve_source="address",
+        on_failure="closed",
+        mark_mask=0x0E000000,
+        route_table=7,
+        route_priority=8,
         user="0",
-        **of_both,
     )
-    assert module.of_settings(settings) == Plan(**values)
+    assert module.of_settings(settings) == Plan(
+        mode="redirect",
+        inbound=(),
+        outbound=(PortRange(8000, 8101),),
+        inbound_port=1,
+        outbound_port=2,
+        listen={4: "192.0.2.1"},
+        interface="eth0",
+        preserve_source="address",
+        on_failure="closed",
+        mark_mask=0x0E000000,
+        route_table=7,
+        route_priority=8,
+        exempt_uid=0,
+    )
+
+
+def test_somebody_elses_nat_matters_to_what_arrives_with_its_own_address() -> None:
+    inbound = Settings(intercept_inbound=PLAN.inbound)
+    assert module.of_settings(inbound, beside_nat=True).beside_nat
+    assert not module.of_settings(inbound).beside_nat
+    assert not module.of_settings(replace(inbound, mode="redirect"), beside_nat=True).beside_nat
+    assert not module.of_settings(Settings(intercept_outbound=PLAN.outbound), beside_nat=True).beside_nat
 
 
 def test_accounts() -> None:

@@ -1,0 +1,54 @@
+"""Who changes rules is heard."""
+
+import selectors
+
+import pytest
+
+from tproxy_relay.intercept import programs
+from tproxy_relay.intercept.changes import Changes
+
+pytestmark = pytest.mark.usefixtures("network")
+
+
+def heard(selector: selectors.BaseSelector, changes: Changes) -> bool:
+    """Whether a change has been told that may concern us. The kernel tells before the change returns."""
+    return changes.told([key.fileobj for key, _ in selector.select(0)])
+
+
+@pytest.mark.parametrize(
+    "command, concerns_us",
+    [
+        ("nft add table inet somebodys", True),
+        ("ip rule add pref 9 lookup 9", True),
+        ("ip -6 rule add pref 9 lookup 9", True),
+        ("ip route add local 192.0.2.0/24 dev lo table 9 proto 206", True),
+        ("ip route add local 192.0.2.0/24 dev lo table 9", False),
+        ("ip -6 route add local 2001:db8::/64 dev lo table 9 proto 206", True),
+        ("ip link set lo down", True),
+    ],
+)
+def test_a_change_is_told_once(command: str, concerns_us: bool) -> None:
+    with selectors.DefaultSelector() as selector:
+        changes = Changes(selector, nftables=True)
+        assert changes.complete and not heard(selector, changes)
+        programs.run(command.split())
+        assert heard(selector, changes) is concerns_us
+        assert not heard(selector, changes)
+
+
+def test_a_flood_is_a_change() -> None:
+    with selectors.DefaultSelector() as selector:
+        changes = Changes(selector, nftables=True)
+        chains = "".join(f"add chain inet somebodys c{number}\n" for number in range(1000))
+        programs.run(["nft", "-f", "-"], f"add table inet somebodys\n{chains}")
+        assert heard(selector, changes)
+        changes.forget()
+        assert not heard(selector, changes)
+
+
+def test_without_nftables_it_says_that_it_does_not_hear_everything() -> None:
+    with selectors.DefaultSelector() as selector:
+        changes = Changes(selector, nftables=False)
+        assert not changes.complete
+        programs.run(["nft", "add", "table", "inet", "somebodys"])
+        assert not heard(selector, changes)

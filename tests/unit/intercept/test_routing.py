@@ -1,0 +1,114 @@
+"""The rules of routing: their words, and their life beside those of others."""
+
+from dataclasses import replace
+
+import pytest
+from plans import PLAN, VARIANTS
+
+from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.intercept import programs, routing
+from tproxy_relay.intercept.plan import Family, Plan
+
+FAMILIES: tuple[Family, ...] = (4, 6)
+
+
+def test_the_words() -> None:
+    assert routing.rules(PLAN) == [
+        "pref 7006 fwmark 0x1000000/0x7000000 iif lo goto 7008 protocol 206",
+        "pref 7006 fwmark 0x2000000/0x7000000 iif lo lookup 7006 protocol 206",
+        "pref 7007 fwmark 0x1000000/0x7000000 lookup 7006 protocol 206",
+        "pref 7008 nop protocol 206",
+    ]
+    assert routing.rules(replace(PLAN, mark_mask=0x80000101, route_table=9, route_priority=1)) == [
+        "pref 1 fwmark 0x1/0x80000101 iif lo goto 3 protocol 206",
+        "pref 1 fwmark 0x100/0x80000101 iif lo lookup 9 protocol 206",
+        "pref 2 fwmark 0x1/0x80000101 lookup 9 protocol 206",
+        "pref 3 nop protocol 206",
+    ]
+    assert routing.batch(PLAN).splitlines() == [
+        "route add local default dev lo table 7006 proto 206",
+        *(f"rule add {rule}" for rule in routing.rules(PLAN)),
+    ]
+
+
+def ip(words: str) -> str:
+    return programs.run(["ip", *words.split()]).stdout
+
+
+def everything() -> list[str]:
+    return [ip(f"-{family} {what}") for family in FAMILIES for what in ("rule", "route show table all")]
+
+
+in_network = pytest.mark.usefixtures("network")
+
+
+@in_network
+@pytest.mark.parametrize(
+    "plan",
+    [VARIANTS["mask"], replace(PLAN, route_table=0xFFFFFFFF, route_priority=32763), replace(PLAN, route_priority=1)],
+)
+def test_it_comes_once_and_goes_without_a_trace(plan: Plan) -> None:
+    for words in ("rule add pref 7006 fwmark 0x1000000/0x7000000 lookup main", "rule add pref 7007 lookup 7006"):
+        ip(words)
+    ip("route add 192.0.2.0/24 dev lo table 99")
+    before = everything()
+    assert routing.listing() == [] and not routing.uninstall()
+    routing.install(plan, {})
+    assert [routing.missing(plan, family) for family in FAMILIES] == [[], []]
+    assert len(routing.listing()) == 10
+    installed, added = everything(), {}
+    routing.install(plan, added)
+    assert everything() == installed and not any(added.values())
+    assert routing.uninstall() and not routing.uninstall()
+    assert everything() == before
+
+
+@in_network
+def test_only_the_families_of_the_plan_and_only_if_needed() -> None:
+    routing.install(VARIANTS["redirect"], {})
+    assert routing.listing() == []
+    routing.install(VARIANTS["IPv6"], {})
+    assert len(routing.listing()) == 5 and all(line.startswith("ip -6 ") for line in routing.listing())
+
+
+@in_network
+def test_what_is_gone_is_missing_and_comes_back() -> None:
+    routing.install(PLAN, {})
+    whole = routing.listing()
+    for family in FAMILIES:
+        for line in routing.batch(PLAN).splitlines():
+            ip(f"-{family} {line.replace(' add ', ' del ', 1)}")
+            assert routing.missing(PLAN, family) == [line]
+            added: routing.Added = {}
+            routing.install(PLAN, added)
+            assert added[family] == [line]
+            assert sorted(routing.listing()) == sorted(whole)
+
+
+@in_network
+def test_an_install_is_taken_back_without_what_was_there_before() -> None:
+    routing.install(VARIANTS["IPv4"], {})
+    before, added = everything(), {}
+    routing.install(PLAN, added)
+    routing.take_back(added)
+    assert everything() == before
+
+
+@in_network
+def test_what_another_plan_left_is_tidied_away() -> None:
+    other = replace(PLAN, route_table=9, route_priority=100, mark_mask=7)
+    routing.install(other, {})
+    routing.install(PLAN, {})
+    assert len(routing.listing()) == 20
+    routing.tidy(PLAN)
+    assert len(routing.listing()) == 10 and routing.missing(PLAN, 4) == routing.missing(PLAN, 6) == []
+
+
+@in_network
+@pytest.mark.parametrize("family, route", [(4, "192.0.2.0/24"), (6, "2001:db8::/64")])
+def test_a_table_of_somebody_else_is_left_alone(family: Family, route: str) -> None:
+    ip(f"-{family} route add {route} dev lo table 7006")
+    before = everything()
+    with pytest.raises(SystemRefusedError, match=f"routing table 7006 has a route to {route} .*--route-table"):
+        routing.install(PLAN, {})
+    assert everything() == before
