@@ -15,6 +15,8 @@ import pytest
 
 from tproxy_relay.lab import Host, Lab
 
+pytestmark = pytest.mark.slow
+
 INTERCEPT = ("--intercept-inbound", "8000", "--intercept-outbound", "9000")
 APPLY = "tproxy-relay rules apply --config /dev/null --intercept-inbound 8000 --intercept-outbound 9000"
 INPUT_CHAIN = (

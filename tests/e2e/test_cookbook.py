@@ -17,6 +17,8 @@ from recipes import DOCS, PATIENCE, attempt, block, options, run, talk
 from tproxy_relay.intercept import programs
 from tproxy_relay.lab import Host, Lab
 
+pytestmark = pytest.mark.slow
+
 PAGE = "cookbook.rst"
 BOTH_FAMILIES = pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["v4", "v6"])
 MARK = "0x1000000/0x7000000"

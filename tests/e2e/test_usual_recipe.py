@@ -12,6 +12,8 @@ from tproxy_relay import linux, sockets
 from tproxy_relay.intercept import programs
 from tproxy_relay.lab import Lab
 
+pytestmark = pytest.mark.slow
+
 PAGE = "interception.rst"
 PORT = 8080
 BOTH = pytest.mark.parametrize("recipe", ["usual", "ours"])

@@ -68,6 +68,11 @@ Probe = Callable[[Case], Iterable[Finding]]
 """A question to the host. RelayError comes out where the host refuses to answer."""
 
 
+_NAMES = ("tproxy-relay", "tproxy_relay")
+"""Its command, and its module as in `python -m`."""
+
+
 def is_relay(process: tuple[int, str] | None) -> bool:
     """True for the relay's own process; also for one that we may not look at."""
-    return process is None or "tproxy_relay" in process[1] or "tproxy-relay" in process[1]
+    # By the program's name, not by a folder that happens to be called so.
+    return process is None or any(word.rpartition("/")[2] in _NAMES for word in process[1].split())

@@ -68,3 +68,16 @@ def test_a_listener_and_its_owner_are_found() -> None:
 
 def test_more_threads_take_more_maps() -> None:
     assert limits.maps_for(1000) - limits.maps_for(0) == 4000
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("/opt/x/bin/python /usr/local/sbin/tproxy-relay run --ports 1", True),
+        ("python3 -m tproxy_relay run", True),
+        ("/root/tproxy-relay/.venv/bin/python -m pytest", False),
+        ("nginx: master", False),
+    ],
+)
+def test_a_relay_is_known_by_its_program(command: str, expected: bool) -> None:
+    assert is_relay((1, command)) is expected
