@@ -14,14 +14,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit code: 0, or the one of the RelayError that stopped it (errors.py).
     """
+    given = sys.argv[1:] if argv is None else argv
     try:
-        loaded = config.load(sys.argv[1:] if argv is None else argv, os.environ)
+        loaded = config.load(given, os.environ)
         for warning in loaded.warnings:
             _say(warning)
         if loaded.print_config:
             print(config.print_config(loaded), end="")
             return 0
-        return _perform(loaded.settings)
+        return _perform(loaded.settings, given)
     except RelayError as error:
         _say(str(error))
         return error.exit_code
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _perform(settings: Settings) -> int:
+def _perform(settings: Settings, argv: Sequence[str]) -> int:
     # The others are imported here, because a relay has no use for them in its memory.
     if settings.command == "demo":
         from tproxy_relay import demo
@@ -43,7 +44,7 @@ def _perform(settings: Settings) -> int:
         from tproxy_relay import check
 
         return check.run(settings)
-    return service.run(settings, os.environ)
+    return service.run(settings, lambda: config.load(argv, os.environ).settings, os.environ)
 
 
 def _say(line: str) -> None:

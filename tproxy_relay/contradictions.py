@@ -33,6 +33,8 @@ def warnings(settings: Settings) -> Iterator[str]:
     most = settings.max_connections
     if most is not None and settings.max_per_source > most:
         yield (f"max-per-source {settings.max_per_source} has no effect: " f"max-connections {most} is reached first")
+    if settings.user in ("root", "0") and settings.intercept_outbound:
+        yield "user root: no connection of any program of root is intercepted; give the workers an account of their own"
 
 
 def _contradictions(settings: Settings) -> Iterator[Contradiction]:
@@ -40,6 +42,11 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
         yield Contradiction(
             ("keep", "command"),
             f"--keep is for 'demo', and the command is " f"{settings.command!r}: drop --keep or say demo",
+        )
+    if settings.take_over and settings.command != "run":
+        yield Contradiction(
+            ("take-over", "command"),
+            f"--take-over is for 'run', and the command is '{settings.command}': drop --take-over or say run",
         )
     yield from _misplaced_words(settings)
     yield from _interception(settings)

@@ -40,3 +40,11 @@ class ConfigError(RelayError):
     """The configuration file or the environment is wrong (EX_CONFIG)."""
 
     exit_code = 78
+
+
+def of_exit_code(code: int, message: str) -> RelayError:
+    """The error that another process of the relay has met."""
+    for kind in (UsageError, KernelUnsupportedError, SystemRefusedError, CapabilityMissingError, ConfigError):
+        if kind.exit_code == code:
+            return kind(message)
+    return RelayError(message)

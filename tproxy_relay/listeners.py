@@ -4,11 +4,12 @@ What goes wrong with them goes wrong at start, in front of the operator, so each
 says what and how to mend it, with an exit code of its own.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import socket
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 
 from tproxy_relay import endpoint, notify, sockets
 from tproxy_relay.endpoint import Endpoint
@@ -24,6 +25,9 @@ HOW_TO_GIVE = (
     "`setpriv --reuid USER --regid GROUP --init-groups --inh-caps +net_raw --ambient-caps +net_raw tproxy-relay ...`"
 )
 
+_STORED = "tproxy_relay.listener."
+"""Begins the names of sockets that a relay has stored; those of socket units are file names of theirs."""
+
 _LISTEN = "0A"
 """net/tcp_states.h, TCP_LISTEN, as /proc/net/tcp writes it."""
 
@@ -35,47 +39,98 @@ log = logging.getLogger(__name__)
 class Listener:
     """A listening socket and the address that it listens on."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, wanted: Endpoint | None = None, *, stored: bool = False) -> None:
+        """`wanted`: the address that it was opened for; the port may have been 0, for any. `stored`: a relay before
+        this one has opened it, and left it with the service manager."""
         self.sock = sock
+        self.stored = stored
         self.endpoint = endpoint.from_sockaddr(sock.getsockname())
+        self.wanted = wanted or self.endpoint
         self.name = str(self.endpoint)
 
+    @property
+    def stored_name(self) -> str:
+        """By which a service manager keeps it (FDNAME of sd_notify(3), in which a colon may not be)."""
+        return _STORED + self.name.replace(":", "_")
+
     def close(self) -> None:
-        """Stop listening; connections that wait in the backlog are reset by the kernel."""
+        """Stop listening. Connections that wait in the backlog are reset by the kernel, unless another process
+        has the socket too."""
         self.sock.close()
 
 
-def open_all(settings: Settings, tuning: Tuning, environ: MutableMapping[str, str]) -> list[Listener]:
-    """All listeners: the inherited ones if there are any (sd_listen_fds(3)), else those of the settings.
+def open_all(settings: Settings, tuning: Tuning, kept: Sequence[Listener] = ()) -> list[Listener]:
+    """The listeners of the settings: those of `kept` that are among them, and the others opened.
 
-    Raises SystemRefusedError, CapabilityMissingError or KernelUnsupportedError.
+    Raises SystemRefusedError, CapabilityMissingError or KernelUnsupportedError, and leaves `kept` as it was.
     """
-    try:
-        descriptors = notify.inherited_descriptors(environ)
-    except ValueError as error:
-        raise SystemRefusedError(str(error)) from error
-    if descriptors:
-        return [_prepare(_adopt(fd, settings.mode), settings, tuning) for fd in descriptors]
+    by_address = {listener.wanted: listener for listener in kept}
     listeners: list[Listener] = []
     try:
         for host in settings.bind:
             for port in settings.ports:
-                sock = _open(Endpoint(host, port), settings)
-                if sock is None:
+                wanted = Endpoint(host, port)
+                listener = by_address.get(wanted)
+                if listener is None:
+                    _refuse_overlap(wanted, kept)
+                    listener = _open_one(wanted, settings, tuning)
+                elif listener.stored:
+                    _make_fit(listener, settings)
+                if listener is None:
                     break  # nor will it with another port
-                listeners.append(_prepare(sock, settings, tuning))
+                listeners.append(listener)
     except BaseException:
-        close_all(listeners)
+        close_all([listener for listener in listeners if listener not in kept])
         raise
     if not listeners:
         raise SystemRefusedError(f"none of the addresses {', '.join(settings.bind)} exists on this host")
     return listeners
 
 
+def adopt_all(settings: Settings, environ: MutableMapping[str, str]) -> tuple[list[Listener], list[str]]:
+    """The listeners that were passed to this process (sd_listen_fds(3)), and the names of what else a relay before
+    this one seems to have stored. Raises SystemRefusedError for any other that will not do."""
+    try:
+        inherited = notify.inherited_descriptors(environ)
+    except ValueError as error:
+        raise SystemRefusedError(str(error)) from error
+    adopted, unfit = [], []
+    for fd, name in inherited:
+        stored = name.startswith(_STORED)
+        try:
+            adopted.append(Listener(_adopt(fd, settings, stored), stored=stored))
+        except SystemRefusedError:
+            if not stored:
+                raise
+            unfit.append(name)
+    return adopted, unfit
+
+
+def tune(listener: Listener, tuning: Tuning) -> None:
+    """Set what the connections that it accepts inherit. Raises SystemRefusedError."""
+    _prepare(listener.sock, tuning, listener.wanted)
+
+
 def close_all(listeners: list[Listener]) -> None:
     """Close every listener and forget it."""
     while listeners:
         listeners.pop().close()
+
+
+def _refuse_overlap(wanted: Endpoint, kept: Sequence[Listener]) -> None:
+    """A reload from one address to all of them, or back: the old listener is open until the new one is."""
+    for listener in kept:
+        there = listener.endpoint
+        if (there.family, there.port) == (wanted.family, wanted.port) and {there.host, wanted.host} & {"0.0.0.0", "::"}:
+            raise SystemRefusedError(
+                f"cannot listen on {wanted} while {there} is open, and it must be open until then: "
+                "stop the relay and start it again"
+            )
+
+
+def _open_one(wanted: Endpoint, settings: Settings, tuning: Tuning) -> Listener | None:
+    sock = _open(wanted, settings)
+    return None if sock is None else _prepare(sock, tuning, wanted)
 
 
 def _open(address: Endpoint, settings: Settings) -> socket.socket | None:
@@ -155,36 +210,58 @@ def _make_transparent(sock: socket.socket, address: Endpoint) -> None:
         raise
 
 
-def _adopt(fd: int, mode: str) -> socket.socket:
+def _adopt(fd: int, settings: Settings, stored: bool) -> socket.socket:
     """An inherited socket, once it has proven to be what we need."""
     try:
         sock = socket.socket(fileno=fd)
     except OSError as error:
+        if stored:
+            with contextlib.suppress(OSError):
+                os.close(fd)
         raise SystemRefusedError(f"inherited descriptor {fd} is not a socket ({error.strerror})") from error
     sock.set_inheritable(False)
-    fault = _unfit(sock, mode)
+    fault = _unfit(sock, settings.mode, stored)
     if fault:
-        sock.detach()
+        if stored:
+            sock.close()
+        else:
+            sock.detach()
         raise SystemRefusedError(f"inherited descriptor {fd} {fault}")
     return sock
 
 
-def _unfit(sock: socket.socket, mode: str) -> str | None:
+def _make_fit(listener: Listener, settings: Settings) -> None:
+    """One that a relay with other settings may have stored. Another one could not be opened: the store has this
+    address."""
+    if settings.mode == "tproxy" and not sockets.is_transparent(listener.sock):
+        _make_transparent(listener.sock, listener.endpoint)
+    if _interface_of(listener.sock) != (settings.interface or ""):
+        _bind_to_interface(listener.sock, settings.interface or "")
+
+
+def _interface_of(sock: socket.socket) -> str:
+    """The interface that it is bound to; '' for all (SO_BINDTODEVICE of socket(7))."""
+    name = sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)  # IFNAMSIZ of linux/if.h
+    return name.rstrip(b"\0").decode()
+
+
+def _unfit(sock: socket.socket, mode: str, stored: bool) -> str | None:
     if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         return "is not a TCP socket"
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         return "is not listening"
-    if mode == "tproxy" and not sockets.is_transparent(sock):
+    if mode == "tproxy" and not stored and not sockets.is_transparent(sock):
         return "is not transparent: the kernel would give it no intercepted connection. Set `Transparent=yes`"
     return None
 
 
-def _prepare(sock: socket.socket, settings: Settings, tuning: Tuning) -> Listener:
+def _prepare(sock: socket.socket, tuning: Tuning, wanted: Endpoint) -> Listener:
     sock.setblocking(False)
     try:
+        sockets.untune(sock)
         sockets.tune(sock, tuning)
         sock.listen(BACKLOG)
-        return Listener(sock)
+        return Listener(sock, wanted)
     except OSError as error:
         address = endpoint.from_sockaddr(sock.getsockname())
         sock.close()

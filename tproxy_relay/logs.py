@@ -13,7 +13,6 @@ import logging
 import logging.handlers
 import os
 import queue
-import sys
 import threading
 import time
 from typing import Any
@@ -28,6 +27,9 @@ from tproxy_relay.settings import Settings
 
 QUEUE_LENGTH = 10_000
 """Records that may wait for the writer."""
+
+MOST_CHUNKS = 16
+"""Pieces of the workers' logs that may wait for it too, up to 64 KiB each; more wait in the workers."""
 
 DROP_REPORT_INTERVAL = 1.0
 """Seconds between two lines about dropped records, at least."""
@@ -79,7 +81,7 @@ def _formatter(log_format: str) -> logging.Formatter:
 class _Enqueue(logging.Handler):
     """What the loggers call: never waits, never raises."""
 
-    def __init__(self, records: "queue.Queue[logging.LogRecord | None]") -> None:
+    def __init__(self, records: "queue.Queue[logging.LogRecord | bytes | Sink | None]") -> None:
         super().__init__()
         self._records = records
         self.dropped = 0
@@ -105,8 +107,12 @@ class _Unbuffered:
 
     def write(self, text: str) -> None:
         """Write one line. OSError if nothing of it is out."""
+        self.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+    def write_bytes(self, lines: bytes) -> None:
+        """Write some lines that are made already. OSError if nothing of them is out."""
         owed = len(self._rest)
-        data = self._rest + text.encode("utf-8", "backslashreplace")
+        data = self._rest + lines
         out = 0
         try:
             while out < len(data):
@@ -136,20 +142,21 @@ class _LogFile(logging.handlers.WatchedFileHandler):
         return _Unbuffered(os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666))
 
 
-class _Sink:
-    """The writer's side: standard error or a file, and the count of lines that it did not take."""
+class Sink:
+    """The writer's side: a descriptor or a file, and the count of lines that it did not take."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, descriptor: int | None) -> None:
+        """Raises SystemRefusedError for a file that cannot be written."""
+        self.level = settings.log_level.upper()
         self.lost = 0
-        self.handler: logging.Handler
+        self.handler: logging.StreamHandler[Any]
         if settings.log_file:
             try:
                 self.handler = _LogFile(settings.log_file)
             except OSError as error:
                 raise SystemRefusedError(f"cannot write log file {settings.log_file}: {error.strerror}") from error
         else:
-            # sys.stderr is None when we were started without one, and descriptor 2 is somebody else's then
-            self.handler = logging.StreamHandler(_Unbuffered(sys.stderr.fileno()) if sys.stderr else None)
+            self.handler = logging.StreamHandler(None if descriptor is None else _Unbuffered(descriptor))
         self.handler.setFormatter(_formatter(settings.log_format))
         self.handler.handleError = self._count  # type: ignore[method-assign]
 
@@ -161,6 +168,21 @@ class _Sink:
         except Exception:
             self.lost += 1
 
+    def write_lines(self, lines: bytes) -> None:
+        """Lines that a worker has made."""
+        try:
+            if isinstance(self.handler, _LogFile):
+                self.handler.reopenIfNeeded()
+            if self.handler.stream is not None:
+                self.handler.stream.write_bytes(lines)
+        except Exception:
+            self.lost += lines.count(b"\n")
+
+    def close(self) -> None:
+        """Close the file, if it is one."""
+        if isinstance(self.handler, _LogFile):
+            self.handler.close()
+
     def _count(self, record: logging.LogRecord) -> None:
         """In place of logging's traceback on standard error, which may be the very thing that is broken."""
         self.lost += 1
@@ -169,15 +191,17 @@ class _Sink:
 class LogWriter:
     """The queue and the thread that empties it. Between `start` and `stop`."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE_LENGTH)
+    def __init__(self, settings: Settings, descriptor: int | None) -> None:
+        """To this descriptor, if `settings` name no file; None: to nowhere."""
+        self._records: queue.Queue[logging.LogRecord | bytes | Sink | None] = queue.Queue(QUEUE_LENGTH)
+        self._room_for_chunks = threading.BoundedSemaphore(MOST_CHUNKS)
         self._entrance = _Enqueue(self._records)
-        self._sink = _Sink(settings)
+        self._descriptor = descriptor
+        self._sink = Sink(settings, descriptor)
         self._reported = 0
         self._reported_at = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
-        self._level = settings.log_level.upper()
 
     @property
     def dropped(self) -> int:
@@ -188,8 +212,27 @@ class LogWriter:
         """Take over the root logger. Raises nothing; a sink that cannot be opened failed the constructor."""
         root = logging.getLogger()
         root.handlers[:] = [self._entrance]
-        root.setLevel(self._level)
+        root.setLevel(self._sink.level)
         self._thread.start()
+
+    def open(self, settings: Settings) -> Sink:
+        """What these settings want, for `change`. Raises SystemRefusedError."""
+        return Sink(settings, self._descriptor)
+
+    def change(self, sink: Sink) -> None:
+        """Go on with that one after all that is queued. Raises SystemRefusedError, and goes on as before, if nobody
+        reads the log."""
+        try:
+            self._records.put_nowait(sink)
+        except queue.Full as error:
+            sink.close()
+            raise SystemRefusedError("the log takes nothing at present") from error
+        logging.getLogger().setLevel(sink.level)
+
+    def pass_on(self, lines: bytes) -> None:
+        """Write lines of a worker; waits while there is no room, and the worker's pipe and queue fill meanwhile."""
+        self._room_for_chunks.acquire()
+        self._records.put(lines)
 
     def stop(self, seconds: float) -> None:
         """Write what is queued, as far as the sink lets us within `seconds`."""
@@ -207,7 +250,13 @@ class LogWriter:
                 record = self._records.get(timeout=DROP_REPORT_INTERVAL if self._unreported else None)
             except queue.Empty:
                 record = None
-            if record is not None:
+            if isinstance(record, Sink):
+                record.lost, before, self._sink = self._sink.lost, self._sink, record
+                before.close()
+            elif isinstance(record, bytes):
+                self._sink.write_lines(record)
+                self._room_for_chunks.release()
+            elif record is not None:
                 self._sink.write(record)
             if self._unreported:
                 self._report_drops()

@@ -169,13 +169,27 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "NUMBER",
             "The priority of the first rule of routing that the ruleset adds; the next two numbers are used too.",
         ),
+    ),
+    "Processes": (
+        Option(
+            "workers",
+            values.workers(),
+            "NUMBER",
+            "Worker processes, which do the relaying. auto: as many as there are processors.",
+        ),
         Option(
             "user",
             values.ACCOUNT,
             "ACCOUNT",
-            "The account that the relay runs as. The ruleset exempts its connections, so that a relay without the "
-            "right to mark its sockets does not intercept itself.",
-            unset="only marked connections are exempt",
+            "The account that the workers run as: without any capability, unless preserve-source needs one. The "
+            "ruleset exempts the connections of this account, so nothing else should run as it.",
+            unset="that of the supervisor; as root, the workers keep CAP_NET_RAW and nothing else",
+        ),
+        Option(
+            "stall-timeout",
+            values.seconds("never"),
+            "SECONDS",
+            "Kill and replace a worker whose accept loop has shown no sign of life for this long.",
         ),
     ),
     "Connecting upstream": (
@@ -200,8 +214,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "max-connections",
             values.connections(),
             "NUMBER",
-            "Connections at the same time. Past it nothing is accepted, and new ones wait in the kernel's "
-            "backlog. auto: as many as the limit on open files allows.",
+            "Connections at the same time, of all workers together. Past it nothing is accepted, and new ones wait "
+            "in the kernel's backlog. auto: as many as the limit on open files allows.",
         ),
         Option(
             "max-per-source",
@@ -268,6 +282,11 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             in_file=False,
         ),
         _flag("print-config", "Print every setting and where it came from, as a config file, and exit."),
+        _flag(
+            "take-over",
+            "With run: take the listening sockets and the ruleset over from the relay that runs here with one of these "
+            "ports. It finishes its connections and ends; no client notices. If none runs: start as usual.",
+        ),
         _flag("keep", "With demo: leave the network up until Ctrl-C."),
         _flag("json", "With check and rules: answer in JSON."),
         _flag("version", "Print the version and exit."),

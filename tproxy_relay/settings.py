@@ -61,6 +61,10 @@ class Settings:
     backend: str = "auto"
     on_failure: str = "open"
     user: str | None = None
+    """The account of the workers. None: that of the supervisor."""
+    workers: int | None = None
+    """None: as many as there are processors."""
+    stall_timeout: float = 10.0
     preserve_source: str = "no"
     target: HostPort | None = None
     max_connections: int | None = None
@@ -81,6 +85,8 @@ class Settings:
     log_format: str = "console"
     log_file: str | None = None
     """None: standard error."""
+    take_over: bool = False
+    """`run` only: from the relay that is there already."""
     keep: bool = False
     """`demo` only: leave the network up until Ctrl-C."""
     json: bool = False

@@ -60,6 +60,12 @@ def tune(sock: socket.socket, tuning: Tuning) -> None:
         set_mark(sock, tuning.mark)
 
 
+def untune(sock: socket.socket) -> None:
+    """Take back what `tune` sets for some settings and not for others."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
+
+
 def set_mark(sock: socket.socket, mark: int) -> None:
     """SO_MARK (socket(7)), all 32 bits of it: setsockopt() takes an int for a signed one.
 

@@ -19,6 +19,7 @@ MOST_SECONDS = 2147483
 LEAST_SECONDS = 0.001
 # Linux refuses a larger TCP_KEEPIDLE (MAX_TCP_KEEPIDLE in include/net/tcp.h).
 MOST_KEEPALIVE = 32767
+MOST_WORKERS = 64
 MOST_CONNECTIONS = 1_000_000
 MOST_ITEMS = 64
 # rtnetlink(7): a table's number has 32 bits.
@@ -94,8 +95,15 @@ def whole(least: int, most: int, note: str = "") -> Kind:
 
 def connections() -> Kind:
     """A cap on connections, or ``auto``, which is None."""
-    number = whole(1, MOST_CONNECTIONS)
+    return _or_auto(whole(1, MOST_CONNECTIONS))
 
+
+def workers() -> Kind:
+    """A number of processes, or ``auto``, which is None."""
+    return _or_auto(whole(1, MOST_WORKERS))
+
+
+def _or_auto(number: Kind) -> Kind:
     def parse(text: str) -> object:
         return None if text == "auto" else number.parse(text)
 

@@ -43,13 +43,17 @@ class Wakeup:
         except BlockingIOError:
             return  # full of wake-ups that nobody has read yet: one more says nothing new
 
-    def signals(self) -> list[signal.Signals]:
-        """Take the wake-ups, and the signals that have come since the last call, oldest first."""
+    def clear(self) -> None:
+        """Take the wake-ups."""
         try:
             while self._reader.recv(4096):
                 continue
         except BlockingIOError:
-            pass  # read empty
+            return  # read empty
+
+    def signals(self) -> list[signal.Signals]:
+        """Take the wake-ups, and the signals that have come since the last call, oldest first."""
+        self.clear()
         taken = []
         while self._signals:
             taken.append(signal.Signals(self._signals.popleft()))

@@ -18,12 +18,13 @@ PATIENCE = 10.0
 """Seconds after which an event that a test waits for has not come."""
 
 LEGACY_TABLES = ("raw", "mangle", "nat", "filter")
+"""One by one: only the real root may read the list of them, /proc/net/ip_tables_names."""
+LEGACY_SAVES = ("iptables-legacy-save", "ip6tables-legacy-save")
 LOOKS = (
     ("nft", "-s", "list", "ruleset"),
     ("iptables-nft-save",),
     ("ip6tables-nft-save",),
-    ("iptables-legacy-save",),
-    ("ip6tables-legacy-save",),
+    *((program, "-t", table) for program in LEGACY_SAVES for table in LEGACY_TABLES),
     *(("ip", family, "rule") for family in ("-4", "-6")),
     *(("ip", family, "route", "show", "table", "all") for family in ("-4", "-6")),
 )
@@ -40,7 +41,7 @@ table inet neighbour {
 
 def furnish(lab: Lab) -> None:
     """Make the relay's host one on which others have rules too, and on which reading tables loads no more of them."""
-    for program in ("iptables-legacy-save", "ip6tables-legacy-save"):
+    for program in LEGACY_SAVES:
         for table in LEGACY_TABLES:
             lab.relay.run([program, "-t", table])
     lab.relay.run(["nft", "-f", "-"], input=FOREIGN)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tproxy_relay.lab import Host, Lab
+from tproxy_relay.lab import Host, Lab, RelayProcess
 
 pytestmark = pytest.mark.slow
 
@@ -271,7 +271,7 @@ def test_a_place_that_is_not_there(doctor: Doctor, finding: str, options: Sequen
 
 
 def test_too_few_descriptors(doctor: Doctor) -> None:
-    options = (*INTERCEPT, "--max-connections", "300")
+    options = (*INTERCEPT, "--max-connections", "300", "--workers", "1")
     (found,) = doctor.check(*options, wrapper=["prlimit", "--nofile=500:500"]).problems
     assert found["name"] == "descriptors"
     doctor.shell(found["remedy"])  # no more than what it says is needed
@@ -370,7 +370,7 @@ def test_working_interception_is_seen_to_work(fresh_lab: Lab, doctor: Doctor, op
 
 
 @pytest.fixture
-def relay(fresh_lab: Lab, doctor: Doctor) -> Iterator[Any]:
+def relay(fresh_lab: Lab, doctor: Doctor) -> Iterator[RelayProcess]:
     """A relay whose rules nobody guards."""
     doctor.shell(APPLY)
     with fresh_lab.relay_process() as running:
@@ -388,7 +388,9 @@ def relay(fresh_lab: Lab, doctor: Doctor) -> Iterator[Any]:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_broken_interception_is_seen(doctor: Doctor, relay: Any, how: Sequence[str], words: dict[str, str]) -> None:
+def test_broken_interception_is_seen(
+    doctor: Doctor, relay: RelayProcess, how: Sequence[str], words: dict[str, str]
+) -> None:
     for line in how:
         doctor.shell(line)
     answer = doctor.check(*INTERCEPT)
@@ -400,7 +402,7 @@ def test_broken_interception_is_seen(doctor: Doctor, relay: Any, how: Sequence[s
     assert doctor.check(*INTERCEPT).code == 0
 
 
-def test_a_filter_that_drops_relayed_connections_is_seen_and_mended(doctor: Doctor, relay: Any) -> None:
+def test_a_filter_that_drops_relayed_connections_is_seen_and_mended(doctor: Doctor, relay: RelayProcess) -> None:
     for line in INPUT_CHAIN:
         doctor.shell(line)
     answer = doctor.check(*INTERCEPT)
@@ -410,12 +412,13 @@ def test_a_filter_that_drops_relayed_connections_is_seen_and_mended(doctor: Doct
     assert doctor.check(*INTERCEPT).code == 0
 
 
-def test_a_relay_that_hangs_is_seen(doctor: Doctor, relay: Any) -> None:
-    relay.signal(signal.SIGSTOP)
+def test_a_relay_that_hangs_is_seen(doctor: Doctor, relay: RelayProcess) -> None:
+    worker = relay.worker
+    os.kill(worker, signal.SIGSTOP)
     try:
         found = doctor.check(*INTERCEPT).named("self-probe")
     finally:
-        relay.signal(signal.SIGCONT)
+        os.kill(worker, signal.SIGCONT)
     assert len(found) == 4 and all("goes no further" in one["what"] for one in found)
 
 

@@ -58,7 +58,7 @@ def test_a_gateway(name: str, source: str, family: int, lab: Lab) -> None:
 def test_a_sidecar(family: int, lab: Lab, tmp_path: Path) -> None:
     conf = tmp_path / "tproxy-relay.conf"
     conf.write_text(block(PAGE, "sidecar"))
-    with lab.relay_process("--config", str(conf)) as relay:
+    with lab.relay_process("--config", str(conf), "--log-format", "json") as relay:
         client, seen = talk(lab.client, lab.relay, 8080, family)
         with client:
             assert relay.record_of(client)["outcome"] == "completed"

@@ -1,4 +1,7 @@
-"""When the relay dies, no transfer that it carried looks complete: both ends see a reset, never an EOF."""
+"""When the relay dies, no transfer that it carried looks complete: both ends see a reset, never an EOF.
+
+A worker takes its own connections along; the supervisor has none, but the workers die with it.
+"""
 
 import os
 import signal
@@ -12,6 +15,7 @@ from tproxy_relay.lab import Lab, RelayProcess
 
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 PORT = 8000
+VICTIMS = [pytest.param("pid", id="supervisor"), pytest.param("worker", id="worker")]
 
 
 @pytest.fixture
@@ -23,9 +27,10 @@ def relay(lab: Lab) -> Iterator[RelayProcess]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=["SIGKILL", "SIGSEGV"])
+@pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_relay_that_dies_in_mid_transfer_resets_both_ends(
-    lab: Lab, relay: RelayProcess, family: int, number: int
+    lab: Lab, relay: RelayProcess, family: int, victim: str, number: int
 ) -> None:
     ends = Ends(lab, family, PORT)
     ends.client.sendall(b"request")
@@ -33,15 +38,16 @@ def test_a_relay_that_dies_in_mid_transfer_resets_both_ends(
     assert ends.client.recv(100) == b"a part of the answer"
     assert ends.server.recv(100) == b"request"
     relay.wait_for_line(lambda line: line["message"] == "connection open")
-    os.kill(relay.pid, number)
+    os.kill(getattr(relay, victim), number)
     assert read_to_end(ends.client)[-1] == "ECONNRESET"
     assert read_to_end(ends.server)[-1] == "ECONNRESET"
     ends.close()
 
 
+@pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("half_closed", ["client", "server"])
 def test_a_relay_that_dies_after_a_half_close_resets_the_open_direction(
-    lab: Lab, relay: RelayProcess, half_closed: str
+    lab: Lab, relay: RelayProcess, half_closed: str, victim: str
 ) -> None:
     ends = Ends(lab, socket.AF_INET, PORT)
     closing, other = (ends.client, ends.server) if half_closed == "client" else (ends.server, ends.client)
@@ -49,6 +55,6 @@ def test_a_relay_that_dies_after_a_half_close_resets_the_open_direction(
     assert other.recv(1) == b"", "the half-close did not come through"
     other.sendall(b"still")
     assert closing.recv(5) == b"still"
-    os.kill(relay.pid, signal.SIGKILL)
+    os.kill(getattr(relay, victim), signal.SIGKILL)
     assert read_to_end(closing)[-1] == "ECONNRESET", "a transfer that broke off looks complete"
     ends.close()

@@ -45,7 +45,7 @@ class Footprint:
 def wait_for_rest(relay: RelayProcess, start: Footprint) -> Footprint:
     """The relay's footprint when it is what it was at the start."""
     deadline = time.monotonic() + REST
-    while not (now := Footprint.of(relay.pid)).is_back_at(start):
+    while not (now := Footprint.of(relay.worker)).is_back_at(start):
         assert time.monotonic() < deadline, f"not given back after {REST:g} s: {now}, at the start {start}"
         time.sleep(0.05)
     return now
@@ -82,7 +82,7 @@ def serve_all(lab: Lab, relay: RelayProcess, clients: Script, count: int, start:
     assert clients.ask(f"open {count}")["errors"] == {}
     first = clients.ask("echo 64")
     assert (first["done"], first["errors"]) == (count, {})
-    resting = Footprint.of(relay.pid)
+    resting = Footprint.of(relay.worker)
     assert resting.descriptors >= start.descriptors + 2 * count, "they were not all in the relay at once"
     assert resting.threads >= 2 * count
     again = clients.ask("echo 64")
@@ -97,7 +97,7 @@ def test_hundreds_of_connections_leave_nothing_behind(fresh_lab: Lab, family: in
     lab, count = fresh_lab, 300
     lab.intercept((PORT,))
     with echo_server(lab.server, PORT, family), lab.relay_process() as relay:
-        start = Footprint.of(relay.pid)
+        start = Footprint.of(relay.worker)
         with Script(lab.client, "hold", lab.server.address(family), PORT) as clients:
             serve_all(lab, relay, clients, count, start)
         wait_for_rest(relay, start)
@@ -111,7 +111,7 @@ def test_two_thousand_connections_five_times(fresh_lab: Lab, require_or_skip: Ca
     require_descriptors(2 * count + 100, require_or_skip)
     lab.intercept((PORT,))
     with echo_server(lab.server, PORT), lab.relay_process() as relay:
-        start = Footprint.of(relay.pid)
+        start = Footprint.of(relay.worker)
         afterwards = []
         with Script(lab.client, "hold", lab.server.ipv4, PORT) as clients:
             for number in range(1, rounds + 1):
@@ -130,7 +130,7 @@ def test_twenty_thousand_connections_one_after_the_other(fresh_lab: Lab) -> None
     lab, count = fresh_lab, 20_000
     lab.intercept((PORT,))
     with echo_server(lab.server, PORT), lab.relay_process() as relay:
-        start = Footprint.of(relay.pid)
+        start = Footprint.of(relay.worker)
         answer = come_and_go(lab.client, lab.server.ipv4, PORT, count)
         print(f"{count / answer['seconds']:.0f} connections/s")
         assert (answer["done"], answer["errors"]) == (count, {})

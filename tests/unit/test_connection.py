@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import lines as lines_module
 import loopback
+import places
 import pytest
 from deadlines import PATIENCE, wait_until
 from lines import Lines
@@ -48,7 +49,9 @@ class Desk:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sockets.tune(raw, loopback.UNTUNED)
         self.listener = Listener(raw)
-        self.registry: Registry[Connection] = Registry()
+        self._places = places.places()
+        (self.place,) = self._places.__enter__()
+        self.registry: Registry[Connection] = Registry(self.place)
         self.threads = RelayThreads(limit=8, spare=2)
         self.ended = threading.Semaphore(0)
         self._epoll = select.epoll()
@@ -79,6 +82,7 @@ class Desk:
         self._closing.set()
         self._watcher.join(PATIENCE)
         self._epoll.close()
+        self._places.__exit__(None, None, None)
         threading.stack_size(0)
 
     def accept(self) -> Connection:
@@ -188,7 +192,7 @@ def test_a_completed_connection_and_every_field_of_its_line(
     assert (record.levelno, record.name) == (logging.INFO, "tproxy_relay.access")
     (opened,) = lines.of("connection open")
     assert opened.levelno == logging.DEBUG
-    assert desk.registry.closed_by_outcome == {"completed": 1}
+    assert desk.place.numbers.closed == {"completed": 1}
 
 
 def test_the_original_destination_is_where_it_goes(desks: DeskMaker, lines: Lines) -> None:
@@ -291,7 +295,7 @@ def assert_refused(desk: Desk, client: socket.socket, lines: Lines, outcome: str
     assert line["error"]
     assert lines.of("connection closed")[0].levelno == level
     desk.await_end()
-    assert desk.registry.closed_by_outcome == {outcome: 1}
+    assert desk.place.numbers.closed == {outcome: 1}
     assert len(desk.registry) == 0
     return line
 
@@ -355,7 +359,7 @@ def test_loop(desks: DeskMaker, lines: Lines) -> None:
         assert loopback.read_to_end(client)[1] == RST
         assert "loop" in lines.outcomes(2)
     assert "ruleset lacks the rule" in str([line.get("error") for line in lines.closed(2)])
-    assert desk.registry.accepted_total == 2, "it went round once"
+    assert desk.place.numbers.accepted == 2, "it went round once"
     desk.await_end()
     desk.await_end()
     assert not desk.registry._accepted and not desk.registry._opened
@@ -668,7 +672,7 @@ def test_abort_after_the_end(desks: DeskMaker, server: socket.socket, lines: Lin
     started.abandon()
     started.refuse(RefusedError(Outcome.OVER_LIMIT, "late"))
     assert lines.outcomes() == ["completed"]
-    assert desk.registry.closed_by_outcome == {"completed": 1}
+    assert desk.place.numbers.closed == {"completed": 1}
 
 
 def test_abandon_records_what_is_stuck_and_its_thread_does_not_record_again(

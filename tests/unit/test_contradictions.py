@@ -33,6 +33,13 @@ def test_keep_is_for_demo() -> None:
     assert is_accepted(Settings(keep=True, command="demo"))
 
 
+def test_take_over_is_for_run() -> None:
+    error = refusal(Settings(take_over=True, command="demo"), on_command_line="take-over")
+    assert isinstance(error, UsageError)
+    assert str(error).startswith("--take-over is for 'run', and the command is 'demo': drop --take-over or say run")
+    assert is_accepted(Settings(take_over=True))
+
+
 @pytest.mark.parametrize(
     "host, bind",
     [
@@ -162,3 +169,11 @@ def test_a_cap_that_another_cap_makes_idle_is_worth_a_warning() -> None:
     ]
     assert not list(contradictions.warnings(Settings(max_connections=10, max_per_source=10)))
     assert not list(contradictions.warnings(Settings(max_per_source=10)))
+
+
+@pytest.mark.parametrize("user", ["root", "0"])
+def test_workers_of_root_exempt_every_program_of_root_which_is_worth_a_warning(user: str) -> None:
+    (warning,) = contradictions.warnings(Settings(user=user, intercept_outbound=HTTP))
+    assert "no connection of any program of root is intercepted" in warning
+    assert not list(contradictions.warnings(Settings(user=user, intercept_inbound=HTTP)))
+    assert not list(contradictions.warnings(Settings(user="relay", intercept_outbound=HTTP)))

@@ -37,7 +37,7 @@ def opened() -> Iterator[Callable[..., list[listeners.Listener]]]:
     made: list[listeners.Listener] = []
 
     def open_all(settings: Settings, tuning: Tuning = TUNED) -> list[listeners.Listener]:
-        these = listeners.open_all(settings, tuning, {})
+        these = listeners.open_all(settings, tuning)
         made.extend(these)
         return these
 
@@ -131,7 +131,7 @@ def test_a_taken_port() -> None:
     with loopback.listen() as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SystemRefusedError) as caught:
-            listeners.open_all(plain(ports=(0, port)), TUNED, {})
+            listeners.open_all(plain(ports=(0, port)), TUNED)
     assert str(caught.value) == (
         f"cannot listen on 127.0.0.1:{port}: the port is taken; `ss -ltnp 'sport = :{port}'` shows by whom. "
         "Stop that program, or choose other ports with --ports"
@@ -141,18 +141,52 @@ def test_a_taken_port() -> None:
 
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(SystemRefusedError, match=r"192\.0\.2\.1:0: no interface has that address .* --bind"):
-        listeners.open_all(plain(bind=("127.0.0.1", "192.0.2.1")), TUNED, {})
+        listeners.open_all(plain(bind=("127.0.0.1", "192.0.2.1")), TUNED)
 
 
 def test_an_interface_that_is_not_there() -> None:
     with pytest.raises(SystemRefusedError, match="no interface 'nope0' on this host"):
-        listeners.open_all(plain(interface="nope0"), TUNED, {})
+        listeners.open_all(plain(interface="nope0"), TUNED)
 
 
 def test_an_interface(opened: Callable[..., list[listeners.Listener]]) -> None:
     (one,) = opened(plain(interface="lo"))
     assert one.sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"lo"
     loopback.dial(one.endpoint[:2]).close()
+
+
+# --- some are there already
+
+
+def test_what_is_there_is_kept_and_the_rest_opened(opened: Callable[..., list[listeners.Listener]]) -> None:
+    first, second = opened(plain(bind=("127.0.0.1", "127.0.0.2")))
+    settings = plain(bind=("127.0.0.2", "127.0.0.3"))
+    again = listeners.open_all(settings, TUNED, [first, second])
+    assert again[0] is second, "known by the address that was asked for, though the kernel chose the port"
+    assert again[1].endpoint.host == "127.0.0.3"
+    assert first.sock.fileno() >= 0, "whether it is closed is not decided here"
+    listeners.close_all(again[1:])
+
+
+def test_what_was_there_stays_open_when_another_one_cannot_be_opened(
+    opened: Callable[..., list[listeners.Listener]],
+) -> None:
+    (first,) = opened(plain())
+    with pytest.raises(SystemRefusedError, match="no interface has that address"):
+        listeners.open_all(plain(bind=("127.0.0.1", "127.0.0.3", "192.0.2.1")), TUNED, [first])
+    loopback.dial(first.endpoint[:2]).close()
+
+
+@pytest.mark.parametrize("tuning", [Tuning(0, 0, 0), Tuning(5, 0, 0), Tuning(0, 3, 0)])
+def test_a_listener_can_be_tuned_anew(opened: Callable[..., list[listeners.Listener]], tuning: Tuning) -> None:
+    (one,) = opened(plain())
+    listeners.tune(one, tuning)
+    with loopback.dial(one.endpoint[:2]):
+        one.sock.setblocking(True)
+        accepted, _ = one.sock.accept()
+        with accepted:
+            assert option(accepted, socket.SOL_SOCKET, socket.SO_KEEPALIVE) == bool(tuning.keepalive)
+            assert option(accepted, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == tuning.user_timeout * 1000
 
 
 # --- in a process of its own, where rights or the kernel differ
@@ -170,12 +204,17 @@ class Keep(logging.Handler):
 logging.getLogger().addHandler(Keep())
 settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sys.argv[1]).items()})
 try:
-    made = listeners.open_all(settings, sockets.Tuning(0, 0, 0), os.environ)
+    tuning = sockets.Tuning(0, 0, 0)
+    made, unfit = listeners.adopt_all(settings, os.environ)
+    for one in made:
+        listeners.tune(one, tuning)
+    stored = [one.stored for one in made]
+    made = made or listeners.open_all(settings, tuning)
     names = [one.name for one in made]
     assert not any(one.sock.get_inheritable() for one in made), "a child would hold the port"
     transparent = [sockets.is_transparent(one.sock) for one in made]
     listeners.close_all(made)
-    print(json.dumps({"names": names, "transparent": transparent, "said": said}))
+    print(json.dumps({"names": names, "transparent": transparent, "said": said, "stored": stored, "unfit": unfit}))
 except RelayError as error:
     print(json.dumps({"error": str(error), "code": error.exit_code, "kind": type(error).__name__, "said": said}))
 """
@@ -306,14 +345,14 @@ for number, kind in enumerate(kinds, 3):
     if kind != "none":
         os.dup2(100 + number, number, inheritable=True)
         os.close(100 + number)
-os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(kinds)))
-os.execv(sys.executable, [sys.executable, "-c", *sys.argv[2:]])
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(kinds)), LISTEN_FDNAMES=sys.argv[2])
+os.execv(sys.executable, [sys.executable, "-c", *sys.argv[3:]])
 """
 
 
-def inherit(kinds: str, mode: str, prefix: tuple[str, ...] = ()) -> dict[str, object]:
-    """What open_all says in a process that was given these descriptors."""
-    ran = children.run_python(INHERIT, kinds, OPEN, json.dumps({"mode": mode}), prefix=prefix)
+def inherit(kinds: str, mode: str, prefix: tuple[str, ...] = (), names: str = "") -> dict[str, object]:
+    """What adopt_all says in a process that was given these descriptors."""
+    ran = children.run_python(INHERIT, kinds, names, OPEN, json.dumps({"mode": mode}), prefix=prefix)
     assert ran.returncode == 0, ran.stderr
     answer: dict[str, object] = json.loads(ran.stdout)
     return answer
@@ -323,6 +362,21 @@ def test_inherited_listeners_are_used_in_their_order() -> None:
     answer = inherit("tcp-listening,tcp-listening", "redirect")
     assert [str(name).rpartition(":")[0] for name in answer["names"]] == ["127.0.0.1"] * 2  # type: ignore
     assert answer["said"] == []
+
+
+def test_a_listener_that_a_relay_has_left_with_the_service_manager_is_known_by_its_name() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        name = listeners.Listener(sock).stored_name
+    assert ":" not in name
+    answer = inherit("tcp-listening,tcp-listening,tcp-listening", "redirect", names=f"tproxy-relay.socket:{name}")
+    assert answer["stored"] == [False, True, False]
+
+
+def test_a_stored_listener_that_will_not_do_is_left_alone() -> None:
+    """The service manager is told to forget it."""
+    stored = [f"{listeners._STORED}{number}" for number in range(4)]
+    answer = inherit("udp,tcp-listening,tcp,file", "redirect", names=":".join(stored))
+    assert (answer["stored"], answer["unfit"]) == ([True], [stored[0], *stored[2:]])
 
 
 def test_inherited_transparent_listeners(require_or_skip: Callable[[str], NoReturn]) -> None:
@@ -357,7 +411,7 @@ def test_an_unfit_descriptor_stops_the_start(kinds: str, mode: str, complaint: s
 def test_a_count_that_is_none_stops_the_start() -> None:
     environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "two"}
     with pytest.raises(SystemRefusedError, match="LISTEN_FDS is 'two', not a number"):
-        listeners.open_all(plain(), TUNED, environ)
+        listeners.adopt_all(plain(), environ)
     assert environ == {}
 
 

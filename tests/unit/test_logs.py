@@ -107,7 +107,7 @@ class Writing:
 
     def __init__(self, path: Path | str, log_format: str = "json", log_level: str = "info") -> None:
         self.path = Path(path)
-        self.writer = LogWriter(Settings(log_file=str(path), log_format=log_format, log_level=log_level))
+        self.writer = LogWriter(Settings(log_file=str(path), log_format=log_format, log_level=log_level), None)
         self.writer.start()
 
     def __enter__(self) -> "Writing":
@@ -209,7 +209,7 @@ def test_a_file_is_added_to(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(SystemRefusedError, match="cannot write log file .*/no/log: No such file or") as caught:
-        LogWriter(Settings(log_file=str(tmp_path / "no" / "log")))
+        LogWriter(Settings(log_file=str(tmp_path / "no" / "log")), None)
     assert caught.value.exit_code == 71
 
 
@@ -365,7 +365,7 @@ import logging, os, sys, time
 from tproxy_relay.logs import LogWriter
 from tproxy_relay.settings import Settings
 
-writer = LogWriter(Settings(log_format="console"))
+writer = LogWriter(Settings(log_format="console"), sys.stderr.fileno() if sys.stderr else None)
 writer.start()
 print("ready", flush=True)
 sys.stdin.readline()
@@ -430,3 +430,32 @@ def test_a_file_that_cannot_be_opened_again_is_opened_when_it_can(tmp_path: Path
             return writing.path.exists() and "after" in writing.text()
 
         wait_until(again, "the file is there again")
+
+
+def test_lines_of_workers_stand_between_those_of_the_supervisor(tmp_path: Path) -> None:
+    with Writing(tmp_path / "log", log_format="console") as writing:
+        logging.getLogger("relay").warning("before")
+        writing.writer.pass_on(b"one of a worker\nanother\n")
+        logging.getLogger("relay").warning("after")
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert [line.rpartition("WARNING ")[2] for line in lines] == ["before", "one of a worker", "another", "after"]
+
+
+def test_a_reload_may_change_file_form_and_level(tmp_path: Path) -> None:
+    with Writing(tmp_path / "old", log_format="console", log_level="warning") as writing:
+        logging.getLogger("relay").info("too little")
+        logging.getLogger("relay").warning("before")
+        writing.writer.change(
+            writing.writer.open(Settings(log_file=str(tmp_path / "new"), log_format="json", log_level="info"))
+        )
+        logging.getLogger("relay").info("after")
+    assert (tmp_path / "old").read_text(encoding="utf-8").endswith(" WARNING before\n")
+    assert json.loads((tmp_path / "new").read_text(encoding="utf-8"))["message"] == "after"
+
+
+def test_a_log_that_cannot_be_opened_changes_nothing(tmp_path: Path) -> None:
+    with Writing(tmp_path / "log") as writing:
+        with pytest.raises(SystemRefusedError, match="cannot write log file"):
+            writing.writer.open(Settings(log_file=str(tmp_path / "no" / "log"), log_level="error"))
+        logging.getLogger("relay").info("as before")
+    assert json.loads((tmp_path / "log").read_text(encoding="utf-8"))["message"] == "as before"

@@ -75,12 +75,16 @@ def passed(count: str, pid: str | None = None) -> dict[str, str]:
 
 def test_inherited_descriptors() -> None:
     environ = passed("2")
-    assert notify.inherited_descriptors(environ) == [3, 4]
+    assert notify.inherited_descriptors(environ) == [(3, "inbound"), (4, "outbound")]
     assert environ == {"OTHER": "stays"}, "a child must not take them for its own"
     assert notify.inherited_descriptors(environ) == []
 
 
-@pytest.mark.parametrize("pid", ["", "1", str(os.getpid() + 1), f" {os.getpid()}", "self"])
+@pytest.mark.parametrize(
+    "pid",
+    ["", "1", str(os.getpid() + 1), f" {os.getpid()}", "self"],
+    ids=["none", "another", "the next one", "blank", "word"],
+)
 def test_descriptors_of_another_process_are_not_ours(pid: str) -> None:
     environ = passed("2", pid)
     assert notify.inherited_descriptors(environ) == []

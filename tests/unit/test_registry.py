@@ -1,10 +1,13 @@
 """Counting in and out, per source and per outcome, and knowing our own flows again."""
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import places
 import pytest
 
+from tproxy_relay.board import Place
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.registry import Flow, Registry
 
@@ -23,11 +26,26 @@ def someone(number: int, host: str = "192.0.2.1") -> Someone:
     return Someone(f"c{number}", Endpoint(host, 1000 + number))
 
 
+@pytest.fixture
+def place() -> Iterator[Place]:
+    with places.places() as (made,):
+        yield made
+
+
+@pytest.fixture
+def two() -> Iterator[tuple[Registry[Someone], Registry[Someone]]]:
+    """Those of two workers."""
+    with places.places(2) as (one, other):
+        yield Registry(one, share_sources=True), Registry(other, share_sources=True)
+
+
+Two = tuple[Registry[Someone], Registry[Someone]]
+
 FLOW = Flow(Endpoint("192.0.2.1", 1), Endpoint("192.0.2.2", 2))
 
 
-def test_in_and_out() -> None:
-    registry: Registry[Someone] = Registry()
+def test_in_and_out(place: Place) -> None:
+    registry: Registry[Someone] = Registry(place)
     first, second = someone(1), someone(2)
     registry.add(first)
     registry.add(second)
@@ -36,12 +54,12 @@ def test_in_and_out() -> None:
     assert (len(registry), registry.live()) == (1, [second])
     registry.remove(second, "idle")
     registry.remove(second, "aborted")
-    assert (len(registry), registry.live(), registry.accepted_total) == (0, [], 2)
-    assert registry.closed_by_outcome == {"completed": 1, "idle": 1}
+    assert (len(registry), registry.live()) == (0, [])
+    assert place.numbers == (2, 0, {"completed": 1, "idle": 1})
 
 
-def test_how_many_a_source_has() -> None:
-    registry: Registry[Someone] = Registry()
+def test_how_many_a_source_has(place: Place) -> None:
+    registry: Registry[Someone] = Registry(place)
     ones = [someone(number) for number in range(3)]
     assert [registry.add(one) for one in ones] == [1, 2, 3]
     assert registry.add(someone(9, "192.0.2.9")) == 1
@@ -49,8 +67,8 @@ def test_how_many_a_source_has() -> None:
     assert registry.add(someone(4)) == 3
 
 
-def test_a_source_that_is_gone_is_forgotten() -> None:
-    registry: Registry[Someone] = Registry()
+def test_a_source_that_is_gone_is_forgotten(place: Place) -> None:
+    registry: Registry[Someone] = Registry(place)
     for number in range(100):
         one = someone(number, f"192.0.2.{number}")
         registry.add(one)
@@ -59,8 +77,8 @@ def test_a_source_that_is_gone_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("opened_first", [True, False])
-def test_whoever_comes_second_sees_the_loop(opened_first: bool) -> None:
-    registry: Registry[Someone] = Registry()
+def test_whoever_comes_second_sees_the_loop(place: Place, opened_first: bool) -> None:
+    registry: Registry[Someone] = Registry(place)
     opener, accepted = someone(1), someone(2)
     if opened_first:
         assert not registry.is_loop_opened(opener, FLOW)
@@ -70,17 +88,17 @@ def test_whoever_comes_second_sees_the_loop(opened_first: bool) -> None:
         assert registry.is_loop_opened(opener, FLOW)
 
 
-def test_a_connection_is_no_loop_of_itself() -> None:
+def test_a_connection_is_no_loop_of_itself(place: Place) -> None:
     """With preserve-source full both legs have the same four numbers."""
-    registry: Registry[Someone] = Registry()
+    registry: Registry[Someone] = Registry(place)
     one = someone(1)
     assert not registry.is_loop_accepted(one, FLOW)
     assert not registry.is_loop_opened(one, FLOW)
     assert not registry.is_loop_accepted(one, FLOW)
 
 
-def test_the_flows_of_the_gone_are_forgotten() -> None:
-    registry: Registry[Someone] = Registry()
+def test_the_flows_of_the_gone_are_forgotten(place: Place) -> None:
+    registry: Registry[Someone] = Registry(place)
     opener, accepted = someone(1), someone(2)
     for one in (opener, accepted):
         registry.add(one)
@@ -92,8 +110,8 @@ def test_the_flows_of_the_gone_are_forgotten() -> None:
     assert not registry._opened and not registry._accepted
 
 
-def test_a_flow_that_has_a_new_owner_stays_when_the_old_one_goes() -> None:
-    registry: Registry[Someone] = Registry()
+def test_a_flow_that_has_a_new_owner_stays_when_the_old_one_goes(place: Place) -> None:
+    registry: Registry[Someone] = Registry(place)
     old, new, third = someone(1), someone(2), someone(3)
     for one in (old, new):
         registry.add(one)
@@ -103,8 +121,8 @@ def test_a_flow_that_has_a_new_owner_stays_when_the_old_one_goes() -> None:
     assert registry.is_loop_accepted(third, FLOW)
 
 
-def test_many_threads_at_once() -> None:
-    registry: Registry[Someone] = Registry()
+def test_many_threads_at_once(place: Place) -> None:
+    registry: Registry[Someone] = Registry(place, share_sources=True)
 
     def come_and_go(first: int) -> None:
         for number in range(first, first + 500):
@@ -118,6 +136,63 @@ def test_many_threads_at_once() -> None:
         thread.start()
     for thread in threads:
         thread.join(10)
-    assert (len(registry), registry.accepted_total) == (0, 4000)
-    assert registry.closed_by_outcome == {"completed": 4000}
+    assert len(registry) == 0
+    assert place.numbers == (4000, 0, {"completed": 4000})
     assert not registry._per_source
+    assert not place.sources._own.count(place.board.digest("192.0.2.1"))
+
+
+# --- two workers
+
+
+def test_how_many_a_source_has_with_all_workers(two: Two) -> None:
+    ones = [someone(number) for number in range(4)]
+    assert [two[number % 2].add(one) for number, one in enumerate(ones)] == [1, 2, 3, 4]
+    assert two[1].add(someone(9, "192.0.2.9")) == 1
+    two[0].remove(ones[0], "completed")
+    two[0].remove(ones[0], "aborted")
+    assert two[1].add(someone(4)) == 4
+
+
+def test_what_a_source_has_with_others_is_not_asked_where_nothing_depends_on_it() -> None:
+    with places.places(2) as made:
+        one, other = (Registry[Someone](place) for place in made)
+        assert [one.add(someone(1)), one.add(someone(2)), other.add(someone(3))] == [1, 2, 1]
+
+
+def test_a_source_whose_worker_is_gone_is_forgotten(two: Two) -> None:
+    two[0].add(someone(1))
+    two[0]._place.board.clear(0)
+    assert two[1].add(someone(2)) == 1
+
+
+@pytest.mark.parametrize("opened_first", [True, False])
+def test_a_loop_through_another_worker(two: Two, opened_first: bool) -> None:
+    opener, accepted = someone(1), someone(1)
+    if opened_first:
+        assert not two[0].is_loop_opened(opener, FLOW)
+        assert two[1].is_loop_accepted(accepted, FLOW)
+    else:
+        assert not two[1].is_loop_accepted(accepted, FLOW)
+        assert two[0].is_loop_opened(opener, FLOW)
+
+
+def test_the_flows_of_the_gone_are_forgotten_by_the_others_too(two: Two) -> None:
+    opener, accepted = someone(1), someone(2)
+    two[0].add(opener)
+    opener.flows.append(FLOW)
+    assert not two[0].is_loop_opened(opener, FLOW)
+    two[0].remove(opener, "completed")
+    assert not two[1].is_loop_accepted(accepted, FLOW)
+
+
+def test_a_flow_that_has_a_new_owner_is_shared_until_that_one_goes(two: Two) -> None:
+    old, new, third = someone(1), someone(2), someone(3)
+    for one in (old, new):
+        two[0].add(one)
+        one.flows.append(FLOW)
+        two[0].is_loop_opened(one, FLOW)
+    two[0].remove(old, "completed")
+    assert two[1].is_loop_accepted(third, FLOW)
+    two[0].remove(new, "completed")
+    assert not two[1].is_loop_accepted(third, FLOW)

@@ -1,4 +1,4 @@
-"""The whole process: real signals, real exits, also with threads that will not return and as PID 1."""
+"""The whole relay, with its workers: real signals, real exits, also with threads that will not return and as PID 1."""
 
 import json
 import os
@@ -18,11 +18,6 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from loopback import RST
 
-from tproxy_relay import service
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.errors import CapabilityMissingError, ConfigError
-from tproxy_relay.settings import HostPort, PortRange, Settings
-
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 RUN = """
@@ -32,9 +27,10 @@ from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import HostPort, Settings
 
 given = json.loads(sys.argv[1])
-given["target"] = HostPort(*given["target"])
+given = {"workers": 1, **given, "target": HostPort(*given["target"])}
 try:
-    service.run(Settings(bind=("127.0.0.1",), ports=(0,), mode="redirect", log_format="json", **given), os.environ)
+    settings = Settings(bind=("127.0.0.1",), ports=(0,), mode="redirect", log_format="json", **given)
+    service.run(settings, lambda: settings, os.environ)
 except RelayError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -50,7 +46,7 @@ class Service:
         self.raw: list[str] = []
         self._reader = threading.Thread(target=self._read, name="log reader")
         self._reader.start()
-        assert manager.recv(100) == b"READY=1"
+        self.told("READY=1")
         (listening,) = self.lines("listening")
         host, _, port = str(listening["listeners"]).rpartition(":")
         self.address = (host, int(port))
@@ -78,9 +74,15 @@ class Service:
         assert client.recv(1) == b"!"
         return client, server
 
-    def stopping(self) -> None:
-        """It has said so."""
-        assert self._manager.recv(100) == b"STOPPING=1"
+    def told(self, state: str) -> None:
+        """It has told the service manager so. Its listeners are stored there too, and it shows signs of life."""
+        while not (told := self._manager.recv(200).decode()).startswith(state):
+            assert told.startswith(("FDSTORE=1", "WATCHDOG=1")), told
+
+    @property
+    def workers(self) -> list[int]:
+        """The pids of the workers that were ever started."""
+        return [int(str(line["pid"])) for line in self.lines("worker started")]
 
     def exit_code(self, seconds: float = PATIENCE) -> int:
         """The code, once it has ended."""
@@ -122,10 +124,13 @@ def test_a_life(tmp_path: Path) -> None:
         client, server = relay.connect()
         relay.child.send_signal(signal.SIGUSR1)
         assert relay.lines("connection live")[0]["state"] == "open"
+        assert relay.lines("connections")[0]["live"] == 1
         relay.child.send_signal(signal.SIGHUP)
-        relay.lines("settings are read at start only: restart to change them")
+        relay.told("RELOADING=1\nMONOTONIC_USEC=")
+        relay.told("READY=1")
+        assert [line["generation"] for line in relay.lines("reloaded")] == [2]
         relay.child.send_signal(signal.SIGTERM)
-        relay.stopping()
+        relay.told("STOPPING=1")
         client.sendall(b"still")
         assert loopback.read_exactly(server, 5) == b"still"
         client.close()
@@ -134,6 +139,7 @@ def test_a_life(tmp_path: Path) -> None:
         assert relay.lines("connection closed")[0]["outcome"] == "completed"
         assert relay.log[-1]["message"] == "stopped"
         assert relay.log[-1]["closed"] == {"completed": 1}
+        assert relay.log[-1]["log_dropped"] == 0
 
 
 def test_a_second_term_ends_the_drain(tmp_path: Path) -> None:
@@ -173,7 +179,9 @@ orig_dst.original_destination = lambda *_: time.sleep(600)
 
 def test_a_thread_that_never_returns_does_not_keep_it_from_ending_either(tmp_path: Path) -> None:
     """The interpreter would wait for it: concurrent.futures joins its threads at exit."""
-    with serving(tmp_path, before=NEVER_BACK) as relay, loopback.dial(relay.address) as client:
+    (tmp_path / "sitecustomize.py").write_text(NEVER_BACK, encoding="utf-8")  # the workers load it too (site)
+    path = f"PYTHONPATH={tmp_path}{os.pathsep}{children.environment()['PYTHONPATH']}"
+    with serving(tmp_path, ("env", path)) as relay, loopback.dial(relay.address) as client:
         wait_until(lambda: usr1_shows(relay, live=1), "it is accepted")
         relay.child.send_signal(signal.SIGINT)
         assert relay.exit_code(4) == 0
@@ -189,8 +197,9 @@ def usr1_shows(relay: Service, live: int) -> bool:
     return relay.lines("connections", before + 1)[-1]["live"] == live
 
 
+@pytest.mark.parametrize("victim", ["supervisor", "worker"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_relay_that_dies_resets_both_sides(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_relay_that_dies_resets_both_sides(tmp_path: Path, number: signal.Signals, victim: str) -> None:
     with serving(tmp_path) as relay:
         client, server = relay.connect()
         with client, server:
@@ -202,19 +211,27 @@ def test_a_relay_that_dies_resets_both_sides(tmp_path: Path, number: signal.Sign
             with half_client, half_server:
                 half_client.shutdown(socket.SHUT_WR)
                 assert half_server.recv(1) == b""
-                relay.child.send_signal(number)
-                relay.child.wait(PATIENCE)
+                os.kill(relay.child.pid if victim == "supervisor" else relay.workers[0], number)
                 assert loopback.read_to_end(half_client)[1] == RST
                 wait_until(lambda: loopback.is_reset(half_server), "it is reset")
             assert loopback.read_to_end(client) == loopback.read_to_end(server) == (b"", RST)
+        if victim == "supervisor":
+            assert relay.child.wait(PATIENCE) == -number
+        else:
+            (ended,) = relay.lines("worker ended")
+            assert (ended["pid"], ended["how"], ended["live"]) == (relay.workers[0], f"signal {int(number)}", 2)
+            for end in relay.connect():  # served by the next one
+                end.close()
 
 
 def test_as_pid_1_it_obeys_and_reaps(tmp_path: Path, require_or_skip: Callable[[str], NoReturn]) -> None:
-    """A process ignores the signals that it has no handler for when it is PID 1."""
+    """A process ignores the signals that it has no handler for when it is PID 1, and inherits everybody's children."""
     prefix = children.need(("unshare", "-Ur", "--pid", "--fork", "--kill-child", "--mount-proc"), require_or_skip)
-    with serving(tmp_path, prefix) as relay:
-        children_of = Path(f"/proc/{relay.child.pid}/task/{relay.child.pid}/children")
-        pid = int(children_of.read_text().split()[0])
+    orphan = 'import subprocess\nsubprocess.run(["sh", "-c", "sleep 0.7 >/dev/null 2>&1 &"])\n'
+    with serving(tmp_path, prefix, orphan) as relay:
+        pid = int(Path(f"/proc/{relay.child.pid}/task/{relay.child.pid}/children").read_text().split()[0])
+        children_of = Path(f"/proc/{pid}/task/{pid}/children")
+        wait_until(lambda: len(children_of.read_text().split()) == 1, "only its worker is left")
         client, server = relay.connect()
         with client, server:
             os.kill(pid, signal.SIGTERM)
@@ -228,90 +245,54 @@ def test_it_sleeps_when_there_is_nothing_to_do(tmp_path: Path) -> None:
         client, server = relay.connect()
         with client, server:
 
-            def switches() -> int:
-                status = Path(f"/proc/{relay.child.pid}/status").read_text()
+            def switches(pid: int) -> int:
+                status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
                 return int(status.split("voluntary_ctxt_switches:")[1].split()[0])
 
-            before = switches()
+            pids = [relay.child.pid, *relay.workers]
+            before = [switches(pid) for pid in pids]
             time.sleep(0.5)  # the length of the measurement
-            assert switches() - before < 5
+            assert all(switches(pid) - count < 5 for pid, count in zip(pids, before))
+
+
+# --- several processes
+
+
+def test_several_workers_are_one_relay(tmp_path: Path) -> None:
+    with serving(tmp_path, workers=3) as relay:
+        assert relay.lines("listening")[0]["workers"] == len(relay.workers) == 3
+        peers = [relay.connect() for _ in range(12)]
+        relay.child.send_signal(signal.SIGUSR1)
+        live = relay.lines("connection live", 12)
+        pids = {int(str(line["id"]).partition("-")[0], 16) for line in live}
+        assert pids == set(relay.workers), "each has a share"
+        assert relay.lines("connections")[0]["live"] == 12
+        for client, server in peers:
+            client.close()
+            server.close()
+        relay.child.send_signal(signal.SIGTERM)
+        assert relay.exit_code() == 0
+        assert relay.log[-1] | {"closed": {"completed": 12}, "accepted": 12, "live": 0} == relay.log[-1]
+
+
+def test_signals_to_all_of_its_processes_are_signals_to_the_relay(tmp_path: Path) -> None:
+    """As Ctrl-C in a terminal sends them, and some service managers."""
+    with serving(tmp_path, workers=2) as relay:
+        client, server = relay.connect()
+        with client, server:
+            for pid in relay.workers:
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    os.kill(pid, number)
+            relay.child.send_signal(signal.SIGTERM)
+            relay.lines("draining")
+            client.sendall(b"still")
+            assert loopback.read_exactly(server, 5) == b"still"
+            os.killpg(relay.child.pid, signal.SIGINT)
+            assert relay.exit_code(4) == 0
+        assert not [line for line in relay.log if line["message"] == "worker ended" and line["how"] != "exit 0"]
 
 
 # --- before READY
-
-
-def test_a_target_that_does_not_resolve() -> None:
-    with pytest.raises(ConfigError, match="target: cannot resolve 'no.such.host.invalid'") as caught:
-        service._resolve_target(Settings(target=HostPort("no.such.host.invalid", 80)))
-    assert caught.value.exit_code == 78
-
-
-def test_a_target_is_looked_up_once() -> None:
-    assert service._resolve_target(Settings()) is None
-    assert service._resolve_target(Settings(target=HostPort("127.0.0.1", 80))) == Endpoint("127.0.0.1", 80)
-    assert service._resolve_target(Settings(target=HostPort("::1", 80))) == Endpoint("::1", 80)
-
-
-RIGHTS = """
-import sys
-from tproxy_relay import service
-from tproxy_relay.errors import RelayError
-from tproxy_relay.settings import Settings
-print(*(hex(service._usable_mark(Settings(mark_mask=mask))) for mask in (0x07000000, 0xE0000000, 0x7)))
-for word in ("no", "address", "full"):
-    try:
-        service._check_preserve_source(Settings(preserve_source=word))
-        print("fine")
-    except RelayError as error:
-        print(error.exit_code)
-"""
-
-
-def test_with_the_capability(require_or_skip: Callable[[str], NoReturn]) -> None:
-    ran = children.run_python(RIGHTS, prefix=children.need(children.NETWORK, require_or_skip))
-    assert (ran.stdout, ran.stderr) == ("0x4000000 0x80000000 0x4\nfine\nfine\nfine\n", "")
-
-
-def test_without_the_capability(require_or_skip: Callable[[str], NoReturn]) -> None:
-    prefix = children.need(children.no_capabilities() or ("env",), require_or_skip)
-    ran = children.run_python(RIGHTS, prefix=prefix)
-    assert (ran.stdout, ran.stderr) == ("0x0 0x0 0x0\nfine\n77\n77\n", "")
-    assert CapabilityMissingError.exit_code == 77
-
-
-HTTP = (PortRange(80, 80),)
-
-
-def test_without_ports_to_intercept_there_is_no_ruleset() -> None:
-    assert service._intercept(Settings(), mark=0, own_ports=frozenset()) is None
-
-
-@pytest.mark.parametrize(
-    "settings, error, why",
-    [
-        (Settings(intercept_inbound=HTTP), ConfigError, "none of the inherited sockets listens on port 15006"),
-        (
-            Settings(intercept_outbound=HTTP, user="no-such-account"),
-            ConfigError,
-            "there is no account 'no-such-account'",
-        ),
-        (
-            Settings(intercept_outbound=HTTP, user=str(os.geteuid() + 1)),
-            ConfigError,
-            "but this process runs as account",
-        ),
-        (
-            Settings(intercept_outbound=HTTP),
-            CapabilityMissingError,
-            "outbound interception would catch the relay itself",
-        ),
-    ],
-)
-def test_interception_that_cannot_work_is_refused_before_anything_is_done(
-    settings: Settings, error: type[Exception], why: str
-) -> None:
-    with pytest.raises(error, match=why):
-        service._intercept(settings, mark=0, own_ports=frozenset({15002}))
 
 
 def test_a_taken_port_ends_the_start_with_its_code() -> None:

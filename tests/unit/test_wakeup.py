@@ -39,6 +39,15 @@ def test_notify_wakes_once(wakeup: Wakeup) -> None:
     assert not awake(wakeup)
 
 
+def test_wake_ups_can_be_taken_without_the_signals(wakeup: Wakeup) -> None:
+    """A worker has no signals of its own."""
+    wakeup.notify(signal.SIGTERM)
+    wakeup.clear()
+    assert not awake(wakeup)
+    wakeup.clear()
+    assert wakeup.signals() == [signal.SIGTERM]
+
+
 def test_notify_from_another_thread_wakes_a_sleeper(wakeup: Wakeup) -> None:
     threading.Timer(0.05, wakeup.notify).start()
     assert awake(wakeup, PATIENCE)

@@ -19,6 +19,7 @@ from tproxy_relay.settings import Settings
 
 PROBES: tuple[Probe, ...] = (
     tools.probe_capabilities,
+    tools.probe_setpriv,
     tools.probe_ip,
     tools.probe_nft,
     tools.probe_iptables,

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from tproxy_relay import limits
 from tproxy_relay.check import finding, host, read_iptables, read_nft
 from tproxy_relay.check.finding import Finding
 from tproxy_relay.check.firewall import Chain, Firewall
@@ -25,6 +26,11 @@ class Case:
     def intercepts(self) -> bool:
         """True if a ruleset is asked for."""
         return bool(self.plan.inbound or self.plan.outbound)
+
+    @property
+    def workers(self) -> int:
+        """Processes that do the relaying."""
+        return self.settings.workers or limits.processors()
 
     @functools.cached_property
     def listener_ports(self) -> list[int]:
@@ -68,8 +74,8 @@ Probe = Callable[[Case], Iterable[Finding]]
 """A question to the host. RelayError comes out where the host refuses to answer."""
 
 
-_NAMES = ("tproxy-relay", "tproxy_relay")
-"""Its command, and its module as in `python -m`."""
+_NAMES = ("tproxy-relay", "tproxy_relay", "tproxy_relay.worker_process")
+"""Its command, its module as in `python -m`, and that of its workers."""
 
 
 def is_relay(process: tuple[int, str] | None) -> bool:

@@ -69,20 +69,20 @@ def probe_ephemeral_ports(case: Case) -> Iterator[Finding]:
 
 
 def probe_descriptors(case: Case) -> Iterator[Finding]:
-    """Two descriptors a connection (limits.py)."""
+    """Two descriptors a connection, of the worker that has it (limits.py)."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_at_start = limits.RESERVED_DESCRIPTORS + 3 + len(case.settings.ports) * len(case.settings.bind)
-    room = max(0, (hard - open_at_start) // limits.DESCRIPTORS_EACH)
+    listening = len(case.settings.ports) * len(case.settings.bind)
+    room = limits.of_relay(None, hard, listening, case.workers).most
     wanted = case.settings.max_connections
     if wanted is None or wanted <= room:
         yield ok("descriptors", f"descriptors for {room} connections")
         return
-    needed = wanted * limits.DESCRIPTORS_EACH + open_at_start
+    needed = -(-wanted // case.workers) * limits.DESCRIPTORS_EACH + limits.RESERVED_DESCRIPTORS + listening
     raised = host.number("fs.nr_open") or 0
     lift = f"{set_sysctl('fs.nr_open', needed)} && " if raised < needed else ""
     yield problem(
         "descriptors",
-        f"max-connections is {wanted}, and the limit of {hard} open files is enough for {room}",
+        f"max-connections is {wanted}, and {case.workers} x {hard} open files are enough for {room}",
         f"the rest waits in the backlog; in a unit set LimitNOFILE={needed}",
         f"{lift}ulimit -n {needed} && {case.command()}",
     )
@@ -91,7 +91,7 @@ def probe_descriptors(case: Case) -> Iterator[Finding]:
 def probe_threads(case: Case) -> Iterator[Finding]:
     """Two threads a connection: the kernel's number, the account's, the group's, and the maps that stacks take."""
     wanted = case.settings.max_connections
-    room, what, remedy = min(_thread_limits(), key=lambda limit: limit[0])
+    room, what, remedy = min(_thread_limits(case), key=lambda limit: limit[0])
     if wanted is None or wanted <= room:
         yield ok("threads", f"threads for {room} connections")
         return
@@ -159,7 +159,7 @@ def in_list(port: int, ranges: str) -> bool:
     return False
 
 
-def _thread_limits() -> Iterator[tuple[int, str, str]]:
+def _thread_limits(case: Case) -> Iterator[tuple[int, str, str]]:
     """How many connections each limit is enough for, its name, and the command that lifts it; '' if none does."""
     for name in ("kernel.threads-max", "kernel.pid_max"):
         value = host.number(name)
@@ -167,10 +167,11 @@ def _thread_limits() -> Iterator[tuple[int, str, str]]:
             yield _pairs(value), f"{name}={value}", f"sysctl -w {name}={{threads}}"
     maps = host.number("vm.max_map_count")
     if maps:
-        room = max(0, (maps - OTHER_MAPS) // (THREADS_EACH * MAPS_EACH))
+        room = max(0, (maps - OTHER_MAPS) // (THREADS_EACH * MAPS_EACH)) * case.workers
         yield room, f"vm.max_map_count={maps}", "sysctl -w vm.max_map_count={maps}"
     _, processes = resource.getrlimit(resource.RLIMIT_NPROC)
-    if processes != resource.RLIM_INFINITY and os.geteuid():  # root has no such limit
+    # It does not hold for root, but for an account that root has become.
+    if processes != resource.RLIM_INFINITY and (os.geteuid() or case.settings.user):
         yield _pairs(processes), f"the limit of {processes} processes (ulimit -u)", ""
     group = _pids_of_group()
     if group is not None:

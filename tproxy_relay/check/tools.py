@@ -1,8 +1,10 @@
 """The programs that the ruleset is made with, and the right to use them."""
 
+import os
 import re
 from collections.abc import Iterator
 
+from tproxy_relay import privileges
 from tproxy_relay.check import host
 from tproxy_relay.check.case import Case
 from tproxy_relay.check.finding import Finding, install, ok, problem, warning
@@ -32,6 +34,24 @@ def probe_capabilities(case: Case) -> Iterator[Finding]:
         )
     elif needed:
         yield ok("capabilities", " and ".join(needed))
+
+
+def probe_setpriv(case: Case) -> Iterator[Finding]:
+    """`setpriv` of util-linux, by which every worker gives up its privileges."""
+    if programs.find("setpriv") is None:
+        why = "the relay cannot start its workers without it"
+        yield problem("setpriv", "no program `setpriv`", why, install("util-linux"))
+        return
+    ended = programs.run(["setpriv", "--help"], check=False).stdout
+    if "--pdeathsig" not in ended:
+        why = "it has no --pdeathsig, so the workers would outlive a relay that was killed (util-linux 2.33 has it)"
+        yield problem("setpriv", "this setpriv is too old, or not the one of util-linux", why, install("util-linux"))
+    elif case.settings.user and not (case.host.may(host.SETUID) and case.host.may(host.SETGID)):
+        if privileges.account(case.settings.user).uid != os.geteuid():
+            why = "a relay started like this ends with exit code 77"
+            yield problem("user", f"may not become {case.settings.user}", why, f"sudo {case.command()}")
+    else:
+        yield ok("setpriv", f"workers run as {case.settings.user or 'the account that starts the relay'}")
 
 
 def probe_ip(case: Case) -> Iterator[Finding]:

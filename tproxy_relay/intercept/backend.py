@@ -64,6 +64,11 @@ class Backend(ABC):
         """Bring installed rules into another state, without a moment in which relayed connections are not known."""
 
     @abstractmethod
+    def replace(self, plan: Plan, state: State, *, hold: bool) -> None:
+        """Put other rules in the place of installed ones, without such a moment either. With `hold` they are to go
+        with this process from now on, if that can be. Raises like `install`."""
+
+    @abstractmethod
     def remove(self) -> bool:
         """Take everything of ours away; True if there was anything."""
 

@@ -62,6 +62,12 @@ class Iptables(Backend):
     def change(self, plan: Plan, state: State) -> None:
         self.install(plan, state)  # iptables-restore is one transaction for each table, and keeps connections
 
+    def replace(self, plan: Plan, state: State, *, hold: bool) -> None:
+        self.install(plan, state)
+        for family in _FAMILIES:
+            if family not in plan.families and self._has(family):
+                self._remove(family)
+
     def remove(self) -> bool:
         return any([self._remove(family) for family in _FAMILIES if self._has(family)])
 

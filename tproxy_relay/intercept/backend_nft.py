@@ -36,7 +36,7 @@ class Nft(Backend):
             programs.run(["nft", "-f", "-"], nft.script(plan, state))
             return
         if self.holder is not None and self.holder.alive:
-            self.change(plan, state)  # an owned table cannot be deleted and made again in one transaction
+            self._load_again(plan, state, held=True)
             return
         self._close_holder()
         self.holder = Holder()
@@ -51,6 +51,30 @@ class Nft(Backend):
             programs.run(["nft", "-f", "-"], nft.change(plan, state))
         else:
             self.holder.load(nft.change(plan, state, held=True))
+
+    def replace(self, plan: Plan, state: State, *, hold: bool) -> None:
+        """The table is deleted and made again in one transaction, so that no chain is left of those that only the
+        former plan had. Whoever makes it says whether it is held: its owner can give it up that way, and a new owner
+        take it, with no moment without it."""
+        if self.holder is not None and self.holder.alive and not hold:
+            self._load_again(plan, state, held=False)
+            self._hold = False
+            self._close_holder()
+            return
+        former, self._hold = self._hold, hold
+        try:
+            self.install(plan, state)
+        except RelayError:
+            self._hold = former
+            if former or not hold:
+                raise
+            self.install(plan, state)  # held by nobody: before Linux 5.12 there is no other way
+
+    def _load_again(self, plan: Plan, state: State, *, held: bool) -> None:
+        """In the holder, which owns the table. Without the line that makes sure that there is one: for the kernel it
+        is an attempt to change the owner."""
+        assert self.holder is not None
+        self.holder.load(nft.script(plan, state, held=held).partition("\n")[2])
 
     def remove(self) -> bool:
         if self.holder is not None:

@@ -10,12 +10,11 @@ Three bits of the fwmark say what a packet is; all other bits belong to others a
 import hashlib
 import ipaddress
 import json
-import pwd
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-from tproxy_relay.errors import ConfigError
+from tproxy_relay import privileges
 from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, MOST_ROUTE_PRIORITY, PortRange, Settings
 
 State = Literal["active", "draining", "closed"]
@@ -159,19 +158,9 @@ def of_settings(settings: Settings, *, beside_nat: bool = False) -> Plan:
         mark_mask=settings.mark_mask,
         route_table=settings.route_table,
         route_priority=settings.route_priority,
-        exempt_uid=None if settings.user is None else uid_of(settings.user),
+        exempt_uid=None if settings.user is None else privileges.account(settings.user).uid,
         beside_nat=beside_nat and settings.mode == "tproxy" and bool(settings.intercept_inbound),
     )
-
-
-def uid_of(account: str) -> int:
-    """The number of an account, given by name or number. ConfigError if there is no account of that name."""
-    if account.isdigit():
-        return int(account)
-    try:
-        return pwd.getpwnam(account).pw_uid
-    except KeyError as error:
-        raise ConfigError(f"user: there is no account {account!r} on this host") from error
 
 
 def to_json(plan: Plan) -> str:

@@ -5,7 +5,7 @@ Packets are marked only by the rules, so routing comes first and goes last.
 
 import contextlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from tproxy_relay.errors import RelayError
@@ -13,6 +13,7 @@ from tproxy_relay.intercept import backends, routing
 from tproxy_relay.intercept.backend import Backend, Count, Step
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.intercept.programs import ProgramError
+from tproxy_relay.settings import PortRange
 
 STATES: tuple[State, ...] = ("active", "draining", "closed")
 
@@ -70,6 +71,29 @@ class Ruleset:
             other.remove()
         routing.tidy(self.plan)
 
+    def replace(self, plan: Plan, former: State, state: State) -> None:
+        """Put another plan in the place of this one, which is installed, with no moment in which relayed connections
+        are not known. On any failure this one stays, or is put back. Raises like `install`."""
+        refuse_losses(self.plan, plan)
+        hold, held = plan.on_failure == "open", self.plan.on_failure == "open"
+        added: routing.Added = {}
+        try:
+            routing.install(plan, added)
+            self.backend.replace(plan, state, hold=hold)
+            problems = self.backend.problems(plan, state) + _missing_routing(plan)
+            if problems:
+                raise ProgramError(f"the rules were loaded, but the kernel does not have them: {problems[0]}")
+        except BaseException:
+            _whatever_comes(lambda: self._stay(former, held))
+            _whatever_comes(lambda: routing.take_back(added))
+            raise
+        self.plan = plan
+        _whatever_comes(lambda: routing.tidy(plan))
+
+    def _stay(self, state: State, hold: bool) -> None:
+        if self.backend.problems(self.plan, state):
+            self.backend.replace(self.plan, state, hold=hold)
+
     def restore(self, state: State) -> list[str]:
         """Put back what is gone or was changed; what that was. Raises like `install`."""
         rules, routes = self.backend.problems(self.plan, state), _missing_routing(self.plan)
@@ -86,6 +110,38 @@ class Ruleset:
     def problems(self, state: State) -> list[str]:
         """What is not as it should be; empty if all is well."""
         return self.backend.problems(self.plan, state) + _missing_routing(self.plan)
+
+
+def refuse_losses(former: Plan, plan: Plan) -> None:
+    """RelayError if live connections need something of the former plan that the new one has not."""
+    for loss in _losses(former, plan):
+        raise RelayError(f"{loss} would end connections that the relay has: stop it and start it again")
+
+
+def _losses(former: Plan, plan: Plan) -> Iterator[str]:
+    """What of the former plan knows packets of relayed connections and has nothing like it in the new one."""
+    for family in former.families:
+        if family not in plan.families:
+            yield f"no longer intercepting IPv{family}"
+    if former.outbound and not plan.outbound and (former.mode == "tproxy" or not plan.inbound):
+        yield "no longer intercepting anything outbound"
+    if former.inbound and not plan.inbound and (former.keeps_source or not (former.mode == "tproxy" or plan.outbound)):
+        yield "no longer intercepting anything inbound"
+    if former.exempt_uid not in (None, plan.exempt_uid) and plan.outbound and not former.keeps_source:
+        yield "another account for workers that may not mark their sockets"
+    if former.keeps_source and not plan.keeps_source:
+        yield "no longer preserving source addresses"
+    if former.inbound and plan.keeps_source and not former.keeps_source and plan.mode == "tproxy" and plan.outbound:
+        # Answers of servers here would be taken for those to a borrowed address.
+        yield "preserving source addresses from now on"
+    if former.preserve_source == "full" and plan.preserve_source == "address":
+        yield "no longer preserving source ports"
+    if former.preserve_source == "full" and not _ports(former.inbound) <= _ports(plan.inbound):
+        yield "no longer intercepting some ports while source ports are preserved"
+
+
+def _ports(ranges: Iterable[PortRange]) -> set[int]:
+    return {port for first, last in ranges for port in range(first, last + 1)}
 
 
 def remove() -> bool:

@@ -43,11 +43,15 @@ Line = dict[str, Any]
 
 
 class RelayProcess:
-    """`tproxy-relay run` with some options: started and ready on entry into the `with`, gone after it."""
+    """`tproxy-relay run` with some options, and one worker unless they say otherwise: started and ready on entry into
+    the `with`, gone after it."""
 
     def __init__(self, host: Host, options: Sequence[str], wrapper: Sequence[str] = ()) -> None:
-        """`wrapper` is a command that becomes the relay, such as `prlimit --nofile=200`."""
+        """`wrapper` is a command that becomes the relay, such as `prlimit --nofile=200`. With `--config` among the
+        options nothing is added to them, not even the JSON log, which that file must want then."""
         self.options = tuple(options)
+        if "--workers" not in self.options and "--config" not in self.options:
+            self.options += ("--workers", "1")
         self._wrapper = tuple(wrapper)
         self._host = host
         self._process: subprocess.Popen[bytes] | None = None
@@ -85,6 +89,25 @@ class RelayProcess:
     def pid(self) -> int:
         """The process id; of the supervisor, if there are workers."""
         return self._running().pid
+
+    @property
+    def workers(self) -> list[int]:
+        """The process ids of its workers, oldest first, as its log tells."""
+        pids = []
+        for line in self.lines():
+            if line.get("message") == "worker started":
+                pids.append(line["pid"])
+            elif line.get("message") == "worker ended":
+                pids.remove(line["pid"])
+        return pids
+
+    @property
+    def worker(self) -> int:
+        """The process id of its only worker. LabError if there is not exactly one."""
+        pids = self.workers
+        if len(pids) != 1:
+            raise LabError(f"the relay has {len(pids)} workers, not one")
+        return int(pids[0])
 
     @property
     def returncode(self) -> int | None:
@@ -178,11 +201,12 @@ class RelayProcess:
         self._join_reader()
 
     def _start(self, folder: Path) -> None:
-        # /dev/null: an empty file in place of the machine's own configuration.
-        command = [*self._wrapper, sys.executable, "-m", "tproxy_relay", "run", "--config", os.devnull]
-        logging = ["--log-format", "json", "--log-level", "debug"]
+        command = [*self._wrapper, sys.executable, "-m", "tproxy_relay", "run"]
+        if "--config" not in self.options:
+            # /dev/null: an empty file in place of the machine's own configuration.
+            command += ["--config", os.devnull, "--log-format", "json", "--log-level", "debug"]
         self._process = self._host.start(
-            [*command, *logging, *self.options],
+            [*command, *self.options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=_environment(folder / "notify"),

@@ -4,6 +4,7 @@ import os
 import select
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import children
@@ -61,3 +62,61 @@ def test_whoever_asks_is_told_for_whom() -> None:
         held.answer(4711)
         assert os.waitpid(child, 0)[1] == 0
         held.answer(4711)
+
+
+@contextmanager
+def wanted() -> Iterator["Future[Lock]"]:
+    """Somebody else wants it."""
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(Lock)
+        yield asking
+        asking.cancel()
+
+
+def asks(held: Lock) -> bool:
+    return bool(select.select([held], [], [], 5)[0])
+
+
+def test_what_is_held_for_nobody_any_more_is_given_back_to_one_who_wants_it() -> None:
+    held = Lock()
+    with wanted() as asking:
+        assert asks(held) and held.answer(4711, lingers=True)
+        assert not select.select([held], [], [], 0.1)[0] and not asking.done(), "it waits"
+        held.close()
+        with asking.result(5):
+            found = lock.holder()
+            assert found is not None and found.pid == os.getpid()
+
+
+def test_who_only_looks_is_told_and_wants_nothing() -> None:
+    with Lock() as held, ThreadPoolExecutor() as pool:
+        looking = pool.submit(lock.holder)
+        assert asks(held) and not held.answer(4711, lingers=True)
+        found = looking.result(5)
+        assert found is not None and found.pid == 4711
+
+
+def test_another_account_cannot_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Lock() as held, wanted() as asking:
+        assert asks(held)
+        with monkeypatch.context() as patched:
+            patched.setattr(lock, "_credentials", lambda _: (1, 65534))
+            assert not held.answer(4711, lingers=True)
+        with pytest.raises(SystemRefusedError, match="process 4711"):
+            asking.result(5)
+
+
+def test_one_that_is_given_back_without_a_word_can_be_taken() -> None:
+    held = Lock()
+    with wanted() as asking:
+        assert asks(held)
+        held.close()
+        asking.result(5).close()
+
+
+def test_one_that_is_not_given_back_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WAIT_TIMEOUT", 0.1)
+    with Lock() as held, wanted() as asking:
+        assert asks(held) and held.answer(4711, lingers=True)
+        with pytest.raises(SystemRefusedError, match=f"process {os.getpid()} holds the ruleset"):
+            asking.result(5)

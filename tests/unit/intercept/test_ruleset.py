@@ -1,5 +1,6 @@
 """All of it in one go or not at all, and compared with the plan."""
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from tproxy_relay.intercept.backend_nft import Nft
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.intercept.programs import ProgramError
 from tproxy_relay.intercept.ruleset import Ruleset
+from tproxy_relay.settings import PortRange
 
 in_network = pytest.mark.usefixtures("network")
 
@@ -104,6 +106,170 @@ def test_routing_that_fails_leaves_no_rules() -> None:
     with pytest.raises(RelayError, match="routing table 7006"):
         Ruleset(PLAN, Nft()).apply()
     assert everything() == before
+
+
+# --- another plan in its place
+
+FULL = VARIANTS["full"]
+REDIRECT = VARIANTS["redirect"]
+
+
+@in_network
+@pytest.mark.parametrize("name", quickly(["nft", "iptables-nft"], "nft"))
+def test_any_plan_can_be_replaced_by_one_that_knows_its_connections(name: str) -> None:
+    before, former = everything(), VARIANTS["outbound"]
+    rules = Ruleset(former, backends.of_name(name))
+    rules.install("active")
+    for plan in (PLAN, VARIANTS["many ports"], VARIANTS["beside nat"], VARIANTS["loopback"], VARIANTS["closed"]):
+        rules.replace(plan, "active", "active")
+        assert rules.plan == plan and rules.problems("active") == []
+        assert (ruleset.status(plan).state, ruleset.status(plan).problems) == ("active", [])
+    rules.replace(PLAN, "active", "draining")
+    assert ruleset.status(PLAN).state == "draining"
+    rules.backend.remove()
+    assert ruleset.remove() and everything() == before
+
+
+@in_network
+@pytest.mark.parametrize("name", quickly(["nft", "iptables-nft"], "nft"))
+def test_what_only_the_former_plan_had_is_gone(name: str) -> None:
+    """At once from our chains and from routing; what iptables-nft has made for them, with the rest."""
+    before, plan = everything(), replace(REDIRECT, on_failure="closed")
+    rules = Ruleset(plan, backends.of_name(name))
+    rules.install("active")
+    wanted = chains(), routing.listing()
+    rules.replace(replace(plan, preserve_source="full"), "active", "active")
+    rules.plan = plan  # as if there were no connections to lose
+    rules.replace(replace(plan, outbound=()), "active", "active")
+    assert "outbound" not in str(rules.backend.labels()) and chains() != wanted[0]
+    rules.replace(plan, "active", "active")
+    assert (chains(), routing.listing()) == wanted and rules.problems("active") == []
+    assert ruleset.remove() and everything() == before
+
+
+def chains() -> list[str]:
+    """Ours, empty ones too."""
+    listed = "".join(
+        programs.run(command, check=False).stdout for command in (["nft", "list", "ruleset"], ["iptables-nft-save"])
+    )
+    ours = re.findall(
+        r"chain (nat_\w+|output|prerouting|from_lo|zone_\w+) {|^:(TPROXY_RELAY_\w+)", listed, re.MULTILINE
+    )
+    return sorted(first or second for first, second in ours)
+
+
+class RefusesClosed(Nft):
+    """Loads any plan but one, of which half is there when it fails; or nothing, `first`."""
+
+    first = False
+
+    def replace(self, plan: Plan, state: State, *, hold: bool) -> None:
+        if plan.on_failure == "open":
+            super().replace(plan, state, hold=hold)
+            return
+        if not self.first:
+            super().replace(replace(plan, inbound=plan.inbound[:1]), state, hold=False)
+        raise ProgramError("no more memory")
+
+
+class RefusesAtOnce(RefusesClosed):
+    """Nothing is changed then."""
+
+    first = True
+
+
+class Lying(Nft):
+    """Says that all went well, with a plan that was refused."""
+
+    def replace(self, plan: Plan, state: State, *, hold: bool) -> None:
+        if plan.on_failure == "open":
+            super().replace(plan, state, hold=hold)
+
+
+class Late(Iptables):
+    """Fails when all is there."""
+
+    def replace(self, plan: Plan, state: State, *, hold: bool) -> None:
+        super().replace(plan, state, hold=hold)
+        if plan.families == (4, 6):
+            raise ProgramError("no more memory")
+
+
+@in_network
+def test_a_family_that_came_goes_when_the_rest_fails() -> None:
+    rules = Ruleset(VARIANTS["IPv4"], Late("-nft"))
+    rules.install("active")
+    before = rules.backend.labels(), routing.listing()
+    with pytest.raises(ProgramError, match="no more memory"):
+        rules.replace(PLAN, "active", "active")
+    assert (rules.backend.labels(), routing.listing()) == before
+    assert rules.problems("active") == []
+
+
+@in_network
+@pytest.mark.parametrize(
+    "where, why",
+    [
+        (RefusesClosed, "no more memory"),
+        (RefusesAtOnce, "no more memory"),
+        (Lying, "the rules were loaded, but the kernel does not have them"),
+    ],
+)
+def test_what_fails_to_replace_leaves_the_former_plan(where: type[Nft], why: str) -> None:
+    rules = Ruleset(REDIRECT, where(hold=True))
+    rules.install("active")
+    before = everything()
+    with pytest.raises(ProgramError, match=why):
+        rules.replace(replace(REDIRECT, preserve_source="full", on_failure="closed"), "active", "active")
+    assert rules.plan == REDIRECT and rules.problems("active") == []
+    assert everything() == before
+    rules.backend.remove()
+
+
+KNOWING = [
+    (PLAN, replace(PLAN, inbound=(), outbound=PLAN.outbound[:1])),
+    (PLAN, replace(PLAN, inbound_port=1, outbound_port=2, listen={4: "127.0.0.1", 6: "::1"}, beside_nat=True)),
+    (VARIANTS["IPv4"], PLAN),
+    (PLAN, replace(PLAN, on_failure="closed", exempt_uid=7)),
+    (replace(VARIANTS["inbound"], exempt_uid=7), VARIANTS["inbound"]),
+    (VARIANTS["inbound"], replace(VARIANTS["inbound"], preserve_source="full")),
+    (VARIANTS["address"], FULL),
+    (REDIRECT, VARIANTS["redirect full"]),
+    (FULL, replace(FULL, inbound=VARIANTS["many ports"].inbound + FULL.inbound, outbound=FULL.outbound[:1])),
+    (FULL, replace(FULL, inbound=(PortRange(400, 9000),))),
+    (REDIRECT, replace(REDIRECT, inbound=())),
+    (REDIRECT, replace(REDIRECT, outbound=())),
+]
+
+LOSING = [
+    (PLAN, VARIANTS["IPv6"], "no longer intercepting IPv4"),
+    (PLAN, VARIANTS["inbound"], "anything outbound"),
+    (VARIANTS["redirect outbound"], replace(REDIRECT, inbound=(), outbound=()), "anything outbound"),
+    (replace(REDIRECT, outbound=()), replace(REDIRECT, inbound=(), outbound=()), "anything inbound"),
+    (VARIANTS["address"], replace(VARIANTS["address"], inbound=()), "anything inbound"),
+    (VARIANTS["address"], PLAN, "no longer preserving source addresses"),
+    (PLAN, VARIANTS["address"], "preserving source addresses from now on"),
+    (replace(PLAN, exempt_uid=7), replace(PLAN, exempt_uid=8), "another account"),
+    (replace(PLAN, exempt_uid=7), PLAN, "another account"),
+    (FULL, replace(FULL, preserve_source="address"), "source ports"),
+    (FULL, replace(FULL, inbound=(PortRange(443, 443), PortRange(8000, 8099))), "some ports"),
+]
+
+
+@pytest.mark.parametrize("former, plan", KNOWING)
+def test_a_plan_that_knows_all_connections(former: Plan, plan: Plan) -> None:
+    ruleset.refuse_losses(former, plan)
+
+
+@in_network
+@pytest.mark.parametrize("former, plan, what", LOSING)
+def test_a_plan_that_would_end_connections_is_refused(former: Plan, plan: Plan, what: str) -> None:
+    rules = Ruleset(former, Nft())
+    rules.install("active")
+    before = everything()
+    with pytest.raises(RelayError, match=f"{what}.* would end connections that the relay has: stop it and start it"):
+        rules.replace(plan, "active", "active")
+    assert everything() == before and rules.plan == former
 
 
 # --- status

@@ -1,0 +1,93 @@
+"""What a worker is told travels as JSON, and is the same thing at the other end."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tproxy_relay import assignment, channel
+from tproxy_relay.assignment import Assignment
+from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.limits import Limits
+from tproxy_relay.policy import Destinations
+from tproxy_relay.settings import HostPort, PortRange, Settings
+from tproxy_relay.sockets import Tuning
+
+finite = st.floats(allow_nan=False)  # which is not equal to itself
+ports = st.integers(0, 65535)
+st.register_type_strategy(float, finite)
+
+
+assignments = st.builds(
+    Assignment,
+    settings=st.from_type(Settings),  # every field by its type: a new option is tried without a word here
+    tuning=st.builds(Tuning, st.integers(0), finite, st.integers(0, 1 << 31)),
+    destinations=st.builds(
+        Destinations, st.frozensets(ports, max_size=5), st.none() | st.builds(Endpoint, st.text(), ports, ports)
+    ),
+    limits=st.builds(Limits, st.integers(1), st.integers(1)),
+)
+
+
+def types(value: object) -> object:
+    """The types all the way down: a tuple is equal to a named one, and True to 1."""
+    if isinstance(value, (tuple, list)):
+        return type(value), [types(item) for item in value]
+    return type(value)
+
+
+def all_types(order: Assignment) -> object:
+    """Those of everything in it."""
+    told = (order.settings, order.tuning, order.destinations)
+    return [{field.name: types(getattr(part, field.name)) for field in fields(part)} for part in told]
+
+
+@given(assignments, st.integers(0, 127))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_there_and_back(order: Assignment, place: int) -> None:
+    message = json.loads(json.dumps(order.to_message(place)))
+    assert message["place"] == place
+    there = assignment.of_message(message)
+    assert there == order
+    assert all_types(there) == all_types(order)
+    assert type(there.limits) is Limits
+
+
+RICH = Settings(
+    ports=(1, 2),
+    bind=("127.0.0.1", "::1"),
+    intercept_inbound=(PortRange(80, 80), PortRange(8000, 8100)),
+    intercept_outbound=(PortRange(443, 443),),
+    target=HostPort("server.example", 80),
+    user="nobody",
+    workers=3,
+)
+
+
+def test_through_a_channel() -> None:
+    one, other = channel.pair()
+    order = Assignment(
+        RICH, Tuning(60, 1.5, 4), Destinations(frozenset({1, 2}), Endpoint("fe80::1", 80, 3)), Limits(10, 5)
+    )
+    one.send(order.to_message(7))
+    told = other.receive(1)
+    assert told is not None
+    there = assignment.of_message(told[0])
+    assert (there, told[0]["place"]) == (order, 7)
+    assert str(there.settings.target) == "server.example:80"
+    assert [str(one) for one in there.settings.intercept_inbound] == ["80", "8000-8100"]
+    assert str(there.destinations.target) == "[fe80::1%3]:80"
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize("name", ["settings", "tuning", "destinations", "limits"])
+def test_nothing_of_it_is_left_to_a_default(name: str) -> None:
+    """A worker of another version must not guess."""
+    message = Assignment(RICH, Tuning(60, 0.0, 0), Destinations(frozenset(), None), Limits(1, 1)).to_message(0)
+    del message[name]
+    with pytest.raises(KeyError, match=name):
+        assignment.of_message(message)

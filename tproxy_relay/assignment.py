@@ -1,0 +1,61 @@
+"""What the supervisor tells a worker when it starts it, and how that travels as a message."""
+
+from dataclasses import asdict, dataclass
+
+from tproxy_relay.channel import Message
+from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.limits import Limits
+from tproxy_relay.policy import Destinations
+from tproxy_relay.settings import HostPort, PortRange, Settings
+from tproxy_relay.sockets import Tuning
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that a worker needs beside its descriptors."""
+
+    settings: Settings
+    tuning: Tuning
+    """Of the sockets that it opens; its listeners are set already."""
+    destinations: Destinations
+    limits: Limits
+
+    def to_message(self, place: int) -> Message:
+        """For the worker that has this place on the board."""
+        destinations = {"own_ports": sorted(self.destinations.own_ports), "target": self.destinations.target}
+        return {
+            "place": place,
+            "settings": asdict(self.settings),
+            "tuning": asdict(self.tuning),
+            "destinations": destinations,
+            "limits": self.limits,
+        }
+
+
+def of_message(message: Message) -> Assignment:
+    """The other way."""
+    return Assignment(
+        _settings(message["settings"]),
+        Tuning(**message["tuning"]),
+        _destinations(message["destinations"]),
+        Limits(*message["limits"]),
+    )
+
+
+def _settings(values: Message) -> Settings:
+    target = values["target"]
+    return Settings(
+        **{
+            **values,
+            "ports": tuple(values["ports"]),
+            "bind": tuple(values["bind"]),
+            "intercept_inbound": tuple(PortRange(*ports) for ports in values["intercept_inbound"]),
+            "intercept_outbound": tuple(PortRange(*ports) for ports in values["intercept_outbound"]),
+            "target": None if target is None else HostPort(*target),
+        }
+    )
+
+
+def _destinations(values: Message) -> Destinations:
+    target = values["target"]
+    return Destinations(frozenset(values["own_ports"]), None if target is None else Endpoint(*target))

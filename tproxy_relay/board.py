@@ -1,0 +1,322 @@
+"""What the processes of one relay know of each other: a piece of shared memory in which each worker has a place.
+
+A worker writes into its own place and reads those of the others, so the numbers need no lock. Only the last free
+connections under max-connections are given away in turns. The supervisor hands places out and clears them; when a
+worker is killed, its numbers are still there to be added up.
+
+The memory is a file without a name (memfd_create(2)) that nobody can make shorter. Beside it is an eventfd(2) by
+which a worker makes the others look again.
+"""
+
+import fcntl
+import hashlib
+import math
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from tproxy_relay import shared_counts
+from tproxy_relay.record import Outcome
+from tproxy_relay.shared_counts import Table
+
+PLACES = 128
+"""Workers that can be there at the same time, those included that finish their last connections."""
+
+TURN_PATIENCE = 0.05
+"""Seconds to wait for one's turn: it takes a worker some microseconds, but one that is stopped has it for ever."""
+
+# A place is so many words of 8 bytes.
+_STATE, _LIVE, _RESERVED, _BEAT, _ACCEPTED, _CLOSED = 0, 1, 2, 3, 4, 8
+_WORDS = 32
+_OUTCOMES = tuple(Outcome)
+
+# In the first page: words 0 and 1, and a key of 16 bytes.
+_USED, _ENTRIES, _HASH_KEY = 0, 1, slice(64, 80)
+_PLACES_AT = mmap.PAGESIZE
+_TABLES_AT = _PLACES_AT + math.ceil(PLACES * _WORDS * 8 / mmap.PAGESIZE) * mmap.PAGESIZE
+_TABLES = 3
+
+ABSENT, RESTING, WATCHING, WAITING = range(4)
+"""What a worker does about new clients: none of its business (any more); leaves them to workers that have fewer;
+takes them; has no room for them."""
+
+
+class Numbers(NamedTuple):
+    """Of one worker, or of several added up."""
+
+    accepted: int
+    live: int
+    closed: dict[str, int]
+    """By outcome."""
+
+
+class Board:
+    """The memory, as each process maps it."""
+
+    def __init__(self, memory: int, bell: int) -> None:
+        """Of these two descriptors, which become the board's."""
+        self._fd, self.bell = memory, bell
+        self._map = mmap.mmap(memory, _TABLES_AT)
+        self._words = memoryview(self._map).cast("Q")
+        self._places = self._words[_PLACES_AT // 8 :]
+        self._key = bytes(self._map[_HASH_KEY])
+        self._tables_size = _size_of_tables(self._words[_ENTRIES])
+        self._tables_map: mmap.mmap | None = None
+        self._tables: dict[int, list[Table]] = {}
+        self._turns = 0
+        self._claimed: set[int] = set()
+        self._rows: list[memoryview] = []
+
+    @classmethod
+    def create(cls, connections: int) -> "Board":
+        """A new one, for workers that have so many connections each."""
+        entries = shared_counts.WINDOW * max(1, math.ceil(3 * connections / shared_counts.WINDOW))
+        fd = os.memfd_create("tproxy-relay", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, _TABLES_AT + PLACES * _size_of_tables(entries))
+        # A worker that was taken over by somebody must not be able to make the supervisor read beyond the end.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        os.pwrite(fd, secrets.token_bytes(16), _HASH_KEY.start)
+        os.pwrite(fd, entries.to_bytes(8, "little"), 8 * _ENTRIES)
+        return cls(fd, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """To be handed to another process, which makes its Board of them."""
+        return self._fd, self.bell
+
+    def ring(self) -> None:
+        """Make the workers look again. Nobody reads the bell: an epoll with EPOLLET tells of each ring."""
+        os.eventfd_write(self.bell, 1)
+
+    def close(self) -> None:
+        """Let the memory go. Places of this board must not be used any more."""
+        for tables in self._tables.values():
+            for table in tables:
+                table.release()
+        if self._tables_map is not None:
+            self._tables_map.close()
+        for row in self._rows:
+            row.release()
+        self._places.release()
+        self._words.release()
+        self._map.close()
+        os.close(self._fd)
+        os.close(self.bell)
+
+    # --- for the supervisor
+
+    def claim(self) -> int | None:
+        """The number of a place that nobody has, cleared; None if there is none."""
+        number = next((number for number in range(PLACES) if number not in self._claimed), None)
+        if number is not None:
+            self._claimed.add(number)
+            self._words[_USED] = max(self._claimed) + 1
+            self._places[number * _WORDS + _BEAT] = time.monotonic_ns()
+        return number
+
+    def clear(self, number: int) -> Numbers:
+        """Give a place back whose worker is gone. Returns what it had counted."""
+        final = self.numbers(number)
+        start = number * _WORDS
+        for word in range(start, start + _WORDS):
+            self._places[word] = 0
+        with mmap.mmap(self._fd, self._tables_size, offset=_TABLES_AT + number * self._tables_size) as tables:
+            tables.madvise(mmap.MADV_REMOVE)  # reads as zeroes afterwards
+        self._claimed.discard(number)
+        self._words[_USED] = max(self._claimed, default=-1) + 1
+        return final
+
+    def numbers(self, number: int) -> Numbers:
+        """What the worker of that place has counted so far."""
+        start = number * _WORDS
+        counts = self._places[start + _CLOSED : start + _CLOSED + len(_OUTCOMES)].tolist()
+        closed = {outcome.value: count for outcome, count in zip(_OUTCOMES, counts) if count}
+        return Numbers(self._places[start + _ACCEPTED], self._places[start + _LIVE], closed)
+
+    def silence(self, number: int) -> float:
+        """Seconds since the worker of that place last showed a sign of life."""
+        return (time.monotonic_ns() - self._beat(number)) / 1e9
+
+    def _beat(self, number: int) -> int:
+        return self._places[number * _WORDS + _BEAT]
+
+    # --- for the places
+
+    def column(self, word: int) -> list[int]:
+        """That word of all places in use."""
+        return self._places[word : self._words[_USED] * _WORDS : _WORDS].tolist()
+
+    def row(self, number: int) -> memoryview:
+        """The words of one place."""
+        self._rows.append(self._places[number * _WORDS : (number + 1) * _WORDS])
+        return self._rows[-1]
+
+    def digest(self, text: str) -> bytes:
+        """The key of a text in the tables of this board; nobody outside can find two texts with the same one."""
+        return hashlib.blake2b(text.encode(), digest_size=shared_counts.KEY_BYTES, key=self._key).digest()
+
+    def table(self, number: int, which: int) -> Table:
+        """One of the tables of a place."""
+        if number not in self._tables:
+            if self._tables_map is None:  # one for all of them: Python keeps a descriptor for each
+                self._tables_map = mmap.mmap(self._fd, PLACES * self._tables_size, offset=_TABLES_AT)
+            size = self._words[_ENTRIES] * shared_counts.ENTRY_BYTES
+            with memoryview(self._tables_map)[number * self._tables_size :] as own:
+                self._tables[number] = [Table(own[index * size : (index + 1) * size]) for index in range(_TABLES)]
+        return self._tables[number][which]
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Only one process at a time is in here, in one thread; it may come in again. The kernel lets the next one
+        in when a process dies. False if the turn did not come within TURN_PATIENCE seconds."""
+        if not self._turns and not self._lock():
+            yield False
+            return
+        self._turns += 1
+        try:
+            yield True
+        finally:
+            self._turns -= 1
+            if not self._turns:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1)
+
+    def _lock(self) -> bool:
+        deadline = time.monotonic() + TURN_PATIENCE
+        while True:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+                return True
+            except OSError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.0002)
+
+
+class SharedCounts:
+    """What one worker counts for the others to see, and what they count."""
+
+    def __init__(self, board: Board, number: int, which: int) -> None:
+        self._board, self._number, self._which = board, number, which
+        self._own = board.table(number, which)
+
+    def add(self, text: str) -> None:
+        """Count it once more, for this worker."""
+        self._own.add(self._board.digest(text))
+
+    def remove(self, text: str) -> None:
+        """Count it once less."""
+        self._own.remove(self._board.digest(text))
+
+    def elsewhere(self, text: str) -> int:
+        """How often the other workers have it."""
+        others = [number for number, beat in enumerate(self._board.column(_BEAT)) if beat and number != self._number]
+        if not others:
+            return 0
+        key = self._board.digest(text)
+        return sum(self._board.table(number, self._which).count(key) for number in others)
+
+
+class Place:
+    """One worker's. Its methods are for that worker, in any of its threads one at a time."""
+
+    def __init__(self, board: Board, number: int) -> None:
+        self._board, self._number = board, number
+        self._row = board.row(number)
+        self._closed_words = {outcome.value: _CLOSED + index for index, outcome in enumerate(_OUTCOMES)}
+        self.sources = SharedCounts(board, number, 0)
+        self.accepted_flows = SharedCounts(board, number, 1)
+        self.opened_flows = SharedCounts(board, number, 2)
+
+    @property
+    def board(self) -> Board:
+        """The one that it is a place of."""
+        return self._board
+
+    def beat(self) -> None:
+        """Show a sign of life."""
+        self._row[_BEAT] = time.monotonic_ns()
+
+    def came(self) -> None:
+        """A connection was accepted."""
+        self._row[_ACCEPTED] += 1
+        self._row[_LIVE] += 1
+
+    def went(self, outcome: str) -> None:
+        """One has ended."""
+        self._row[self._closed_words[outcome]] += 1
+        self._row[_LIVE] -= 1
+
+    @property
+    def numbers(self) -> Numbers:
+        """What this worker has counted."""
+        return self._board.numbers(self._number)
+
+    @property
+    def state(self) -> int:
+        """ABSENT, RESTING, WATCHING or WAITING."""
+        return self._row[_STATE]
+
+    @state.setter
+    def state(self, state: int) -> None:
+        self._row[_STATE] = state
+
+    @property
+    def live(self) -> int:
+        """Connections of this worker."""
+        return self._row[_LIVE]
+
+    @property
+    def live_everywhere(self) -> int:
+        """Connections of the whole relay."""
+        return sum(self._board.column(_LIVE))
+
+    @property
+    def accepted_everywhere(self) -> int:
+        """Connections that the whole relay has accepted so far, but for workers that are gone."""
+        return sum(self._board.column(_ACCEPTED))
+
+    @property
+    def alone(self) -> bool:
+        """True if this worker is the only one."""
+        return sum(map(bool, self._board.column(_BEAT))) < 2
+
+    @property
+    def others_wait(self) -> bool:
+        """True if some worker wants to hear of connections that end."""
+        return WAITING in self._board.column(_STATE)
+
+    @contextmanager
+    def admission(self, most: int) -> Iterator[bool]:
+        """Around the accept of one connection. False if the relay has `most` already."""
+        self._row[_RESERVED] = 1  # before the others are counted, so that they count us
+        try:
+            total, workers = self._total()
+            if total + workers <= most:
+                yield True  # even if all of them accept one now
+                return
+            with self._board.turn() as mine:
+                yield mine and self._total()[0] <= most
+        finally:
+            self._row[_RESERVED] = 0
+
+    def _total(self) -> tuple[int, int]:
+        live, reserved = self._board.column(_LIVE), self._board.column(_RESERVED)
+        return sum(live) + sum(reserved), len(live)
+
+    def fewer_elsewhere(self, state: int) -> bool:
+        """True if a worker in that state has clearly fewer connections than this one: by more than chance would
+        bring about where they come and go, but a first or second one is never left beside others."""
+        mine = self._row[_LIVE]
+        if not mine:
+            return False
+        fewer = mine - math.isqrt(mine - 1)
+        states, live = self._board.column(_STATE), self._board.column(_LIVE)
+        return any(one == state and count < fewer for one, count in zip(states, live))
+
+
+def _size_of_tables(entries: int) -> int:
+    return math.ceil(_TABLES * entries * shared_counts.ENTRY_BYTES / mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,0 +1,154 @@
+"""The workers of the relay: started, replaced when they die, killed when they stall, and added up.
+
+Main thread only. What the workers do, and when, is the supervisor's decision.
+"""
+
+import logging
+import selectors
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from tproxy_relay.board import Board, Numbers
+from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.log_pipes import LogPipes
+from tproxy_relay.preparation import Prepared
+from tproxy_relay.record import Outcome
+from tproxy_relay.worker_handle import WorkerHandle
+
+BOOT_PATIENCE = 30.0
+"""Seconds for a worker to get ready; it takes a tenth of one."""
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks at the workers."""
+LATE = 2.0
+"""Seconds between two looks after which it was this process or the whole host that stood still, and nothing is said
+against the workers."""
+MOST_DEATHS = 5
+DEATHS_PERIOD = 60.0
+"""So many workers that die within so many seconds stop the relay."""
+FIRST_PAUSE = 0.1
+"""Seconds before the second death in that time is made good; the next pauses are twice as long, each."""
+
+log = logging.getLogger(__name__)
+
+
+class Generation(NamedTuple):
+    """Workers that were started with the same settings."""
+
+    number: int
+    prepared: Prepared
+
+
+class Crew:
+    """All workers that there are, of whatever generation."""
+
+    def __init__(self, selector: selectors.BaseSelector, board: Board, pipes: LogPipes) -> None:
+        """The selector will tell of workers, with the worker as its data."""
+        self._selector = selector
+        self._board = board
+        self._pipes = pipes
+        self._workers: list[WorkerHandle] = []
+        self._past = Numbers(0, 0, {})
+        self.log_dropped = 0
+        """Log records that workers which are gone have dropped."""
+        self._looked_at = time.monotonic()
+        self._forgiving_until = 0.0
+
+    def __iter__(self) -> Iterator[WorkerHandle]:
+        return iter(list(self._workers))
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def of(self, generation: Generation) -> list[WorkerHandle]:
+        """The workers of one generation."""
+        return [worker for worker in self._workers if worker.generation == generation.number]
+
+    def start(self, generation: Generation) -> None:
+        """Start one more of its workers. Raises SystemRefusedError."""
+        place = self._board.claim()
+        if place is None:
+            raise SystemRefusedError("too many workers still finish their connections: wait for them, or restart")
+        try:
+            worker = WorkerHandle(generation.prepared, generation.number, self._board, place, self._pipes)
+        except BaseException:
+            self._board.clear(place)
+            raise
+        self._workers.append(worker)
+        self._selector.register(worker, selectors.EVENT_READ, worker)
+        log.info("worker started", extra={"pid": worker.pid, "generation": generation.number})
+
+    def bury(self, worker: WorkerHandle) -> str:
+        """After the end of its channel. Returns how it has ended; its last connections were reset by the kernel."""
+        self._selector.unregister(worker)
+        self._workers.remove(worker)
+        how, numbers = worker.bury(), self._board.clear(worker.place)
+        self._past = added([self._past, with_lost(numbers)])
+        self.log_dropped += worker.log_dropped
+        expected = worker.unwanted or worker.leaving and how == "exit 0"
+        level = logging.DEBUG if expected else logging.ERROR
+        log.log(level, "worker ended", extra={"pid": worker.pid, "how": how, "live": numbers.live})
+        return how
+
+    @property
+    def numbers(self) -> Numbers:
+        """Of all workers that there are and were."""
+        return added([self._past, *(worker.numbers for worker in self._workers)])
+
+    def kill_stalled(self) -> None:
+        """Call it every LOOK_INTERVAL seconds. Their connections are reset, and their clients go to others."""
+        now = time.monotonic()
+        late = self._looked_at + LATE
+        self._looked_at = now
+        if now > late:
+            self._forgiving_until = now + BOOT_PATIENCE
+        if now < self._forgiving_until:
+            return
+        for worker in self._workers:
+            most = worker.stall_timeout if worker.serving else BOOT_PATIENCE
+            silence = worker.silence
+            suspected, worker.suspected = worker.suspected, bool(most) and silence > most
+            # At the first look it may only have been stopped together with this process, and be about to go on.
+            if worker.suspected and suspected and not worker.stalled:
+                log.error("worker stalled", extra={"pid": worker.pid, "seconds": round(silence, 1)})
+                worker.stalled = True
+                worker.kill()
+
+    @staticmethod
+    def dismiss(workers: Iterable[WorkerHandle]) -> None:
+        """Kill workers that have no connections yet, and are not needed any more."""
+        for worker in workers:
+            worker.unwanted = True
+            worker.kill()
+
+
+class Deaths:
+    """How quickly workers die, and how long to wait before the next one is started."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=MOST_DEATHS)
+
+    def pause(self, now: float) -> float | None:
+        """After one more death: seconds to wait, so that a worker that dies again and again does not take the
+        processors; None: stop trying."""
+        self._times.append(now)
+        recent = sum(now - death <= DEATHS_PERIOD for death in self._times)
+        if recent >= MOST_DEATHS:
+            return None
+        return float(FIRST_PAUSE * 2 ** (recent - 2)) if recent > 1 else 0.0
+
+
+def added(numbers: Sequence[Numbers]) -> Numbers:
+    """The numbers of several workers together."""
+    closed: Counter[str] = Counter()
+    for one in numbers:
+        closed.update(one.closed)
+    return Numbers(sum(one.accepted for one in numbers), sum(one.live for one in numbers), dict(closed))
+
+
+def with_lost(numbers: Numbers) -> Numbers:
+    """The last numbers of a worker: the connections that it still had have ended with it."""
+    closed = Counter(numbers.closed)
+    closed[Outcome.ABORTED.value] += numbers.live
+    return Numbers(numbers.accepted, 0, dict(+closed))

@@ -1,0 +1,77 @@
+"""The process of a worker, from its first order to its last log line. The supervisor starts it.
+
+What it finds: at descriptor 0 the channel to the supervisor, at 1 the pipe that its log goes to, at 2 the one for
+last words, and from 3 on the listening sockets (sd_listen_fds(3)). Signals are the supervisor's: a terminal or a
+service manager may send them to all processes, and each worker would stop before the ruleset does.
+"""
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from dataclasses import replace
+from typing import NoReturn
+
+from tproxy_relay import assignment, channel, listeners, logs, process_name
+from tproxy_relay.board import Board, Place
+from tproxy_relay.channel import Channel
+from tproxy_relay.errors import RelayError
+from tproxy_relay.worker import Worker
+
+LOG_FLUSH = 1.0
+"""Seconds that the log gets at the end."""
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """The process. By hand it is of no use."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    process_name.become(process_name.WORKER)
+    control = channel.adopt(0)
+    given = control.receive()
+    if given is None:
+        return 0  # the supervisor has changed its mind
+    message, descriptors = given
+    order = assignment.of_message(message)
+    writer = logs.LogWriter(replace(order.settings, log_file=None), sys.stdout.fileno())
+    try:
+        place = Place(Board(*descriptors), message["place"])
+        worker = Worker(
+            order.settings,
+            listeners.adopt_all(order.settings, os.environ)[0],
+            control,
+            place,
+            tuning=order.tuning,
+            destinations=order.destinations,
+            limits=order.limits,
+        )
+    except RelayError as error:
+        control.send({"event": "failed", "message": str(error), "exit_code": error.exit_code})
+        return error.exit_code
+    writer.start()
+    control.send({"event": "ready"})
+    _serve(worker, control, writer)
+
+
+def _serve(worker: Worker, control: Channel, writer: logs.LogWriter) -> NoReturn:
+    """It ends by _exit, because the interpreter would wait for every pool thread, and one of them may be blocked in a
+    send() for as long as its peer likes; the kernel then resets what is still open."""
+    code = 0
+    try:
+        told = control.receive()
+        if told is not None and told[0]["order"] == "serve":
+            worker.run()
+    except Exception:
+        log.critical("the accept loop met a bug", exc_info=True)
+        code = 1
+    writer.stop(LOG_FLUSH)
+    control.send({"event": "ended", "dropped": writer.dropped})
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
