@@ -84,10 +84,6 @@ class Channel:
         """Let the other end see the end."""
         self._sock.close()
 
-    def detach(self) -> int:
-        """The descriptor, which is the caller's now."""
-        return self._sock.detach()
-
 
 def pair() -> tuple[Channel, Channel]:
     """Two ends that are connected."""

@@ -17,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     try:
         loaded = config.load(given, os.environ)
+        if loaded.settings.command == "run" and not loaded.print_config:
+            service.give_up_privileges(os.environ)
         for warning in loaded.warnings:
             _say(warning)
         if loaded.print_config:

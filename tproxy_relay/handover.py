@@ -6,6 +6,7 @@ and says `commit`. Until then it may end at any time, and nothing has changed.
 """
 
 import contextlib
+import errno
 import os
 import re
 import selectors
@@ -35,6 +36,10 @@ PATIENCE = 5.0
 
 TAKING_PATIENCE = 60.0
 """Seconds from the first question to `commit`; workers start in a tenth of one. Nothing else happens meanwhile."""
+
+FULL_PAUSE = 0.05
+"""Seconds that everything waits when there is no descriptor for one who asks: the question stays, and the selector
+tells of it again and again."""
 
 MOST_REFUSED = 8
 """That may be connected at the same time, before they have asked anything."""
@@ -94,8 +99,10 @@ class Door:
     def _let_in(self) -> None:
         try:
             sock, _ = self._socket.accept()
-        except OSError:
-            return  # gone again
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                time.sleep(FULL_PAUSE)
+            return  # or it is gone again
         asking = Channel(sock)
         busy = "another relay takes over already" if self.in_use else self._giver.busy
         if not _is_trusted(sock):
@@ -142,8 +149,12 @@ class Door:
 
     def _obey(self, asking: Channel, message: Message, descriptors: Sequence[int]) -> None:
         if "commit" not in message:
+            if message.get("protocol") != PROTOCOL:
+                raise SystemRefusedError("it is of another version")
             self._giver.offer_to(asking)
             return
+        if not self.in_use:
+            raise SystemRefusedError(f"it took more than {TAKING_PATIENCE:g} s to get ready")
         pid, kept = message["commit"], message.get("kept")
         if type(pid) is not int or not isinstance(kept, list):
             raise SystemRefusedError("it is of another version")

@@ -4,7 +4,6 @@ What goes wrong with them goes wrong at start, in front of the operator, so each
 says what and how to mend it, with an exit code of its own.
 """
 
-import contextlib
 import errno
 import logging
 import os
@@ -188,7 +187,7 @@ def _bind_to_interface(sock: socket.socket, interface: str) -> None:
             raise SystemRefusedError(f"no interface {interface!r} on this host (`ip link` lists them)") from error
         if error.errno == errno.EPERM:
             raise CapabilityMissingError(
-                f"cannot bind to {interface}: CAP_NET_RAW is missing; {HOW_TO_GIVE}"
+                f"cannot bind to {interface or 'all interfaces'}: CAP_NET_RAW is missing; {HOW_TO_GIVE}"
             ) from error
         raise
 
@@ -215,17 +214,11 @@ def _adopt(fd: int, settings: Settings, stored: bool) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
     except OSError as error:
-        if stored:
-            with contextlib.suppress(OSError):
-                os.close(fd)
         raise SystemRefusedError(f"inherited descriptor {fd} is not a socket ({error.strerror})") from error
     sock.set_inheritable(False)
     fault = _unfit(sock, settings.mode, stored)
     if fault:
-        if stored:
-            sock.close()
-        else:
-            sock.detach()
+        sock.detach()  # not to be closed: where LISTEN_FDS tells a lie it may be one of our own
         raise SystemRefusedError(f"inherited descriptor {fd} {fault}")
     return sock
 

@@ -141,6 +141,12 @@ class _LogFile(logging.handlers.WatchedFileHandler):
     def _open(self) -> _Unbuffered:  # type: ignore[override]
         return _Unbuffered(os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666))
 
+    def reopen_if_needed(self) -> None:
+        """Also if it could not be opened the last time. OSError if it still cannot be."""
+        self.reopenIfNeeded()
+        if self.stream is None:
+            self.stream = self._open()  # type: ignore[assignment]
+
 
 class Sink:
     """The writer's side: a descriptor or a file, and the count of lines that it did not take."""
@@ -172,7 +178,7 @@ class Sink:
         """Lines that a worker has made."""
         try:
             if isinstance(self.handler, _LogFile):
-                self.handler.reopenIfNeeded()
+                self.handler.reopen_if_needed()
             if self.handler.stream is not None:
                 self.handler.stream.write_bytes(lines)
         except Exception:

@@ -205,7 +205,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "target",
             values.TARGET,
             "HOST:PORT",
-            "Where to send connections that were not intercepted. A name is looked up once, at start.",
+            "Where to send connections that were not intercepted. A name is looked up once, at start and reload.",
             unset="they are refused",
         ),
     ),

@@ -4,9 +4,12 @@ touched.
 The same for the start and for a reload, which only has some listeners already.
 """
 
+import errno
 import logging
 import os
+import queue
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +21,14 @@ from tproxy_relay.intercept import foreign_nat, plan
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.listeners import Listener
 from tproxy_relay.policy import Destinations
-from tproxy_relay.settings import Settings
+from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.sockets import Tuning
 
 FIXED = ("mode", "interface", "backend", "mark_mask", "route_table", "route_priority")
 """Settings that live connections depend on: with other marks, routes or listeners the kernel would not know them."""
+
+LOOKUP_PATIENCE = 3.0
+"""Seconds for the address of `target`, by name. At a reload, nothing else is done meanwhile."""
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +118,23 @@ def _resolve_target(settings: Settings) -> Endpoint | None:
     """The target's address, looked up once: there is no name lookup in the path of a connection."""
     if settings.target is None:
         return None
+    answers: queue.SimpleQueue[Endpoint | OSError] = queue.SimpleQueue()
+    threading.Thread(target=_look_up, args=(settings.target, answers), name="lookup", daemon=True).start()
     try:
-        found = socket.getaddrinfo(*settings.target, type=socket.SOCK_STREAM)
+        found = answers.get(timeout=LOOKUP_PATIENCE)
+    except queue.Empty:
+        found = TimeoutError(errno.ETIMEDOUT, f"no answer from the name servers within {LOOKUP_PATIENCE:g} s")
+    if isinstance(found, OSError):
+        raise ConfigError(f"target: cannot resolve {settings.target.host!r}: {found.strerror}") from found
+    return found
+
+
+def _look_up(target: HostPort, answers: "queue.SimpleQueue[Endpoint | OSError]") -> None:
+    """In a thread of its own: the resolver may try for minutes, and a reload has workers to look after."""
+    try:
+        answers.put(endpoint.from_sockaddr(socket.getaddrinfo(*target, type=socket.SOCK_STREAM)[0][4]))
     except OSError as error:
-        raise ConfigError(f"target: cannot resolve {settings.target.host!r}: {error.strerror}") from error
-    return endpoint.from_sockaddr(found[0][4])
+        answers.put(error)
 
 
 def _usable_mark(settings: Settings) -> int:

@@ -87,6 +87,16 @@ def account(user: str) -> Account:
     return Account(found.pw_uid, found.pw_gid, True)
 
 
+def may_become(runs_as: Account) -> bool:
+    """True if workers can be of that account: put into it, and killed in it."""
+    mine = held()
+    return _is_us(runs_as) or all(mine.has(name) for name in ("setuid", "setgid", "kill"))
+
+
+def _is_us(one: Account) -> bool:
+    return (one.uid, one.gid) == (os.geteuid(), os.getegid())
+
+
 def for_worker(runs_as: Account | None, keep: Iterable[str]) -> list[str]:
     """The command that becomes the command after it, as that account (None: this one), with no capability but those,
     and with no way to more. It dies with its parent.
@@ -95,8 +105,8 @@ def for_worker(runs_as: Account | None, keep: Iterable[str]) -> list[str]:
     """
     mine, changes = held(), ["-all", *(f"+{name}" for name in keep)]
     command = [_setpriv(), "--no-new-privs", "--pdeathsig", "KILL"]
-    if runs_as is not None and (runs_as.uid, runs_as.gid) != (os.geteuid(), os.getegid()):
-        if not all(mine.has(name) for name in ("setuid", "setgid", "kill")):
+    if runs_as is not None and not _is_us(runs_as):
+        if not may_become(runs_as):
             raise CapabilityMissingError(
                 f"user: workers of account number {runs_as.uid} take CAP_SETUID, CAP_SETGID and CAP_KILL: start it as "
                 "root, or as that account"

@@ -22,9 +22,14 @@ LOG_FLUSH = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
+def give_up_privileges(environ: MutableMapping[str, str]) -> None:
+    """What a relay has no use for. This program may begin again, so do nothing before that should not be done twice.
+    Raises SystemRefusedError without setpriv."""
+    privileges.shed(environ)
+
+
 def run(settings: Settings, reread: Callable[[], Settings], environ: MutableMapping[str, str]) -> NoReturn:
     """Relay until told to stop; ends the process. `reread` is for a reload. Raises RelayError if it cannot begin."""
-    privileges.shed(environ)
     process_name.become(process_name.SUPERVISOR)
     wakeup = Wakeup()
     wakeup.catch((*SIGNALS, *((signal.SIGCHLD,) if os.getpid() == 1 else ())))

@@ -277,9 +277,13 @@ class Supervisor:
 
     def _has_ended(self, worker: WorkerHandle) -> None:
         how = self._crew.bury(worker)
+        if os.getpid() == 1:
+            self._reap_orphans()  # those behind it
         if self._rising is not None and worker.generation == self._rising.number:
             self._give_up(worker.why_it_failed(how))
         elif not worker.leaving and not worker.unwanted and not self._stopping:
+            if not worker.ready:
+                log.error("%s", worker.why_it_failed(how))
             self._replace()
 
     def _replace(self) -> None:

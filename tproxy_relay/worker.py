@@ -144,19 +144,17 @@ class Worker:
     def _admit(self, sock: socket.socket, client: Endpoint, listener: Listener) -> None:
         connection = Connection(f"{self._prefix}-{next(self._numbers):x}", sock, client, listener, self._context)
         cap = self._settings.max_per_source
-        if self._count_in(connection) > cap > 0:
-            connection.refuse(RefusedError(Outcome.OVER_LIMIT, f"{client.host} has {cap} connections (max-per-source)"))
-            return
+        if not cap:
+            self._registry.add(connection)
+        else:
+            with self._place.board.turn():  # two workers would otherwise each refuse the last one under the cap
+                if self._registry.add(connection) > cap:
+                    why = f"{client.host} has {cap} connections (max-per-source)"
+                    connection.refuse(RefusedError(Outcome.OVER_LIMIT, why))
+                    return
         self._threads.run(connection.run)
         if not self._trim_at:
             self._trim_at = time.monotonic() + TRIM_INTERVAL
-
-    def _count_in(self, connection: Connection) -> int:
-        """How many its client has now. In turns: two workers would otherwise each refuse the last one under the cap."""
-        if not self._settings.max_per_source:
-            return self._registry.add(connection)
-        with self._place.board.turn():
-            return self._registry.add(connection)
 
     def _one_has_ended(self) -> None:
         """In the thread of the connection that ended."""

@@ -590,8 +590,9 @@ LAST: dict[str, object] = {"max-per-source": 3, "connect-timeout": 7}
 """The changes of the last file; only that one has another connect-timeout."""
 
 
-def check_last_one(configured: Configured, lab: Lab, hups: int) -> None:
-    """The file that was written last is in force: so many connections from one address, and no more."""
+def check_last_one(configured: Configured, lab: Lab, least: int, hups: int) -> None:
+    """The file that was written last is in force: so many connections from one address, and no more. Reloads that are
+    asked for during one are one more."""
     lab.client.run(["ip", "address", "add", f"{GUEST}/24", "dev", "cr"])
     configured.relay.wait_for_line(
         lambda line: line["message"] == "reloaded" and "connect-timeout" in line["changed"], 30
@@ -601,7 +602,7 @@ def check_last_one(configured: Configured, lab: Lab, hups: int) -> None:
         assert [bool(visit_as_guest(lab, stack.enter_context(lab.client.socket()))) for _ in range(4)] == [
             False
         ] * 3 + [True]
-    assert 2 <= configured.times("reloaded") <= hups
+    assert least <= configured.times("reloaded") <= hups
 
 
 @pytest.mark.slow
@@ -614,7 +615,7 @@ def test_a_hundred_reloads_in_ten_seconds(fresh_lab: Lab, tmp_path: Path) -> Non
             configured.write(text_of(merged(configured.base, changes)))
             configured.relay.signal(signal.SIGHUP)
             wait_until(lambda: time.monotonic() > began + (number + 1) / 10, "a tenth of a second")
-        check_last_one(configured, fresh_lab, 100)
+        check_last_one(configured, fresh_lab, 20, 100)
 
 
 @pytest.mark.slow
@@ -628,4 +629,4 @@ def test_five_thousand_hups_in_three_seconds(fresh_lab: Lab, tmp_path: Path) -> 
             configured.relay.signal(signal.SIGHUP)
             wait_until(lambda: time.monotonic() > began + number * 3 / 5000, "its moment")
         assert time.monotonic() - began < 6
-        check_last_one(configured, fresh_lab, 5000)
+        check_last_one(configured, fresh_lab, 2, 5000)

@@ -89,6 +89,7 @@ HAND_OVERS = {
     "nft": ("--backend", "nft"),
     "iptables-nft-address": ("--backend", "iptables-nft", "--preserve-source", "address"),
     "nft-redirect": ("--backend", "nft", "--mode", "redirect"),
+    "four-workers": ("--workers", "4"),
 }
 
 
@@ -549,7 +550,7 @@ def test_clients_wait_for_the_next_relay_where_a_store_has_the_sockets(
 
 
 def test_stored_sockets_do_not_fix_the_mode(served: Lab, manager: ServiceManager) -> None:
-    """Those of another mode are opened anew."""
+    """Those of another mode are made fit."""
     lab = served
     for mode in ("redirect", "tproxy", "redirect"):
         with lab.relay_process(*INBOUND, "--mode", mode, wrapper=manager.wrapper) as relay:

@@ -183,9 +183,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_the_end_of_a_killed_process(ends: Ends) -> None:
     one, other = ends
-    own = other.detach()
-    fd = fcntl.fcntl(own, fcntl.F_DUPFD, 100)  # without FD_CLOEXEC
-    os.close(own)
+    fd = fcntl.fcntl(other.fileno(), fcntl.F_DUPFD, 100)  # without FD_CLOEXEC
+    other.close()
     try:
         pid = os.posix_spawn(sys.executable, [sys.executable, "-c", CHILD, str(fd)], children.environment())
     finally:

@@ -137,6 +137,15 @@ def test_a_commit_that_it_does_not_understand(tmp_path: Path, pid: object, kept:
         relay.connect()
 
 
+def test_one_of_another_version(tmp_path: Path) -> None:
+    with Relay(tmp_path) as relay:
+        for asked in ({"want": "listeners"}, {"want": "listeners", "protocol": 0}, {"hello": "there"}):
+            with asking(relay) as channel:
+                channel.send(asked)
+                assert refusal(answer(channel)) == "it is of another version"
+        assert relay.process.returncode is None
+
+
 def test_one_that_has_given_up_gets_nothing(tmp_path: Path) -> None:
     with Relay(tmp_path) as relay:
         ends = relay.connect()

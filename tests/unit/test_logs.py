@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -459,3 +460,18 @@ def test_a_log_that_cannot_be_opened_changes_nothing(tmp_path: Path) -> None:
             writing.writer.open(Settings(log_file=str(tmp_path / "no" / "log"), log_level="error"))
         logging.getLogger("relay").info("as before")
     assert json.loads((tmp_path / "log").read_text(encoding="utf-8"))["message"] == "as before"
+
+
+def test_lines_of_workers_are_counted_while_the_file_cannot_be_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    with Writing(folder / "log") as writing:
+        writing.writer.pass_on(b"one\n")
+        wait_until(lambda: (folder / "log").read_bytes() == b"one\n", "it is written")
+        shutil.rmtree(folder)
+        for _ in range(3):
+            writing.writer.pass_on(b"lost\nlost, too\n")
+        wait_until(lambda: writing.writer.dropped == 6, "all are counted")
+        folder.mkdir()
+        writing.writer.pass_on(b"two\n")
+        wait_until(lambda: (folder / "log").exists() and b"two\n" in (folder / "log").read_bytes(), "it goes on")

@@ -1,6 +1,7 @@
 """From settings to what the workers will need: what cannot work is found before anything is opened or changed."""
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
@@ -24,6 +25,18 @@ def test_a_target_that_does_not_resolve() -> None:
     with pytest.raises(ConfigError, match="target: cannot resolve 'no.such.host.invalid'") as caught:
         preparation._resolve_target(Settings(target=HostPort("no.such.host.invalid", 80)))
     assert caught.value.exit_code == 78
+
+
+def test_name_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "LOOKUP_PATIENCE", 0.1)
+    answered = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_args, **_more: answered.wait())
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    try:
+        with pytest.raises(ConfigError, match="target: cannot resolve 'far.example': no answer .* within 0.1 s"):
+            preparation._resolve_target(Settings(target=HostPort("far.example", 80)))
+    finally:
+        answered.set()
 
 
 def test_a_target_is_looked_up_once() -> None:

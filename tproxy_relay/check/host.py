@@ -14,7 +14,7 @@ from typing import Any
 from tproxy_relay.intercept import programs
 from tproxy_relay.intercept.plan import Family
 
-SETGID, SETUID, NET_ADMIN, NET_RAW, SYS_ADMIN = 6, 7, 12, 13, 21
+NET_ADMIN, NET_RAW, SYS_ADMIN = 12, 13, 21
 """linux/capability.h."""
 
 _LISTEN = "0A"

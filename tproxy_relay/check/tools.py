@@ -1,6 +1,5 @@
 """The programs that the ruleset is made with, and the right to use them."""
 
-import os
 import re
 from collections.abc import Iterator
 
@@ -46,10 +45,9 @@ def probe_setpriv(case: Case) -> Iterator[Finding]:
     if "--pdeathsig" not in ended:
         why = "it has no --pdeathsig, so the workers would outlive a relay that was killed (util-linux 2.33 has it)"
         yield problem("setpriv", "this setpriv is too old, or not the one of util-linux", why, install("util-linux"))
-    elif case.settings.user and not (case.host.may(host.SETUID) and case.host.may(host.SETGID)):
-        if privileges.account(case.settings.user).uid != os.geteuid():
-            why = "a relay started like this ends with exit code 77"
-            yield problem("user", f"may not become {case.settings.user}", why, f"sudo {case.command()}")
+    elif case.settings.user and not privileges.may_become(privileges.account(case.settings.user)):
+        why = "a relay started like this ends with exit code 77"
+        yield problem("user", f"may not have workers of {case.settings.user}", why, f"sudo {case.command()}")
     else:
         yield ok("setpriv", f"workers run as {case.settings.user or 'the account that starts the relay'}")
 
