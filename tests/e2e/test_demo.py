@@ -162,9 +162,9 @@ def test_it_shows_what_it_promises_and_leaves_nothing(stage: Stage) -> None:
 @pytest.mark.parametrize(
     "number, moment, code",
     [
-        (signal.SIGINT, "made of namespaces", 130),
-        (signal.SIGINT, "3. What one side does", 130),
-        (signal.SIGINT, "4. How fast", 130),
+        pytest.param(signal.SIGINT, "made of namespaces", 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "3. What one side does", 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "4. How fast", 130, marks=pytest.mark.slow),
         (signal.SIGTERM, "2. Whom", 143),
         pytest.param(signal.SIGHUP, "6. What the relay", 129, marks=pytest.mark.slow),
     ],

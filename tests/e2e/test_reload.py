@@ -27,6 +27,8 @@ import tproxy_relay
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, Line
 
+pytestmark = pytest.mark.slow
+
 SILENT = PORT + 5
 """A port of the server that answers nothing, not even with a refusal."""
 FIRST_ADDRESS, GUEST = "10.81.1.2", "10.81.1.77"
@@ -605,7 +607,6 @@ def check_last_one(configured: Configured, lab: Lab, least: int, hups: int) -> N
     assert least <= configured.times("reloaded") <= hups
 
 
-@pytest.mark.slow
 def test_a_hundred_reloads_in_ten_seconds(fresh_lab: Lab, tmp_path: Path) -> None:
     configured = Configured(fresh_lab, tmp_path, intercept_outbound=None, workers=2, max_per_source=1000)
     with crowd(fresh_lab, configured):
@@ -618,7 +619,6 @@ def test_a_hundred_reloads_in_ten_seconds(fresh_lab: Lab, tmp_path: Path) -> Non
         check_last_one(configured, fresh_lab, 20, 100)
 
 
-@pytest.mark.slow
 def test_five_thousand_hups_in_three_seconds(fresh_lab: Lab, tmp_path: Path) -> None:
     configured = Configured(fresh_lab, tmp_path, intercept_outbound=None, workers=2, max_per_source=1000)
     with crowd(fresh_lab, configured):

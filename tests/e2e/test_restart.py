@@ -23,6 +23,8 @@ from service_manager import ServiceManager
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, LabError, Line, RelayProcess
 
+pytestmark = pytest.mark.slow
+
 RESTARTS = 10
 OTHER = PORT + 1
 INBOUND = ("--intercept-inbound", f"{PORT}-{OTHER}")
@@ -93,7 +95,6 @@ HAND_OVERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", HAND_OVERS.values(), ids=HAND_OVERS)
 def test_ten_hand_overs(served: Lab, options: tuple[str, ...]) -> None:
     lab, relays = served, []
@@ -284,7 +285,6 @@ def test_one_whose_ruleset_cannot_be_installed_changes_nothing(served: Lab) -> N
         lab.relay.run(["ip", "route", "del", *route])
 
 
-@pytest.mark.slow
 def test_one_that_gives_up_waiting_changes_nothing(served: Lab, tmp_path: Path) -> None:
     """The one before answers so late that nobody is there any more to take it over."""
     lab = served
@@ -470,7 +470,6 @@ def manager(tmp_path: Path) -> Iterator[ServiceManager]:
         yield running
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("managed", [True, False], ids=["its own rules", "rules applied before"])
 def test_ten_restarts_with_sockets_of_a_service_manager(
     served: Lab, manager: ServiceManager, rules: Callable[..., str], managed: bool
@@ -504,7 +503,6 @@ def test_ten_restarts_with_sockets_of_a_service_manager(
     assert manager.names == [], "sockets of a unit are not for the store"
 
 
-@pytest.mark.slow
 def test_restarts_with_the_sockets_that_the_relay_has_stored(served: Lab, manager: ServiceManager) -> None:
     lab = served
     ports = ["15002,15006", "15002,15006", "15003,15006", "15003,15006,15007", "15002,15006"]
@@ -529,7 +527,6 @@ def test_restarts_with_the_sockets_that_the_relay_has_stored(served: Lab, manage
         check(come)
 
 
-@pytest.mark.slow
 def test_clients_wait_for_the_next_relay_where_a_store_has_the_sockets(
     served: Lab, manager: ServiceManager, rules: Callable[..., str]
 ) -> None:

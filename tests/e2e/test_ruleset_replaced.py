@@ -68,6 +68,8 @@ from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.managed import Interception
 
+pytestmark = pytest.mark.slow
+
 plan, backend, taken, given = sys.argv[1:]
 plan = plans.from_json(plan)
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
@@ -251,11 +253,7 @@ def new_ones(lab: Lab, port: int) -> Iterator[str]:
                 yield f"{from_sockaddr(sock.getsockname())} {from_sockaddr(sock.getpeername())}"
 
 
-def some(cases: list[tuple[str, str]]) -> list[object]:
-    return [pytest.param(*case, marks=[] if case[1] == "tproxy" else pytest.mark.slow) for case in cases]
-
-
-@pytest.mark.parametrize(("backend", "mode"), some(MODES))
+@pytest.mark.parametrize(("backend", "mode"), MODES)
 def test_ports_come_and_go_under_live_transfers(furnished: Lab, backend: str, mode: str) -> None:
     lab = furnished
     plan, more, moved = (replace(one, mode=mode) for one in (PLAN, MORE, MOVED))

@@ -24,6 +24,8 @@ from tproxy_relay import privileges
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, LabError, RelayProcess
 
+pytestmark = pytest.mark.slow
+
 WORKERS = 2
 NET_RAW = 1 << privileges.NUMBERS["net_raw"]
 SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")

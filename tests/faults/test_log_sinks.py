@@ -16,6 +16,8 @@ from swarm import Script, come_and_go, echo_server
 from tproxy_relay.lab import Lab, RelayProcess
 from tproxy_relay.logs import QUEUE_LENGTH
 
+pytestmark = pytest.mark.slow
+
 PORT = 8000
 CLIENTS = 50
 SIZE = 200_000

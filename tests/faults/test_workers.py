@@ -19,6 +19,8 @@ from pairs import PATIENCE, Pair, Pairs, Rhythm
 
 from tproxy_relay.lab import Lab, Line, RelayProcess
 
+pytestmark = pytest.mark.slow
+
 PORT = 8000
 FOUR = ("--workers", "4")
 INTERCEPT = ("--intercept-inbound", str(PORT))
@@ -554,7 +556,6 @@ def test_a_short_stop_of_a_worker_changes_nothing(steered: Lab) -> None:
         relay.stop()
 
 
-@pytest.mark.slow
 def test_a_relay_that_stood_still_as_a_whole_kills_nobody(steered: Lab) -> None:
     """The host slept, or somebody froze the control group."""
     lab = steered
@@ -572,7 +573,6 @@ def test_a_relay_that_stood_still_as_a_whole_kills_nobody(steered: Lab) -> None:
         relay.stop()
 
 
-@pytest.mark.slow
 def test_a_relay_that_stood_still_for_a_moment_kills_nobody(steered: Lab) -> None:
     """A little longer than a small limit, between two looks of the supervisor, which is the first to go on."""
     lab = steered
