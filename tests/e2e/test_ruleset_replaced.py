@@ -37,6 +37,8 @@ from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.lab import Host, Lab, RelayProcess
 from tproxy_relay.settings import PortRange
 
+pytestmark = pytest.mark.slow
+
 OTHER = 8001
 """A port that is intercepted at some times and not at others."""
 FIRST, SECOND = (PortRange(PORT, PORT),), (PortRange(OTHER, OTHER),)
@@ -67,8 +69,6 @@ from tproxy_relay.errors import RelayError
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.managed import Interception
-
-pytestmark = pytest.mark.slow
 
 plan, backend, taken, given = sys.argv[1:]
 plan = plans.from_json(plan)

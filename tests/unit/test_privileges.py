@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import accounts
 import children
 import pytest
 from deadlines import wait_until
@@ -116,7 +117,8 @@ def test_of_one_that_may_do_nothing(require_or_skip: Need) -> None:
 def test_of_an_account_with_ambient_capabilities(keep: Sequence[str], left: int) -> None:
     """It has no CAP_SETPCAP, so the bounding set stays; with no_new_privs nothing is to be had from it."""
     given = ("--inh-caps=+net_raw,+net_admin", "--ambient-caps=+net_raw,+net_admin")
-    prefix = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *given)
+    becoming = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *given)
+    prefix = (*accounts.for_all_accounts(), *becoming)
     status = status_of(becomes(None, keep, prefix))
     bounding = status.caps()["Bnd"]
     assert bounding & ~NET_RAW
@@ -286,5 +288,6 @@ def test_one_who_cannot_give_anything_up_goes_on_as_it_is(require_or_skip: Need)
 @as_root
 def test_an_ordinary_account_keeps_what_it_was_given() -> None:
     given = ("--inh-caps=+net_raw", "--ambient-caps=+net_raw")
-    caps = shed("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *given).caps()
+    becoming = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", *given)
+    caps = shed(*accounts.for_all_accounts(), *becoming).caps()
     assert caps == sets(NET_RAW, caps["Bnd"])
