@@ -30,8 +30,12 @@ def test_a_target_that_does_not_resolve() -> None:
 def test_name_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "LOOKUP_PATIENCE", 0.1)
     answered = threading.Event()
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_args, **_more: answered.wait())
-    monkeypatch.setattr("threading.excepthook", lambda _: None)
+
+    def look_up(*_args: object, **_more: object) -> None:
+        answered.wait()
+        raise OSError
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
     try:
         with pytest.raises(ConfigError, match="target: cannot resolve 'far.example': no answer .* within 0.1 s"):
             preparation._resolve_target(Settings(target=HostPort("far.example", 80)))
