@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from accounts import for_all_accounts
 from configured import OTHER, Configured, merged, text_of
 from flows import Flow, echo_server, steady, streams, wait_until
 from interception import FAMILIES, PORT, attempt, look, ping, processes, ways
@@ -310,7 +311,7 @@ def test_user(fresh_lab: Lab, tmp_path: Path, require_or_skip: Callable[[str], N
     of their sockets. Nobody who comes meanwhile is lost between the two."""
     if os.geteuid() or fresh_lab.user_namespace:
         require_or_skip("it takes root to have another account")
-    lab, configured = fresh_lab, Configured(fresh_lab, tmp_path)
+    lab, configured = fresh_lab, Configured(fresh_lab, tmp_path, for_all_accounts())
     with echoing(lab), configured.relay as relay, streams(lab.relay, lab.server.ipv6, PORT) as stays:
         with steady(lab.relay, lab.server.ipv4, PORT, 100) as come:
             for user, uid, capabilities in ((None, 0, 1 << 13), (65534, 65534, 0)):
