@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -138,7 +137,8 @@ def test_of_root_without_setpcap(require_or_skip: Need) -> None:
     assert status.caps() == {**sets(NET_RAW, bounding), "Eff": bounding, "Prm": bounding}
 
 
-SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+SLEEP = "echo $$; exec sleep 600"
+"""For sh: every account may execute that."""
 PARENT = """
 import subprocess, sys
 child = subprocess.Popen(sys.argv[1:])
@@ -149,7 +149,7 @@ child.wait()
 @pytest.mark.parametrize("user", [None, pytest.param("nobody", marks=as_root)])
 def test_it_dies_with_its_parent(user: str | None) -> None:
     command = privileges.for_worker(None if user is None else privileges.account(user), ())
-    with children.running_python(PARENT, *command, sys.executable, "-c", SLEEP) as parent:
+    with children.running_python(PARENT, *command, "sh", "-c", SLEEP) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert Path(f"/proc/{pid}").exists()
