@@ -133,7 +133,7 @@ def _open_one(wanted: Endpoint, settings: Settings, tuning: Tuning) -> Listener 
 
 
 def _open(address: Endpoint, settings: Settings) -> socket.socket | None:
-    """A bound socket; None for the IPv6 wildcard on a host without IPv6."""
+    """A bound socket; None for an IPv6 address that every host with IPv6 has, on one without."""
     try:
         sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     except OSError as error:
@@ -159,8 +159,9 @@ def _open(address: Endpoint, settings: Settings) -> socket.socket | None:
 
 
 def _pass_over_or_raise(address: Endpoint, error: OSError) -> None:
-    """A host without IPv6 gets a warning for the IPv6 wildcard, which is in the default; the rest is an error."""
-    if address.host == "::" and error.errno in _NO_IPV6:
+    """A host without IPv6 gets a warning for the addresses that are in the default and in the file that is shipped; the
+    rest is an error."""
+    if address.host in ("::", "::1") and error.errno in _NO_IPV6:
         log.warning("no IPv6 on this host, listening on IPv4 only", extra={"listener": str(address)})
         return
     raise SystemRefusedError(f"cannot listen on {address}: {_remedy(address, error)}") from error

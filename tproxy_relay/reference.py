@@ -12,7 +12,8 @@ from tproxy_relay import errors, options
 from tproxy_relay.options import DEFAULT_FILE, GROUPS, POSITIONAL, PREFIX, Option
 
 # What the packaged file really sets: a service logs for machines, a terminal for people.
-SHIPPED = {"log-level": "info", "log-format": "json"}
+SHIPPED = {"bind": "127.0.0.1,::1", "user": "tproxy-relay", "log-level": "info", "log-format": "json"}
+"""What a service wants that a first try on the command line does not; the packages make the account."""
 
 _HELP = """\
 usage: tproxy-relay [run | check | demo] [options]

@@ -284,9 +284,10 @@ def test_a_kernel_without_tproxy(number: str, require_or_skip: Callable[[str], N
 def test_a_host_without_ipv6_listens_on_ipv4_and_says_so_once(require_or_skip: Callable[[str], NoReturn]) -> None:
     """As after a boot with ipv6.disable=1. (With the sysctl disable_ipv6=1 the wildcard can still be bound.)"""
     prefix = traced("socket", "EAFNOSUPPORT:when=3+", "trace=socket", require_or_skip)
-    answer = open_in_child(prefix, bind=["127.0.0.1", "::"], ports=[0, 0], mode="redirect")
-    assert len(answer["names"]) == 2  # type: ignore[arg-type]
-    assert answer["said"] == [["WARNING", "no IPv6 on this host, listening on IPv4 only"]]
+    for address in ("::", "::1"):
+        answer = open_in_child(prefix, bind=["127.0.0.1", address], ports=[0, 0], mode="redirect")
+        assert len(answer["names"]) == 2  # type: ignore[arg-type]
+        assert answer["said"] == [["WARNING", "no IPv6 on this host, listening on IPv4 only"]]
 
 
 def test_with_the_ipv6_sysctl_off_everything_works_as_ever(require_or_skip: Callable[[str], NoReturn]) -> None:
@@ -296,10 +297,18 @@ def test_with_the_ipv6_sysctl_off_everything_works_as_ever(require_or_skip: Call
     assert answer["names"] == ["0.0.0.0:15002", "[::]:15002"]
 
 
-def test_another_ipv6_address_on_a_host_without_ipv6_is_an_error(require_or_skip: Callable[[str], NoReturn]) -> None:
+def test_with_the_ipv6_sysctl_off_there_is_no_loopback_address(require_or_skip: Callable[[str], NoReturn]) -> None:
     off = ("sh", "-c", 'echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && exec "$@"', "sh")
     prefix = children.need((*children.NETWORK, *off), require_or_skip)
     answer = open_in_child(prefix, bind=["127.0.0.1", "::1"], ports=[15002], mode="redirect")
+    assert answer["names"] == ["127.0.0.1:15002"]
+    assert answer["said"] == [["WARNING", "no IPv6 on this host, listening on IPv4 only"]]
+
+
+def test_another_ipv6_address_on_a_host_without_ipv6_is_an_error(require_or_skip: Callable[[str], NoReturn]) -> None:
+    off = ("sh", "-c", 'echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 && exec "$@"', "sh")
+    prefix = children.need((*children.NETWORK, *off), require_or_skip)
+    answer = open_in_child(prefix, bind=["127.0.0.1", "2001:db8::1"], ports=[15002], mode="redirect")
     assert answer["code"] == 71
     assert "no interface has that address" in str(answer["error"])
 

@@ -23,9 +23,11 @@ def test_the_file_in_the_tree_is_what_the_command_prints(name: str, path: str) -
     ) == printed, f"run: python -m tproxy_relay.reference {name} > {path}"
 
 
-def test_the_shipped_file_sets_two_things() -> None:
+def test_what_the_shipped_file_sets() -> None:
     shipped = config_file.parse(reference.conf(), "")
     assert {name: given.text for name, given in shipped.items()} == {
+        "bind": "127.0.0.1,::1",
+        "user": "tproxy-relay",
         "log-level": "info",
         "log-format": "json",
     }
@@ -37,7 +39,8 @@ def test_the_shipped_file_lists_every_setting_with_its_default(tmp_path: Path) -
     uncommented = re.sub(r"^#([a-z-]+ = )", r"\1", reference.conf(), flags=re.MULTILINE)
     (tmp_path / "conf").write_text(uncommented)
     loaded = config.load(["--config", str(tmp_path / "conf")], {})
-    assert loaded.settings == Settings(log_level="info", log_format="json")
+    shipped = Settings(bind=("127.0.0.1", "::1"), user="tproxy-relay", log_level="info", log_format="json")
+    assert loaded.settings == shipped
 
 
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option not in POSITIONAL])
