@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from tproxy_relay import listeners
 from tproxy_relay.channel import MOST_DESCRIPTORS, Channel, Message
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import RelayError, SystemRefusedError
@@ -272,7 +273,8 @@ def _understood(
     asking: Channel, pid: int, settings: Settings, message: Message, offered: Sequence[socket.socket]
 ) -> Offer | None:
     addresses = [Endpoint(*address) for address in message["listeners"]]
-    if not set(addresses) & {Endpoint(host, port) for host in settings.bind for port in settings.ports}:
+    wanted = [Endpoint(host, port) for host in settings.bind for port in settings.ports]
+    if not any(listeners.overlap(one, other) for one in addresses for other in wanted):
         return None
     _refuse_refusal(message, pid)
     if message["protocol"] != PROTOCOL:

@@ -116,11 +116,17 @@ def close_all(listeners: list[Listener]) -> None:
         listeners.pop().close()
 
 
+def overlap(one: Endpoint, other: Endpoint) -> bool:
+    """True if only one of them can be open at a time, or they are the same."""
+    same_port = (one.family, one.port) == (other.family, other.port)
+    return same_port and (one.host == other.host or bool({one.host, other.host} & {"0.0.0.0", "::"}))
+
+
 def _refuse_overlap(wanted: Endpoint, kept: Sequence[Listener]) -> None:
     """A reload from one address to all of them, or back: the old listener is open until the new one is."""
     for listener in kept:
         there = listener.endpoint
-        if (there.family, there.port) == (wanted.family, wanted.port) and {there.host, wanted.host} & {"0.0.0.0", "::"}:
+        if overlap(there, wanted):
             raise SystemRefusedError(
                 f"cannot listen on {wanted} while {there} is open, and it must be open until then: "
                 "stop the relay and start it again"

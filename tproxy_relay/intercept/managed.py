@@ -5,6 +5,7 @@ they should have by then. A guard can also be handed over to the relay that take
 one, which finishes its transfers, when the other one leaves.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -125,7 +126,8 @@ class Interception:
             log.error("the ruleset still takes new connections: its guard does not answer")
 
     def remove(self) -> None:
-        """Leave the host as it was."""
+        """Leave the host as it was, with no process of ours."""
+        guard = self._guard
         with self._changed:
             if self._handed_over:
                 return
@@ -137,6 +139,9 @@ class Interception:
             log.info("ruleset stays until the relay before this one has ended")
         elif self._reached == "removed" or self._remove_without_guard():
             log.info("ruleset removed")
+            if guard is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    guard.wait(LEAST_LIFE)  # it has nothing more to do
 
     def hand_over(self, fd: int, pid: int) -> None:
         """Leave the guard to the relay with this process id, which has the other end of that channel, and which starts
