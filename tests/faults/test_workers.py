@@ -152,7 +152,11 @@ def stopped(pids: Iterable[int]) -> Iterator[None]:
 def gone_within(pids: Iterable[int], patience: float) -> float:
     """Wait for the end of processes that are not ours. The seconds until the last one."""
     began = time.monotonic()
-    for fd in [os.pidfd_open(pid) for pid in pids]:
+    for pid in pids:
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue  # gone, and somebody has waited for it
         ended, _, _ = select.select([fd], [], [], max(0.0, began + patience - time.monotonic()))
         os.close(fd)
         assert ended, f"a process is still there after {patience:g} s"
