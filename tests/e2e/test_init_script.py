@@ -329,13 +329,10 @@ def test_folders_that_do_not_exist_yet(running: InitHost) -> None:
     assert (running.root / "log" / NAME / "stderr.log").read_text() == ""
 
 
-@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
+@pytest.mark.parametrize("shell", ["dash", "bash"])
 def test_shells(machine: InitHost, shell: str) -> None:
-    if shutil.which(shell) is None:
-        pytest.skip(f"/bin/sh is no {shell} here")
-    words = (shell, "sh") if shell == "busybox" else (shell,)
     for verb, code in {"start": 0, "restart": 0, "reload": 0, "status": 0, "stop": 0}.items():
-        done = machine.run(*words, SCRIPT, verb)
+        done = machine.run(shell, SCRIPT, verb)
         assert done.code == code, (verb, done)
     assert machine.left() == []
 
