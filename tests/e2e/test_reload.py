@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -440,18 +441,31 @@ def test_a_file_that_is_no_text(site: Site) -> None:
     relayed(site)
 
 
-def test_a_worker_that_cannot_boot(fresh_lab: Lab, tmp_path: Path, require_or_skip: Callable[[str], NoReturn]) -> None:
+@pytest.fixture
+def unreadable() -> Iterator[Path]:
+    """A folder with the package, which everybody finds, and with a program of the workers that only we can read."""
+    folder = Path(tempfile.mkdtemp(prefix="tproxy-relay-test-"))  # pytest's own folders are closed to others
+    try:
+        package, ignore = folder / "tproxy_relay", shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(tproxy_relay.__file__).parent, package, ignore=ignore)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        (package / "worker_process.py").chmod(0o600)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_worker_that_cannot_boot(
+    fresh_lab: Lab, tmp_path: Path, unreadable: Path, require_or_skip: Callable[[str], NoReturn]
+) -> None:
     """The account may not read the program. The old workers stay."""
     if os.geteuid() or fresh_lab.user_namespace:
         require_or_skip("it takes root to have another account")
-    home = tmp_path / "private"
-    home.mkdir(mode=0o700)
-    shutil.copytree(Path(tproxy_relay.__file__).parent, home / "tproxy_relay")
-    program = f"PYTHONPATH={home}"
-    as_nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "env", "-C", "/", program)
-    tried = fresh_lab.relay.run([*as_nobody, sys.executable, "-c", "import tproxy_relay.worker"], check=False)
-    if tried.returncode == 0:
-        require_or_skip("that account finds the program elsewhere")
+    program = f"PYTHONPATH={unreadable}"
+    as_nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--", sys.executable)
+    importing = ("env", "-C", "/", program, *as_nobody, "-c", "import tproxy_relay.worker_process")
+    assert fresh_lab.relay.run(importing, check=False).returncode, "the account finds the program elsewhere"
     configured = Configured(fresh_lab, tmp_path, wrapper=("env", "-C", "/", program))
     with echoing(fresh_lab), configured.relay as relay:
         count, workers = configured.rest(), configured.workers
