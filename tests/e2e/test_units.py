@@ -1,17 +1,25 @@
 """The files for systemd: that it takes them, how exposed the service is, and that the relay works with what they leave
 it. No systemd runs here, so setpriv(1) does what the unit says of capabilities."""
 
+import contextlib
+import os
+import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, becoming, for_all_accounts
-from interception import BOTH_WAYS, FAMILIES, PORT, EchoServer, opened, ping, wait_until, ways
+from activation import passing
+from interception import BOTH_WAYS, FAMILIES, PATIENCE, PORT, EchoServer, opened, ping, wait_until, ways
 
-from tproxy_relay.lab import Lab
+from tproxy_relay.lab import Lab, RelayProcess
 from tproxy_relay.settings import Settings
 
 ETC = Path(__file__).parents[2] / "etc"
@@ -68,28 +76,203 @@ def test_there_is_time_to_drain_and_room_for_threads() -> None:
     assert int(service["TasksMax"][0]) >= int(service["LimitNOFILE"][0]) <= int(service["LimitNPROC"][0])
 
 
-def test_the_relay_works_with_the_capabilities_of_the_unit(lab: Lab, require_or_skip: Need) -> None:
+# --- the relay with no more than they leave it
+
+SANDBOX = """\
+set -e
+mount --make-rprivate /
+mount -o bind,remount,ro /
+mount -t proc -o hidepid=invisible none /proc
+mount --bind /proc/sys /proc/sys
+mount -o bind,remount,ro /proc/sys
+exec "$@"
+"""
+"""ProtectSystem=strict, ProtectProc=invisible, ProtectKernelTunables=yes."""
+
+
+def words(key: str) -> list[str]:
+    """Of the service, what this key is set to."""
+    return " ".join(settings("tproxy-relay.service")[key]).split()
+
+
+def capabilities(key: str) -> list[str]:
+    return [name.removeprefix("CAP_").lower() for name in words(key)]
+
+
+def as_a_service() -> tuple[str, ...]:
+    """The command that becomes the one after it, as the service is started."""
+    assert words("AmbientCapabilities") == words("CapabilityBoundingSet") and words("NoNewPrivileges") == ["yes"]
+    *command, end = becoming(ACCOUNT, *capabilities("AmbientCapabilities"))
+    bounding = ",".join(("-all", *(f"+{name}" for name in capabilities("CapabilityBoundingSet"))))
+    mounts = ("unshare", "--mount", "sh", "-c", SANDBOX, "sh")
+    return (*for_all_accounts(), *mounts, *command, f"--bounding-set={bounding}", "--no-new-privs", end)
+
+
+def serves(lab: Lab, relay: RelayProcess) -> None:
+    """In three topologies and both families, and it takes no capability of the workers."""
+    before = opened(relay)
+    servers = [EchoServer(host) for host in (lab.server, lab.relay)]
+    try:
+        for source, destination in ways(lab).values():
+            for family in FAMILIES.values():
+                with source.connect(destination.address(family), PORT) as sock:
+                    assert ping(sock) == ""
+        wait_until(lambda: opened(relay) == before + 2 * len(ways(lab)), "all were intercepted")
+    finally:
+        for server in servers:
+            server.close()
+    assert relay.workers
+    for worker in relay.workers:
+        assert capabilities_of(worker) == {"CapEff": 0, "CapPrm": 0}
+
+
+def capabilities_of(pid: int) -> dict[str, int]:
+    """Those in force, and those that it could have in force; of every thread."""
+    found = []
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        fields = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+        found.append({name: int(fields[name], 16) for name in ("CapEff", "CapPrm")})
+    assert found and all(one == found[0] for one in found)
+    return found[0]
+
+
+@pytest.fixture
+def accounts(lab: Lab, require_or_skip: Need) -> None:
     if not HAVE_ACCOUNTS or lab.user_namespace:
         require_or_skip("it takes root to become another account")
-    service = settings("tproxy-relay.service")
-    (given,), (bound,) = service["AmbientCapabilities"], service["CapabilityBoundingSet"]
-    assert given == bound and service["NoNewPrivileges"] == ["yes"]
-    names = [name.removeprefix("CAP_").lower() for name in given.split()]
-    *command, end = becoming(ACCOUNT, *names)
-    bounding = f"--bounding-set=-all,{','.join('+' + name for name in names)}"
-    wrapper = (*for_all_accounts(), *command, bounding, "--no-new-privs", end)
-    with lab.relay_process(*BOTH_WAYS, "--user", ACCOUNT, wrapper=wrapper) as relay:
-        servers = [EchoServer(host) for host in (lab.server, lab.relay)]
-        try:
-            for source, destination in ways(lab).values():
-                for family in FAMILIES.values():
-                    with source.connect(destination.address(family), PORT) as sock:
-                        assert ping(sock) == ""
-            wait_until(lambda: opened(relay) == 2 * len(ways(lab)), "all were intercepted")
-        finally:
-            for server in servers:
-                server.close()
-        (worker,) = relay.workers
-        held = Path(f"/proc/{worker}/status").read_text()
-        assert "CapEff:\t0000000000000000" in held and "CapPrm:\t0000000000000000" in held
+
+
+@pytest.mark.usefixtures("accounts")
+def test_the_relay_works_within_the_limits_of_the_service(lab: Lab) -> None:
+    with lab.relay_process(*BOTH_WAYS, "--user", ACCOUNT, wrapper=as_a_service()) as relay:
+        serves(lab, relay)
         relay.stop()
+
+
+@pytest.mark.usefixtures("accounts")
+def test_it_makes_no_system_call_that_the_service_forbids(lab: Lab, tmp_path: Path, require_or_skip: Need) -> None:
+    """From its start over a death of a worker and a reload to its end, all processes of it."""
+    for tool in ("strace", "systemd-analyze"):
+        if shutil.which(tool) is None:
+            require_or_skip(f"{tool} is not installed")
+    trace = tmp_path / "trace"
+    # -D: the process that was started is the relay, and strace(1) is its grandchild.
+    tracing = ("strace", "-D", "-f", "-q", "-e", "signal=none", "-s", "256", "-o", str(trace))
+    with lab.relay_process(*BOTH_WAYS, "--user", ACCOUNT, wrapper=(*tracing, *as_a_service())) as relay:
+        serves(lab, relay)
+        os.kill(relay.worker, signal.SIGKILL)
+        wait_until(lambda: messages(relay).count("worker started") == 2, "there is another")
+        relay.signal(signal.SIGHUP)
+        wait_until(lambda: "reloaded" in messages(relay), "it has read the file again")
+        serves(lab, relay)
+        relay.stop()
+    its_end = rf"^{relay.pid} +\+\+\+ exited with 0 \+\+\+$"
+    wait_until(lambda: bool(re.search(its_end, trace.read_text(), re.MULTILINE)), "strace has seen its end")
+    _, _, of_the_relay = trace.read_text().partition(f'["{sys.executable}", "-m", "tproxy_relay", "run"')
+    made = set(re.findall(r"^\d+ +(\w+)\(", of_the_relay, re.MULTILINE))
+    assert {"accept4", "recvfrom", "sendto", "capset"} <= made
+    assert made <= allowed_calls(), made - allowed_calls()
+
+
+# --- the socket unit
+
+
+def unit_sockets() -> list[tuple[str, str]]:
+    """Address and port of each socket of the unit."""
+    found = [value.rpartition(":") for value in settings("tproxy-relay.socket")["ListenStream"]]
+    return [(address.strip("[]"), port) for address, _, port in found]
+
+
+@contextlib.contextmanager
+def ruled(lab: Lab, *options: str) -> Iterator[None]:
+    """Root has applied the rules, as the drop-in says."""
+    command = (sys.executable, "-m", "tproxy_relay", "rules")
+    lab.relay.run([*command, "apply", "--config", os.devnull, "--user", ACCOUNT, *options, *BOTH_WAYS])
+    try:
+        yield
+    finally:
+        lab.relay.run([*command, "remove", "--config", os.devnull])
+
+
+@pytest.mark.usefixtures("accounts")
+def test_with_the_sockets_of_the_unit_it_needs_no_capability(lab: Lab) -> None:
+    unit, drop_in = settings("tproxy-relay.socket"), settings("tproxy-relay.service.d/socket.conf")
+    assert drop_in["CapabilityBoundingSet"] == drop_in["AmbientCapabilities"] == [""]
+    assert (unit["Transparent"], unit["BindIPv6Only"]) == (["yes"], ["ipv6-only"])
+    sockets = passing(*(f"{address},{port},transparent" for address, port in unit_sockets()))
+    wrapper = (*for_all_accounts(), *sockets, *becoming(ACCOUNT))
+    bind = ",".join(dict.fromkeys(address for address, _ in unit_sockets()))
+    with ruled(lab, "--bind", bind), lab.relay_process("--user", ACCOUNT, wrapper=wrapper) as relay:
+        serves(lab, relay)
+        assert capabilities_of(relay.pid) == {"CapEff": 0, "CapPrm": 0}
+        relay.stop()
+
+
+@pytest.mark.usefixtures("accounts")
+def test_what_systemd_itself_passes_on(lab: Lab, require_or_skip: Need) -> None:
+    """systemd-socket-activate(1) starts the relay for the first client. Its sockets are not transparent."""
+    if shutil.which("systemd-socket-activate") is None:
+        require_or_skip("systemd-socket-activate is not installed")
+    ports = [port for _, port in unit_sockets()[:2]]
+    sockets = [f"--listen=[::]:{port}" for port in ports]  # for both families
+    passed = ("PATH", "PYTHONPATH", "NOTIFY_SOCKET")
+    names = ":".join(settings("tproxy-relay.socket")["FileDescriptorName"] * len(sockets))
+    environment = [f"--setenv={name}" for name in passed]
+    wrapper = (
+        *for_all_accounts(),
+        "systemd-socket-activate",
+        *sockets,
+        f"--fdname={names}",
+        *environment,
+        *becoming(ACCOUNT),
+    )
+    relay = lab.relay_process("--user", ACCOUNT, "--mode", "redirect", wrapper=wrapper)
+    with ruled(lab, "--mode", "redirect"), contextlib.ExitStack() as stack:
+        with first_client(lab):
+            stack.enter_context(relay)
+        wait_until(lambda: opened(relay) == 1, "the client that it was started for is relayed")
+        serves(lab, relay)
+        assert capabilities_of(relay.pid) == {"CapEff": 0, "CapPrm": 0}
+        relay.stop()
+
+
+@contextlib.contextmanager
+def first_client(lab: Lab) -> Iterator[None]:
+    """One that comes as soon as somebody listens, and waits to be served."""
+    server = EchoServer(lab.server)
+    with contextlib.closing(server), ThreadPoolExecutor() as pool:
+        coming = pool.submit(come, lab)
+        yield
+        assert coming.result(PATIENCE) == ""
+
+
+def come(lab: Lab) -> str:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with lab.client.connect(lab.server.ipv4, PORT) as sock:
+                return ping(sock)
+        except ConnectionRefusedError:  # nobody listens yet
+            if time.monotonic() > deadline:
+                raise
+
+
+def messages(relay: RelayProcess) -> list[str]:
+    return [line["message"] for line in relay.lines()]
+
+
+def allowed_calls() -> set[str]:
+    """What is left by the lines of SystemCallFilter, one after the other (systemd.exec(5))."""
+    allowed: set[str] = set()
+    for line in settings("tproxy-relay.service")["SystemCallFilter"]:
+        calls = {call for name in line.removeprefix("~").split() for call in calls_in(name)}
+        allowed = allowed - calls if line.startswith("~") else allowed | calls
+    return allowed
+
+
+def calls_in(name: str) -> set[str]:
+    """Of a group such as @system-service; a call is a group of one."""
+    if not name.startswith("@"):
+        return {name}
+    listed = [line.strip() for line in analyze("syscall-filter", name).stdout.splitlines()[1:]]
+    return {call for one in listed if one[:1] not in ("", "#") for call in calls_in(one)}

@@ -1,5 +1,6 @@
 """The relay as a real process on loopback, with a configuration file and a server behind it."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -78,8 +79,9 @@ class Relay:
         while True:
             server = self._stack.enter_context(self.server.accept()[0])
             server.settimeout(PATIENCE)
-            if server.recv(len(name)) == name:
-                return client, server
+            with contextlib.suppress(ConnectionResetError):
+                if server.recv(len(name)) == name:
+                    return client, server
             server.close()  # of a client that has only looked whether anybody listens
 
     def said(self, message: str, count: int = 1, seconds: float = BOOT) -> list[dict[str, Any]]:
