@@ -19,6 +19,7 @@ from accounts import ACCOUNT, HAVE_ACCOUNTS, becoming, for_all_accounts
 from activation import passing
 from interception import BOTH_WAYS, FAMILIES, PATIENCE, PORT, EchoServer, opened, ping, wait_until, ways
 
+from tproxy_relay import config, listeners, supervisor
 from tproxy_relay.lab import Lab, RelayProcess
 from tproxy_relay.settings import Settings
 
@@ -69,11 +70,21 @@ def test_the_service_can_do_little_else(installed: Path) -> None:
 
 def test_there_is_time_to_drain_and_room_for_threads() -> None:
     service = settings("tproxy-relay.service")
-    assert float(service["TimeoutStopSec"][0].removesuffix("s")) > Settings().drain_timeout + 5
+    longest = Settings.drain_timeout + supervisor.HANDSHAKE_GRACE
+    assert float(service["TimeoutStopSec"][0].removesuffix("s")) > longest
     assert service["ExecStart"] == ["/usr/sbin/tproxy-relay run"]
     assert service["ExecReload"] == ["/usr/sbin/tproxy-relay run --print-config", "/bin/kill -HUP $MAINPID"]
     # Two descriptors and two threads for each connection.
     assert int(service["TasksMax"][0]) >= int(service["LimitNOFILE"][0]) <= int(service["LimitNPROC"][0])
+    assert int(service["FileDescriptorStoreMax"][0]) >= len(unit_sockets())
+
+
+def test_the_sockets_are_those_of_the_shipped_configuration() -> None:
+    shipped = config.load(["--config", str(ETC / "tproxy-relay.conf")], {}).settings
+    assert unit_sockets() == [(address, str(port)) for address in shipped.bind for port in shipped.ports]
+    unit = settings("tproxy-relay.socket")
+    assert unit["Backlog"] == [str(listeners.BACKLOG)]
+    assert unit["Transparent"] == ["yes"] and shipped.mode == "tproxy"
 
 
 # --- the relay with no more than they leave it

@@ -16,7 +16,6 @@ from tproxy_relay import (
     config,
     errors,
     limits,
-    listeners,
     preparation,
     privileges,
     process_name,
@@ -159,32 +158,6 @@ def test_the_options_exist() -> None:
 
 def test_the_names_of_the_processes() -> None:
     assert all(f"``{name}``" in PAGE for name in NAMES)
-
-
-def unit(name: str) -> dict[str, list[str]]:
-    """The settings of one of the units on the page."""
-    found = re.search(rf":name: {name}\n\n((?:   .*\n|\n)+)", PAGE)
-    assert found
-    read: dict[str, list[str]] = {}
-    for line in found[1].splitlines():
-        key, equals, value = line.strip().partition("=")
-        if equals:
-            read.setdefault(key, []).append(value)
-    return read
-
-
-def test_the_units_fit_the_defaults() -> None:
-    addresses = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in wanted()]
-    socket_unit, service_unit = unit("socket"), unit("service")
-    assert socket_unit["ListenStream"] == addresses
-    assert socket_unit["Backlog"] == [str(listeners.BACKLOG)]
-    assert socket_unit["Transparent"] == ["yes"] and Settings.mode == "tproxy"
-    assert int(service_unit["FileDescriptorStoreMax"][0]) >= len(addresses)
-    assert float(service_unit["TimeoutStopSec"][0]) > Settings.drain_timeout + supervisor.HANDSHAKE_GRACE
-
-
-def wanted() -> list[tuple[str, int]]:
-    return [(host, port) for host in Settings.bind for port in Settings.ports]
 
 
 def test_the_picture_is_there_and_can_be_read_in_the_dark() -> None:
