@@ -175,13 +175,17 @@ class InitHost:
 
     def processes(self) -> dict[int, str]:
         """Number and name of all that run, but for process 1 and whoever looks."""
-        lines = self.run("ps", "-e", "-o", "pid=,comm=").said.splitlines()
-        found = {int(line.split()[0]): line.split(maxsplit=1)[1] for line in lines}
-        return {pid: name for pid, name in found.items() if pid != 1 and name != "ps"}
+        return {pid: name for pid, _, name in self._listed()}
 
     def relays(self) -> list[int]:
-        """The supervisors that run."""
-        return [pid for pid, name in self.processes().items() if name == NAME]
+        """The supervisors that run. What they start has their name until it becomes a program of its own."""
+        named = {pid: parent for pid, parent, name in self._listed() if name == NAME}
+        return [pid for pid, parent in named.items() if parent not in named]
+
+    def _listed(self) -> list[tuple[int, int, str]]:
+        lines = self.run("ps", "-e", "-o", "pid=,ppid=,comm=").said.splitlines()
+        listed = [line.split(maxsplit=2) for line in lines]
+        return [(int(pid), int(parent), name) for pid, parent, name in listed if pid != "1" and name != "ps"]
 
     def left(self) -> list[str]:
         """Everything that the service has in /run, and the processes."""

@@ -381,12 +381,14 @@ def test_reload_puts_a_new_configuration_in_force(lab: Lab, running: InitHost) -
 
 
 def test_a_restart_while_it_reloads(running: InitHost) -> None:
-    old = running.pid
+    old = []
     for number in range(3):
+        old.append(running.pid)
         running.kill("-HUP", running.pid)
         done = running.must("restart")
         assert "cannot" not in done.said, number
-    gone(running, old)
+    for pid in old:
+        gone(running, pid)
     assert running.relays() == [running.pid]
 
 

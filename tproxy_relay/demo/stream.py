@@ -34,15 +34,19 @@ def receive(sock: socket.socket) -> tuple[int, float]:
     return total, time.monotonic() - began
 
 
-def main() -> None:
-    """Take the part that the command line says."""
+def main() -> int:
+    """Take the part that the command line says. 1 if the other end is gone too early: it was told to stop."""
     with socket.socket(fileno=int(sys.argv[2])) as sock:
-        if sys.argv[1] == "send":
-            send(sock, float(sys.argv[3]))
-        else:
-            total, seconds = receive(sock)
-            print(total, seconds)
+        try:
+            if sys.argv[1] == "send":
+                send(sock, float(sys.argv[3]))
+            else:
+                total, seconds = receive(sock)
+                print(total, seconds)
+        except OSError:
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

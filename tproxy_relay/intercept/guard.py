@@ -129,7 +129,7 @@ class Guard:
         self._part_with_formers()
         self._last_step()
         self._lock.close()
-        self.tell("changed", state="removed")
+        self.tell("changed", state="removed", pid=os.getpid())
 
     def _hear(self) -> None:
         received = _receive(self._talk)

@@ -8,6 +8,7 @@ one, which finishes its transfers, when the other one leaves.
 import contextlib
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -274,6 +275,8 @@ class Interception:
         elif event in ("replaced", "refused"):
             self._answered(told)
         if "state" in told:
+            if told["state"] == "removed" and self._guard is None:
+                _await_end(told["pid"])  # no child of ours, which `remove` waits for
             self._reach(told["state"])
 
     def _drain_relay(self, *, at_once: bool) -> None:
@@ -323,6 +326,18 @@ def _next(talk: Channel) -> Message | None:
             os.close(fd)
         if "event" in message:
             return message
+
+
+def _await_end(pid: int) -> None:
+    """Of a guard that has nothing more to do."""
+    try:
+        guard = os.pidfd_open(pid)
+    except OSError:
+        return  # it has ended
+    ended = select.poll()
+    ended.register(guard, select.POLLIN)
+    ended.poll(LEAST_LIFE * 1000)
+    os.close(guard)
 
 
 def _check(answer: Message | None) -> None:
