@@ -76,6 +76,8 @@ def test_from_the_first_start_to_the_stop(lab: Lab, machine: InitHost, service: 
     pid = machine.pid
     assert machine.do("status", service=service)[:2] == (0, f"{NAME} is running (pid {pid})\n")
     assert look(lab) != rules, "it is ready, but does not intercept"
+    done = machine.do("check", service=service)
+    assert done.code == 0 and "is the running relay's" in done.said, done
     assert machine.do("start", service=service)[:2] == (0, f"{NAME}: is running already (pid {pid})\n")
     assert machine.do("reload", service=service).code == 0
     assert machine.do("force-reload", service=service).code == 0
