@@ -1,30 +1,22 @@
-"""A host of the lab as a machine with init scripts: /etc, /run and /var/log are its own, and so are its process ids, so
-that whatever a script leaves behind ends with it.
+"""A host of the lab as a machine with init scripts: /etc, /run and /var/log are its own.
 
-The files are in `folder`, where a test reads and writes them; `root / "etc/init.d"` is /etc/init.d in there.
+The files are in `root`, where a test reads and writes them; `root / "etc/init.d"` is /etc/init.d in there.
 """
 
 import contextlib
 import os
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
 
 from flows import wait_until
+from machine import NAME, Machine
 
 import tproxy_relay
-from tproxy_relay.intercept import programs
-from tproxy_relay.lab import Host, LabError
+from tproxy_relay.lab import Host
 
 PROJECT = Path(tproxy_relay.__file__).resolve().parents[1]
-NAME = "tproxy-relay"
-SCRIPT = f"/etc/init.d/{NAME}"
-LIMIT = 90.0
-"""Seconds for one command; then it hangs."""
 
 _PROGRAM = """\
 #!{python}
@@ -34,13 +26,6 @@ from tproxy_relay.cli import main
 sys.exit(main())
 """
 """What pip and a package install, but for this checkout."""
-
-_FIRST_PROCESS = """\
-import signal, sys
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans are reaped at once, as by an init
-print("up", flush=True)
-sys.stdin.read()
-"""
 
 _MOUNTS = """\
 set -e
@@ -55,22 +40,12 @@ exec "$@"
 """
 
 
-class Done(NamedTuple):
-    """A command that has ended."""
-
-    code: int
-    said: str
-    """On stdout and stderr."""
-    seconds: float
-
-
-class InitHost:
+class InitHost(Machine):
     """In a `with`. The service is installed and stopped."""
 
     def __init__(self, host: Host, folder: Path, config: str) -> None:
-        self._host = host
+        super().__init__(host, _MOUNTS, folder, sys.executable)
         self.root = folder
-        self._first: subprocess.Popen[bytes] | None = None
         for name in ("host-etc", "run", "log", "sbin"):
             (folder / name).mkdir()
         self._furnish_etc(folder / "etc")
@@ -98,64 +73,6 @@ class InitHost:
         shipped = (PROJECT / "etc/default" / NAME).read_text()
         self.defaults.write_text(f"{shipped}\nDAEMON={self.daemon}\n{more}\n")
 
-    def __enter__(self) -> "InitHost":
-        first = [sys.executable, "-I", "-S", "-c", _FIRST_PROCESS]
-        own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        command = [*own, "sh", "-c", _MOUNTS, "sh", str(self.root), *first]
-        pipe = subprocess.PIPE
-        self._first = self._host.start(command, stdin=pipe, stdout=pipe, stderr=pipe)
-        said = _pipe(self._first.stdout).readline()
-        if said != b"up\n":
-            why = _pipe(self._first.stderr).read().decode(errors="replace").strip()
-            self.__exit__()
-            raise LabError(f"cannot make a host with an /etc of its own: {why}")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """With process 1 the kernel ends all others."""
-        assert self._first is not None
-        for pipe in (self._first.stdin, self._first.stdout, self._first.stderr):
-            _pipe(pipe).close()
-        try:
-            self._first.wait(10)
-        except subprocess.TimeoutExpired:
-            self._first.kill()
-            self._first.wait()
-
-    # --- commands
-
-    def _inside(self, argv: Sequence[str]) -> list[str]:
-        assert self._first is not None
-        children = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children").read_text().split()
-        return ["nsenter", "-t", children[0], "-m", "-p", "--", *argv]
-
-    def run(self, *argv: str, env: Mapping[str, str] | None = None) -> Done:
-        """To its end; `env` is all that it has in its environment."""
-        began = time.monotonic()
-        with self.start(*argv, env=env) as process:
-            try:
-                said, _ = process.communicate(timeout=LIMIT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-        return Done(process.returncode, said.decode(errors="replace"), time.monotonic() - began)
-
-    def start(self, *argv: str, env: Mapping[str, str] | None = None) -> "subprocess.Popen[bytes]":
-        """What it writes goes to its `stdout`."""
-        given = {"PATH": programs.search_path()} if env is None else env
-        whole = ["env", "-i", *(f"{name}={value}" for name, value in given.items()), *argv]
-        return self._host.start(self._inside(whole), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    def do(self, verb: str, *, service: bool = False) -> Done:
-        """What the init script does on this verb."""
-        return self.run(*(("service", NAME) if service else (SCRIPT,)), verb)
-
-    def must(self, verb: str) -> Done:
-        """The same, and it succeeds."""
-        done = self.do(verb)
-        assert done.code == 0, (verb, done)
-        return done
-
     # --- what is there
 
     @property
@@ -173,30 +90,11 @@ class InitHost:
         path = self.root / "log" / NAME / "relay.log"
         return path.read_text() if path.exists() else ""
 
-    def processes(self) -> dict[int, str]:
-        """Number and name of all that run, but for process 1 and whoever looks."""
-        return {pid: name for pid, _, name in self._listed()}
-
-    def relays(self) -> list[int]:
-        """The supervisors that run. What they start has their name until it becomes a program of its own."""
-        named = {pid: parent for pid, parent, name in self._listed() if name == NAME}
-        return [pid for pid, parent in named.items() if parent not in named]
-
-    def _listed(self) -> list[tuple[int, int, str]]:
-        lines = self.run("ps", "-e", "-o", "pid=,ppid=,comm=").said.splitlines()
-        listed = [line.split(maxsplit=2) for line in lines]
-        return [(int(pid), int(parent), name) for pid, parent, name in listed if pid != "1" and name != "ps"]
-
     def left(self) -> list[str]:
         """Everything that the service has in /run, and the processes."""
         folder = self.root / "run" / NAME
         files = [path.name for path in folder.iterdir()] if folder.exists() else []
         return [*files, *self.processes().values()]
-
-    def kill(self, number: str, pid: int) -> None:
-        """Send it a signal."""
-        done = self.run("kill", number, str(pid))
-        assert done.code == 0, done
 
 
 @contextlib.contextmanager
@@ -215,22 +113,18 @@ def stranger(machine: InitHost, name: str = "stranger") -> Iterator[int]:
     )
     program.chmod(0o755)
     with machine.start(str(program)) as process:
+        assert process.stdout is not None
         try:
-            pid = int(_pipe(process.stdout).readline())
+            pid = int(process.stdout.readline())
             yield pid
             assert machine.processes().get(pid) == name, "it was killed"
             # Its first signal is this one.
             machine.kill("-USR1", pid)
-            assert _pipe(process.stdout).readline() == b"got 10\n"
+            assert process.stdout.readline() == b"got 10\n"
         finally:
             process.kill()
 
 
-def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-    assert pipe is not None
-    return pipe
-
-
-def gone(machine: InitHost, pid: int) -> None:
+def gone(machine: Machine, pid: int) -> None:
     """Wait for its end."""
     wait_until(lambda: pid not in machine.processes(), f"process {pid} has ended")

@@ -13,8 +13,9 @@ from typing import NoReturn
 
 import pytest
 from flows import echo_server, steady, streams, wait_until
-from init_host import NAME, SCRIPT, InitHost, gone, stranger
+from init_host import InitHost, gone, stranger
 from interception import PORT, look, ping
+from machine import NAME, SCRIPT
 
 from tproxy_relay.lab import Lab, LabError
 
