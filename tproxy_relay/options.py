@@ -1,11 +1,12 @@
 """The table of options: each is described here, once.
 
-The parser, --help, docs/configuration.rst and etc/tproxy-relay.conf are all made from it, and the defaults
+The parser, --help, the manual, etc/tproxy-relay.conf and the completions are all made from it, and the defaults
 are those of ``Settings``. An option is called ``connect-timeout`` everywhere: ``--connect-timeout`` on the
 command line, ``connect-timeout`` in the file, TPROXY_RELAY_CONNECT_TIMEOUT in the environment.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -56,6 +57,17 @@ class Option:
     def write(self, value: object) -> str:
         """The value as it stands in a file."""
         return self.kind.write(value) if self.kind else values.text_of(value)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What can be written out, where it is one of a few words."""
+        return self.kind.words if self.kind else ()
+
+    @property
+    def explained(self) -> dict[str, str]:
+        """What the meaning says of each of the words: 'open: they go direct. closed: they are refused.'"""
+        parts = re.split(rf"(?:^|(?<=\. ))({'|'.join(self.words)}): ", self.meaning) if self.words else []
+        return {word: text.strip() for word, text in zip(parts[1::2], parts[2::2])}
 
     @property
     def default(self) -> str:
@@ -269,7 +281,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "log-format",
             values.words("console", "json"),
             "FORMAT",
-            "console: lines for people. json: one JSON object on each line.",
+            "How a line is written. console: for people. json: as one JSON object.",
         ),
         Option("log-file", values.PATH, "FILE", "Write the log to this file.", unset="standard error"),
     ),

@@ -50,6 +50,8 @@ class Kind:
     parse: Callable[[str], object]
     allowed: str
     write: Callable[[object], str] = lambda value: text_of(value)
+    words: tuple[str, ...] = ()
+    """What can be written out, where it is one of a few words."""
 
 
 def shown(text: str) -> str:
@@ -78,7 +80,7 @@ def words(*allowed: str) -> Kind:
             raise BadValue(f"{shown(text)} is not one of {', '.join(allowed)}")
         return text.lower()
 
-    return Kind(parse, " | ".join(allowed))
+    return Kind(parse, " | ".join(allowed), words=allowed)
 
 
 def whole(least: int, most: int, note: str = "") -> Kind:
@@ -107,7 +109,7 @@ def _or_auto(number: Kind) -> Kind:
     def parse(text: str) -> object:
         return None if text == "auto" else number.parse(text)
 
-    return Kind(parse, f"auto, or {number.allowed}", lambda value: text_of(value) or "auto")
+    return Kind(parse, f"auto, or {number.allowed}", lambda value: text_of(value) or "auto", ("auto",))
 
 
 def seconds(zero: str | None) -> Kind:

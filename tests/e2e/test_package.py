@@ -30,6 +30,8 @@ LIBRARIES = ("configargparse.py", "pythonjsonlogger")
 Need = Callable[[str], NoReturn]
 
 PLACES = {
+    "completion/_tproxy-relay": "/usr/share/zsh/vendor-completions/_tproxy-relay",
+    "completion/tproxy-relay.bash": "/usr/share/bash-completion/completions/tproxy-relay",
     "default/tproxy-relay": "/etc/default/tproxy-relay",
     "init.d/tproxy-relay": "/etc/init.d/tproxy-relay",
     "logrotate.d/tproxy-relay": "/etc/logrotate.d/tproxy-relay",
@@ -44,7 +46,6 @@ PLACES = {
 ELSEWHERE = ("package", "container")
 """Folders of etc/ whose files are for somebody else."""
 ONLY_DEBIAN = ("/etc/default/tproxy-relay", "/etc/init.d/tproxy-relay")
-NO_CHECKSUM = "DEBIAN/"
 
 
 # --- what is in them
@@ -107,14 +108,17 @@ def test_every_file_has_its_place(unpacked: Path) -> None:
     assert (unpacked / "usr/sbin/tproxy-relay").stat().st_mode & 0o7777 == 0o755
     conffiles = (unpacked / "DEBIAN/conffiles").read_text().split()
     assert sorted(conffiles) == sorted(place for place in PLACES.values() if place.startswith("/etc/"))
-    assert list((unpacked / "usr/share/man/man8").glob("tproxy-relay.8.gz"))
+    for page in ("man8/tproxy-relay.8.gz", "man5/tproxy-relay.conf.5.gz"):
+        assert (unpacked / "usr/share/man" / page).is_file()
 
 
 def test_what_the_rpm_has(rpm: Path, require_or_skip: Need) -> None:
     if shutil.which("rpm") is None:
         require_or_skip("there is no rpm here")
     listed = set(told("rpm", "-qlp", rpm).splitlines())
-    expected = {place.replace("/lib/systemd", "/usr/lib/systemd") for place in PLACES.values()} - set(ONLY_DEBIAN)
+    expected = set(PLACES.values()) - set(ONLY_DEBIAN)
+    for theirs, ours in {"/lib/systemd": "/usr/lib/systemd", "zsh/vendor-completions": "zsh/site-functions"}.items():
+        expected = {place.replace(theirs, ours) for place in expected}
     assert expected <= listed and not listed & set(ONLY_DEBIAN)
     assert {f"/usr/share/tproxy-relay/{name}" for name in program()} <= listed
     assert set(told("rpm", "-qcp", rpm).split()) == {place for place in expected if place.startswith("/etc/")}

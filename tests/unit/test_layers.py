@@ -23,7 +23,7 @@ LAYERS = (
     ("worker_handle",),
     ("config", "lab", "log_pipes", "preparation"),
     ("contradictions", "environment", "reference"),
-    ("config_file",),
+    ("completion", "config_file", "manual"),
     ("options",),
     ("values",),
     ("assignment", "worker"),
@@ -40,7 +40,17 @@ LAYERS = (
 
 # Stricter than the layers: settings are read without knowing the relay that obeys them, and the lab sees the
 # relay from outside, as a process.
-CONFIGURATION = {"config", "config_file", "contradictions", "environment", "options", "reference", "values"}
+CONFIGURATION = {
+    "completion",
+    "config",
+    "config_file",
+    "contradictions",
+    "environment",
+    "manual",
+    "options",
+    "reference",
+    "values",
+}
 NARROW = {
     "lab": {"endpoint", "errors", "intercept", "linux", "settings", "__init__"},
     **dict.fromkeys(CONFIGURATION, CONFIGURATION | {"errors", "settings", "__init__"}),

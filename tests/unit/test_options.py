@@ -40,6 +40,12 @@ def test_the_meaning_is_sentences_without_markup(option: Option) -> None:
     assert bool(option.metavar) == bool(option.kind)
 
 
+@pytest.mark.parametrize("option", [option for option in OPTIONS.values() if option.words], ids=name_of)
+def test_words_are_explained_all_or_none(option: Option) -> None:
+    assert set(option.explained) in (set(), {"auto"}, set(option.words))
+    assert not any(f" {word}: " in text for word in option.words for text in option.explained.values())
+
+
 def test_what_only_the_command_line_can_set() -> None:
     assert {name for name, option in OPTIONS.items() if not option.in_file} == {
         "command",

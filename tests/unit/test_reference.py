@@ -7,20 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import config, config_file, errors, reference
+from tproxy_relay import config, config_file, errors, manual, reference
 from tproxy_relay.options import OPTIONS, POSITIONAL, Option
 from tproxy_relay.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name, path", [("rst", "docs/configuration.rst"), ("conf", "etc/tproxy-relay.conf")])
+@pytest.mark.parametrize("name, path", reference.FILES.items())
 def test_the_file_in_the_tree_is_what_the_command_prints(name: str, path: str) -> None:
     command = [sys.executable, "-m", "tproxy_relay.reference", name]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert (ROOT / path).read_text(
-        encoding="utf-8"
-    ) == printed, f"run: python -m tproxy_relay.reference {name} > {path}"
+    assert (ROOT / path).read_text(encoding="utf-8") == printed, "run: python -m tproxy_relay.reference all"
 
 
 def test_what_the_shipped_file_sets() -> None:
@@ -43,29 +41,42 @@ def test_the_shipped_file_lists_every_setting_with_its_default(tmp_path: Path) -
     assert loaded.settings == shipped
 
 
+def test_all_writes_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in reference.FILES.values():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert reference.main(["all"]) == 0
+    for name, path in reference.FILES.items():
+        assert (tmp_path / path).read_text(encoding="utf-8") == reference.text(name)
+
+
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option not in POSITIONAL])
-def test_help_and_page_describe_every_option(name: str) -> None:
+def test_help_and_manual_describe_every_option(name: str) -> None:
     assert re.search(rf"^  --{name}\b", reference.help_text(), re.MULTILINE)
-    assert re.search(rf"^``(--)?{name}``", reference.rst(), re.MULTILINE)
+    assert re.search(rf"^.. option:: --{name}\b", manual.command_line(), re.MULTILINE)
+    assert bool(re.search(rf"^``{name}`` \*", manual.page(), re.MULTILINE)) == OPTIONS[name].in_file
 
 
 @pytest.mark.parametrize("word", POSITIONAL, ids=lambda option: option.name)
-def test_help_and_page_describe_the_words(word: Option) -> None:
+def test_help_and_manual_describe_the_words(word: Option) -> None:
     assert word.kind and re.search(rf"^  {word.name}\b", reference.help_text(), re.MULTILINE)
-    assert f"``{word.name}``\n" in reference.rst()
-    for text in reference.help_text(), reference.rst().replace(r"\|", "|"):
-        assert re.sub(r"\s+", "", word.kind.allowed) in re.sub(r"\s+", "", text)
+    assert re.sub(r"\s+", "", word.kind.allowed) in re.sub(r"\s+", "", reference.help_text())
+    assert word.explained.keys() == set(word.words)
+    for each in word.words:
+        assert f"**{each}**" in manual.commands() and f"**{each}**" in manual.synopsis().replace("[", "").replace(
+            "]", ""
+        )
 
 
 def test_help_fits_a_terminal() -> None:
     assert max(map(len, reference.help_text().splitlines())) <= 100
 
 
-def test_the_page_has_every_exit_code() -> None:
-    codes = [code for code, _ in reference.exit_codes()]
+def test_the_manual_has_every_exit_code() -> None:
+    codes = [code for code, _ in manual.exit_codes()]
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type(errors.RelayError))]
     assert codes == [0, *sorted(kind.exit_code for kind in kinds)]
-    assert all(re.search(rf"^{code} +\S", reference.rst(), re.MULTILINE) for code in codes)
+    assert all(re.search(rf"^{code}\n   \S", manual.exit_status(), re.MULTILINE) for code in codes)
 
 
 def test_a_wrong_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,8 +67,8 @@ class Host:
         try:
             return _nft_objects("ruleset")
         except ValueError:
-            # nft 1.0.6 has no word for `flags owner`, which a running relay's table has: it prints whatever is in memory
-            # there. Chains by themselves are printed without their table.
+            # nft 1.0.6 has no word for `flags owner`, which a running relay's table has: it prints whatever is in
+            # memory there. Chains by themselves are printed without their table.
             chains = [one["chain"] for one in _nft_objects("chains") if "chain" in one]
             names = [(one["family"], one["table"], one["name"]) for one in chains]
             return [part for name in names for part in _nft_objects("chain", *name)]

@@ -1,0 +1,69 @@
+# Completion of tproxy-relay for bash, made by "python -m tproxy_relay.reference bash".
+# Change tproxy_relay/options.py or tproxy_relay/completion.py instead of this file.
+_tproxy_relay() {
+    local word=${COMP_WORDS[COMP_CWORD]} command='' action='' option='' i
+
+    # Each word before this one: the command, its action, an option, or the value of one.
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        option=
+        case ${COMP_WORDS[i]} in
+            run | check | rules | demo) command=${command:-${COMP_WORDS[i]}} ;;
+            show | apply | remove | status) action=${COMP_WORDS[i]} ;;
+            -*)
+                option=${COMP_WORDS[i]#-} option=${option#-}
+                case $option in
+                    ports | bind | interface | mode | intercept-inbound | intercept-outbound | inbound-port | \
+                    outbound-port | backend | on-failure | mark-mask | route-table | route-priority | workers \
+                    | user | stall-timeout | preserve-source | target | max-connections | max-per-source | \
+                    connect-timeout | idle-timeout | half-close-timeout | drain-timeout | keepalive | \
+                    user-timeout | log-level | log-format | log-file | config) ;;
+                    *) option= ;;
+                esac
+                if [[ -n $option ]] && ((i + 1 < COMP_CWORD)); then
+                    [[ ${COMP_WORDS[i + 1]} != '=' ]] || ((i++))
+                    ((i++))
+                    ((i == COMP_CWORD)) || option=
+                fi
+                ;;
+        esac
+    done
+    [[ -z $option || $word != '=' ]] || word=
+
+    COMPREPLY=()
+    case $option in
+        interface) _tproxy_relay_words "$(ls /sys/class/net)" ;;
+        mode) _tproxy_relay_words tproxy redirect ;;
+        backend) _tproxy_relay_words auto nft iptables iptables-nft iptables-legacy ;;
+        on-failure) _tproxy_relay_words open closed ;;
+        workers) _tproxy_relay_words auto ;;
+        user) mapfile -t COMPREPLY < <(compgen -u -- "$word") ;;
+        preserve-source) _tproxy_relay_words no address full ;;
+        max-connections) _tproxy_relay_words auto ;;
+        log-level) _tproxy_relay_words debug info warning error ;;
+        log-format) _tproxy_relay_words console json ;;
+        log-file) compopt -o default ;;
+        config) compopt -o default ;;
+        ?*) return ;;
+        *)
+            if [[ -z $command && $word != -* ]]; then
+                _tproxy_relay_words run check rules demo
+            elif [[ $command == rules && -z $action && $word != -* ]]; then
+                _tproxy_relay_words show apply remove status
+            else
+                _tproxy_relay_words --ports --bind --interface --mode --intercept-inbound --intercept-outbound --inbound-port \
+                    --outbound-port --backend --on-failure --mark-mask --route-table --route-priority \
+                    --workers --user --stall-timeout --preserve-source --target --max-connections \
+                    --max-per-source --connect-timeout --idle-timeout --half-close-timeout --drain-timeout \
+                    --keepalive --user-timeout --log-level --log-format --log-file --config --print-config \
+                    --take-over --keep --json --version --help
+            fi
+            ;;
+    esac
+}
+
+# Those of the arguments that the word begins.
+_tproxy_relay_words() {
+    mapfile -t COMPREPLY < <(compgen -W "$*" -- "$word")
+}
+
+complete -F _tproxy_relay tproxy-relay
