@@ -42,6 +42,10 @@ def _perform(settings: Settings, argv: Sequence[str]) -> int:
         from tproxy_relay import rules
 
         return rules.run(settings)
+    if settings.command in ("install", "uninstall"):
+        from tproxy_relay import install
+
+        return install.run(settings)
     if settings.command == "check":
         from tproxy_relay import check
 

@@ -72,6 +72,10 @@ def _misplaced_words(settings: Settings) -> Iterator[Contradiction]:
         yield Contradiction(
             ("action", "command"), f"'{settings.action}' goes with 'rules', and the command is '{settings.command}'"
         )
+    if settings.root != "/" and settings.command not in ("install", "uninstall"):
+        yield Contradiction(
+            ("root", "command"), f"--root is for 'install' and 'uninstall', and the command is '{settings.command}'"
+        )
     if settings.json and settings.command not in ("rules", "check"):
         yield Contradiction(
             ("json", "command"), f"--json is for 'rules' and 'check', and the command is '{settings.command}'"

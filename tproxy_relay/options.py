@@ -81,10 +81,11 @@ def _flag(name: str, meaning: str) -> Option:
 
 COMMAND = Option(
     "command",
-    values.words("run", "check", "rules", "demo"),
+    values.words("run", "check", "rules", "install", "uninstall", "demo"),
     "COMMAND",
     "run: relay until told to stop. check: say what this host lacks, with the command that mends it. rules: the "
-    "interception ruleset. demo: build a throw-away network of a client, the relay and a server in "
+    "interception ruleset. install: put the files of the service into /etc, where no package has done it. uninstall: "
+    "take those away that nobody has changed. demo: build a throw-away network of a client, the relay and a server in "
     "namespaces, run the real relay in it, show what each side sees, and clean up.",
     in_file=False,
     in_environment=False,
@@ -298,6 +299,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "take-over",
             "With run: take the listening sockets and the ruleset over from the relay that runs here with one of these "
             "ports. It finishes its connections and ends; no client notices. If none runs: start as usual.",
+        ),
+        Option(
+            "root",
+            values.PATH,
+            "DIR",
+            "With install and uninstall: the files are those below this folder.",
+            in_file=False,
+            in_environment=False,
         ),
         _flag("keep", "With demo: leave the network up until Ctrl-C."),
         _flag("json", "With check and rules: answer in JSON."),

@@ -20,6 +20,7 @@ SHIPPED = {"bind": "127.0.0.1,::1", "user": "tproxy-relay", "log-level": "info",
 _HELP = """\
 usage: tproxy-relay [run | check | demo] [options]
        tproxy-relay rules show|apply|remove|status [options]
+       tproxy-relay install|uninstall [options]
 
 A transparent TCP relay: connections that firewall rules steer here go on to where they were going.
 

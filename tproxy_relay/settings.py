@@ -89,5 +89,7 @@ class Settings:
     """`run` only: from the relay that is there already."""
     keep: bool = False
     """`demo` only: leave the network up until Ctrl-C."""
+    root: str = "/"
+    """`install` and `uninstall` only."""
     json: bool = False
     """`check` and `rules` only: answer in JSON."""

@@ -7,7 +7,7 @@ _tproxy_relay() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         option=
         case ${COMP_WORDS[i]} in
-            run | check | rules | demo) command=${command:-${COMP_WORDS[i]}} ;;
+            run | check | rules | install | uninstall | demo) command=${command:-${COMP_WORDS[i]}} ;;
             show | apply | remove | status) action=${COMP_WORDS[i]} ;;
             -*)
                 option=${COMP_WORDS[i]#-} option=${option#-}
@@ -16,7 +16,7 @@ _tproxy_relay() {
                     outbound-port | backend | on-failure | mark-mask | route-table | route-priority | workers \
                     | user | stall-timeout | preserve-source | target | max-connections | max-per-source | \
                     connect-timeout | idle-timeout | half-close-timeout | drain-timeout | keepalive | \
-                    user-timeout | log-level | log-format | log-file | config) ;;
+                    user-timeout | log-level | log-format | log-file | config | root) ;;
                     *) option= ;;
                 esac
                 if [[ -n $option ]] && ((i + 1 < COMP_CWORD)); then
@@ -43,10 +43,11 @@ _tproxy_relay() {
         log-format) _tproxy_relay_words console json ;;
         log-file) compopt -o default ;;
         config) compopt -o default ;;
+        root) compopt -o dirnames ;;
         ?*) return ;;
         *)
             if [[ -z $command && $word != -* ]]; then
-                _tproxy_relay_words run check rules demo
+                _tproxy_relay_words run check rules install uninstall demo
             elif [[ $command == rules && -z $action && $word != -* ]]; then
                 _tproxy_relay_words show apply remove status
             else
@@ -55,7 +56,7 @@ _tproxy_relay() {
                     --workers --user --stall-timeout --preserve-source --target --max-connections \
                     --max-per-source --connect-timeout --idle-timeout --half-close-timeout --drain-timeout \
                     --keepalive --user-timeout --log-level --log-format --log-file --config --print-config \
-                    --take-over --keep --json --version --help
+                    --take-over --root --keep --json --version --help
             fi
             ;;
     esac

@@ -90,6 +90,7 @@ def test_settings_that_go_well_together() -> None:
         (Settings(command="rules"), "'rules' needs one more word: show, apply, remove or status"),
         (Settings(action="show"), "'show' goes with 'rules', and the command is 'run'"),
         (Settings(command="check", action="status"), "'status' goes with 'rules', and the command is 'check'"),
+        (Settings(root="/mnt"), "--root is for 'install' and 'uninstall', and the command is 'run'"),
         (Settings(json=True), "--json is for 'rules' and 'check', and the command is 'run'"),
         (Settings(command="demo", json=True), "--json is for 'rules' and 'check', and the command is 'demo'"),
         *(
@@ -107,6 +108,8 @@ def test_words_in_the_wrong_place(settings: Settings, sentence: str) -> None:
     [
         Settings(command="check"),
         Settings(command="check", json=True),
+        Settings(command="install", root="/mnt"),
+        Settings(command="uninstall", root="/mnt"),
         Settings(command="rules", action="remove", json=True),
         Settings(command="rules", action="status", json=True, intercept_inbound=HTTP),
         Settings(command="rules", action="apply", intercept_outbound=HTTP),

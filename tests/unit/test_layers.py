@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "tproxy_relay"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("check", "demo", "rules", "service"),
+    ("check", "demo", "install", "rules", "service"),
     ("supervisor", "worker_process"),
     ("crew", "handover"),
     ("worker_handle",),
