@@ -103,7 +103,7 @@ def test_it_drains_and_removes_when_told(name: str) -> None:
         assert running.answer() == {"event": "changed", "state": "draining"}
         assert state_of(PLAN) == "draining"
         running.order("remove")
-        assert running.answer() == {"event": "changed", "state": "removed"}
+        assert running.answer() == {"event": "changed", "state": "removed", "pid": running.child.pid}
         assert state_of(PLAN) == "absent"
         assert running.child.wait(PATIENCE) == 0
 
@@ -260,7 +260,7 @@ def test_another_plan_takes_the_place_of_the_first(name: str) -> None:
         found = lock.holder()
         assert found is not None and found.pid == 4712
         running.order("remove")
-        assert running.answer() == {"event": "changed", "state": "removed"}
+        assert running.answer() == {"event": "changed", "state": "removed", "pid": running.child.pid}
     assert state_of(PLAN) == "absent"
 
 
@@ -490,7 +490,7 @@ def test_the_one_that_stays_may_be_the_last_to_go() -> None:
         running.order("remove")
         assert running.answer()["state"] == "lingering", "it drains already"
         former.close()
-        assert running.answer() == {"event": "changed", "state": "removed"}
+        assert running.answer() == {"event": "changed", "state": "removed", "pid": running.child.pid}
         assert state_of(PLAN) == "absent" and lock.holder() is None
         assert running.child.wait(PATIENCE) == 0
 
