@@ -156,6 +156,19 @@ def test_debian_finds_no_error(deb: Path, require_or_skip: Need) -> None:
     assert done.returncode == 0, done.stdout
 
 
+SCRIPTS = [
+    path for path in (PROJECT / "etc/package").rglob("*") if path.parent.name in ("deb", "rpm") or path.name == "build"
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_shellcheck_finds_nothing_in_the_scripts(script: Path, require_or_skip: Need) -> None:
+    if shutil.which("shellcheck") is None:
+        require_or_skip("there is no shellcheck here")
+    done = subprocess.run(["shellcheck", "--shell=sh", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_same_checkout_gives_the_same_packages(packages: Path, tmp_path: Path) -> None:
     build(tmp_path)
     for path in packages.iterdir():
