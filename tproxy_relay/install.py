@@ -43,10 +43,11 @@ TARGETS = (
     Target("default/tproxy-relay", "/etc/default/tproxy-relay", theirs=True),
     Target("logrotate.d/tproxy-relay", "/etc/logrotate.d/tproxy-relay", theirs=True),
     Target("init.d/tproxy-relay", "/etc/init.d/tproxy-relay", mode=0o755),
-    # systemd.unit(5), sysusers.d(5), tmpfiles.d(5): what the administrator has installed.
+    # systemd.unit(5), sysusers.d(5), sysctl.d(5), tmpfiles.d(5): what the administrator has installed.
     Target("systemd/tproxy-relay.service", "/etc/systemd/system/tproxy-relay.service"),
     Target("systemd/tproxy-relay.socket", "/etc/systemd/system/tproxy-relay.socket"),
     Target("sysusers.d/tproxy-relay.conf", "/etc/sysusers.d/tproxy-relay.conf"),
+    Target("sysctl.d/60-tproxy-relay.conf", "/etc/sysctl.d/60-tproxy-relay.conf", theirs=True),
     Target("tmpfiles.d/tproxy-relay.conf", "/etc/tmpfiles.d/tproxy-relay.conf"),
     Target("systemd/tproxy-relay.service.d/socket.conf", "/usr/local/share/doc/tproxy-relay/examples/socket.conf"),
     Target("completion/tproxy-relay.bash", "/usr/local/share/bash-completion/completions/tproxy-relay"),

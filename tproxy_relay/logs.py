@@ -13,6 +13,7 @@ import logging
 import logging.handlers
 import os
 import queue
+import sys
 import threading
 import time
 from typing import Any
@@ -156,7 +157,11 @@ class Sink:
         self.level = settings.log_level.upper()
         self.lost = 0
         self.handler: logging.StreamHandler[Any]
-        if settings.log_file:
+        ours = {"/dev/stdout": sys.__stdout__, "/dev/stderr": sys.__stderr__}.get(settings.log_file or "")
+        if ours is not None:
+            # Opening it anew would fail if it is a socket, or the pipe of another account.
+            self.handler = logging.StreamHandler(_Unbuffered(ours.fileno()))
+        elif settings.log_file:
             try:
                 self.handler = _LogFile(settings.log_file)
             except OSError as error:

@@ -1,5 +1,6 @@
 """`tproxy-relay check` on hosts made bad one way at a time: it finds it, and what it prints mends it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accounts import ACCOUNT, HAVE_ACCOUNTS, for_all_accounts
 
-from tproxy_relay.lab import Host, Lab, RelayProcess
+import tproxy_relay
+from tproxy_relay.lab import Host, Lab, LabError, RelayProcess
 
 pytestmark = pytest.mark.slow
 
@@ -275,6 +278,29 @@ def test_too_few_descriptors(doctor: Doctor) -> None:
     (found,) = doctor.check(*options, wrapper=["prlimit", "--nofile=500:500"]).problems
     assert found["name"] == "descriptors"
     doctor.shell(found["remedy"])  # no more than what it says is needed
+
+
+FOR_NET_RAW = [
+    (("--intercept-inbound", "8000"), False),
+    (("--intercept-outbound", "8000"), True),
+    (("--intercept-inbound", "8000", "--preserve-source", "address"), True),
+    *([(("--intercept-outbound", "8000", "--user", ACCOUNT), False)] if HAVE_ACCOUNTS else []),
+]
+
+
+@pytest.mark.parametrize(("options", "needed"), FOR_NET_RAW)
+def test_net_raw_is_asked_for_where_the_relay_needs_it(
+    doctor: Doctor, fresh_lab: Lab, options: Sequence[str], needed: bool
+) -> None:
+    """The relay itself is the judge."""
+    wrapper = ["setpriv", "--bounding-set", "-net_raw", "--inh-caps", "-net_raw"]
+    if "--user" in options:
+        wrapper = [*for_all_accounts(), "env", f"PYTHONPATH={Path(tproxy_relay.__file__).parents[1]}", *wrapper]
+    assert bool(doctor.check(*options, wrapper=wrapper).named("capabilities")) is needed
+    with contextlib.ExitStack() as stack:
+        if needed:
+            stack.enter_context(pytest.raises(LabError, match="exited with 77 "))
+        stack.enter_context(fresh_lab.relay_process(*options, wrapper=wrapper))
 
 
 @pytest.mark.parametrize("lost", ["net_admin", "net_raw"])

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -412,6 +414,39 @@ def test_a_process_without_standard_error() -> None:
     ran = children.run_python(WRITE, "5", prefix=("sh", "-c", 'exec "$@" 2>&-', "sh"))
     assert ran.stdout.startswith("ready\n")
     assert ran.stdout.endswith("True True\n")
+
+
+TO_STREAM = """
+import logging, os, sys
+from tproxy_relay.logs import LogWriter
+from tproxy_relay.settings import Settings
+
+writer = LogWriter(Settings(log_file=sys.argv[1], log_format="json"), None)
+writer.start()
+logging.getLogger("x").info("a line")
+writer.stop(5)
+os._exit(writer.dropped)
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_standard_stream_as_file(stream: str) -> None:
+    """Some engines give their containers a socket, which no open(2) opens."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(PATIENCE)
+    with ours, theirs:
+        command = [sys.executable, "-c", TO_STREAM, f"/dev/{stream}"]
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs.fileno()}
+        done = subprocess.run(command, env=children.environment(), check=False, timeout=20, **streams)
+        assert done.returncode == 0
+        assert json.loads(ours.recv(1000))["message"] == "a line"
+
+
+def test_a_standard_stream_that_is_not_there(tmp_path: Path) -> None:
+    code = TO_STREAM.replace("writer = ", "import socket\nsocket.socketpair()\nwriter = ")
+    ran = children.run_python(code, "/dev/stdout", prefix=("sh", "-c", 'exec "$@" >&-', "sh"))
+    assert ran.returncode == 1
+    assert "SystemRefusedError: cannot write log file /dev/stdout" in ran.stderr
 
 
 def test_a_file_that_cannot_be_opened_again_is_opened_when_it_can(tmp_path: Path) -> None:

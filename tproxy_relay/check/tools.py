@@ -18,9 +18,11 @@ _VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?")
 
 
 def probe_capabilities(case: Case) -> Iterator[Finding]:
-    """CAP_NET_ADMIN for the rules, CAP_NET_RAW for transparent sockets and for marking them."""
+    """CAP_NET_ADMIN for the rules; CAP_NET_RAW where that one and an account of the workers do not do."""
+    settings = case.settings
     needed = {"CAP_NET_ADMIN": host.NET_ADMIN} if case.intercepts else {}
-    if case.intercepts or case.settings.mode == "tproxy" or case.settings.preserve_source != "no":
+    keep_raw = settings.preserve_source != "no" or bool(case.plan.outbound) and settings.user is None
+    if keep_raw or settings.mode == "tproxy" and not case.host.may(host.NET_ADMIN):
         needed["CAP_NET_RAW"] = host.NET_RAW
     missing = [name for name, bit in needed.items() if not case.host.may(bit)]
     if missing:
