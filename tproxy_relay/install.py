@@ -68,12 +68,14 @@ def run(settings: Settings) -> int:
     """Do what `settings.command` says below `settings.root`, with a line for each file. Raises RelayError."""
     root, program = Path(settings.root), _program()
     texts = {target: _text(target, program) for target in TARGETS}
-    try:
-        for target, text in texts.items():
-            path = root / target.path[1:]
-            (_install if settings.command == "install" else _uninstall)(target, text, path)
-    except OSError as error:
-        raise SystemRefusedError(f"cannot write {error.filename}: {error.strerror}") from error
+    for target, text in texts.items():
+        path = root / target.path[1:]
+        try:
+            done = (_install if settings.command == "install" else _uninstall)(target, text, path)
+        except OSError as error:
+            raise SystemRefusedError(f"cannot write {error.filename}: {error.strerror}") from error
+        if done:
+            print(done)
     if settings.command == "install":
         if program.startswith(_HIDDEN):
             print(f"A service of systemd does not see {program}: install the program elsewhere, such as below /opt.")
@@ -81,35 +83,35 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _install(target: Target, text: str, path: Path) -> None:
+def _install(target: Target, text: str, path: Path) -> str:
+    """What was done, in a line."""
     found = _read(path)
     if found == text:
         _set(path, None, target.mode)
-        print(f"unchanged  {path}")
-    elif found is not None and target.theirs:
+        return f"unchanged  {path}"
+    if found is not None and target.theirs:
         fresh = path.with_name(f"{path.name}.new")
         _set(fresh, text, target.mode)
-        print(f"kept       {path}: it is not as we would make it, see {fresh}")
-    else:
-        _set(path, text, target.mode)
-        print(f"{'installed' if found is None else 'updated':9}  {path}")
+        return f"kept       {path}: it is not as we would make it, see {fresh}"
+    _set(path, text, target.mode)
+    return f"{'installed' if found is None else 'updated':9}  {path}"
 
 
-def _uninstall(target: Target, text: str, path: Path) -> None:
+def _uninstall(target: Target, text: str, path: Path) -> str:
+    """What was done, in a line; '' if there was nothing to do."""
     found = _read(path)
     path.with_name(f"{path.name}.new").unlink(missing_ok=True)
     if found is None:
-        return
+        return ""
     if found != text and target.theirs:
-        print(f"kept       {path}: it has been changed")
-        return
+        return f"kept       {path}: it has been changed"
     path.unlink()
-    print(f"removed    {path}")
     for folder in path.parents:
         if "tproxy-relay" not in folder.parts:
             break
         with contextlib.suppress(OSError):  # something else is in it
             folder.rmdir()
+    return f"removed    {path}"
 
 
 def _read(path: Path) -> str | None:
