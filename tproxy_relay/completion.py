@@ -112,8 +112,8 @@ def _bash_value(option: Option) -> str:
     """What completes its value; '' if nothing can."""
     if option.words:
         return f"_tproxy_relay_words {' '.join(option.words)}"
-    if option.kind is values.PATH:
-        return f"compopt -o {'dirnames' if option.metavar == 'DIR' else 'default'}"
+    if option.kind in (values.PATH, values.FOLDER):
+        return f"compopt -o {'default' if option.kind is values.PATH else 'dirnames'}"
     if option.kind is values.ACCOUNT:
         return 'mapfile -t COMPREPLY < <(compgen -u -- "$word")'
     if option.kind is values.INTERFACE:
@@ -147,8 +147,8 @@ def _zsh_option(option: Option) -> str:
 def _zsh_value(option: Option) -> str:
     if option.words:
         return f"(({_zsh_words(option)}))"
-    if option.kind is values.PATH:
-        return "_files -/" if option.metavar == "DIR" else "_files"
+    if option.kind in (values.PATH, values.FOLDER):
+        return "_files" if option.kind is values.PATH else "_files -/"
     if option.kind is values.ACCOUNT:
         return "_users"
     if option.kind is values.INTERFACE:

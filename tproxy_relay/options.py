@@ -302,7 +302,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "root",
-            values.PATH,
+            values.FOLDER,
             "DIR",
             "With install and uninstall: the files are those below this folder.",
             in_file=False,
