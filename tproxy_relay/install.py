@@ -42,13 +42,13 @@ TARGETS = (
     Target("tproxy-relay.conf", "/etc/tproxy-relay.conf", theirs=True),
     Target("default/tproxy-relay", "/etc/default/tproxy-relay", theirs=True),
     Target("logrotate.d/tproxy-relay", "/etc/logrotate.d/tproxy-relay", theirs=True),
-    Target("init.d/tproxy-relay", "/etc/init.d/tproxy-relay", mode=0o755),
-    # systemd.unit(5), sysusers.d(5), sysctl.d(5), tmpfiles.d(5): what the administrator has installed.
-    Target("systemd/tproxy-relay.service", "/etc/systemd/system/tproxy-relay.service"),
-    Target("systemd/tproxy-relay.socket", "/etc/systemd/system/tproxy-relay.socket"),
-    Target("sysusers.d/tproxy-relay.conf", "/etc/sysusers.d/tproxy-relay.conf"),
-    Target("sysctl.d/60-tproxy-relay.conf", "/etc/sysctl.d/60-tproxy-relay.conf", theirs=True),
-    Target("tmpfiles.d/tproxy-relay.conf", "/etc/tmpfiles.d/tproxy-relay.conf"),
+    Target("init.d/tproxy-relay", "/etc/init.d/tproxy-relay", theirs=True, mode=0o755),
+    Target("sysusers.d/tproxy-relay.conf", "/etc/sysusers.d/tproxy-relay.conf", theirs=True),
+    Target("sysctl.d/10-tproxy-relay.conf", "/etc/sysctl.d/10-tproxy-relay.conf", theirs=True),
+    Target("tmpfiles.d/tproxy-relay.conf", "/etc/tmpfiles.d/tproxy-relay.conf", theirs=True),
+    # systemd.unit(5): for what was not packaged; `systemctl edit` writes into /etc.
+    Target("systemd/tproxy-relay.service", "/usr/local/lib/systemd/system/tproxy-relay.service"),
+    Target("systemd/tproxy-relay.socket", "/usr/local/lib/systemd/system/tproxy-relay.socket"),
     Target("systemd/tproxy-relay.service.d/socket.conf", "/usr/local/share/doc/tproxy-relay/examples/socket.conf"),
     Target("completion/tproxy-relay.bash", "/usr/local/share/bash-completion/completions/tproxy-relay"),
     Target("completion/_tproxy-relay", "/usr/local/share/zsh/site-functions/_tproxy-relay"),
@@ -66,6 +66,7 @@ or with the init script, on Debian:
 
 def run(settings: Settings) -> int:
     """Do what `settings.command` says below `settings.root`, with a line for each file. Raises RelayError."""
+    os.umask(0o022)  # all of it is for everybody to read
     root, program = Path(settings.root), _program()
     texts = {target: _text(target, program) for target in TARGETS}
     for target, text in texts.items():

@@ -280,6 +280,12 @@ def test_too_few_descriptors(doctor: Doctor) -> None:
     doctor.shell(found["remedy"])  # no more than what it says is needed
 
 
+def test_the_shipped_addresses_on_a_host_without_ipv6(doctor: Doctor) -> None:
+    """The relay starts there, and says so."""
+    doctor.shell("sysctl -w net.ipv6.conf.all.disable_ipv6=1")
+    assert doctor.check("--bind", "127.0.0.1,::1", "--intercept-inbound", "8000").named("bind") == []
+
+
 FOR_NET_RAW = [
     (("--intercept-inbound", "8000"), False),
     (("--intercept-outbound", "8000"), True),

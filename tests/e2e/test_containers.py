@@ -367,8 +367,8 @@ def test_whoever_only_connects_finds_the_relay_and_not_the_app(lab: Lab, tmp_pat
     assert app["readinessProbe"]["httpGet"]["port"] == INBOUND
     with Container(lab.relay, tmp_path / "box", recipes()[0]) as box:
         box.await_healthy()
-        with lab.client.connect(lab.relay.ipv4, INBOUND) as sock:
-            with pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError):  # perhaps before connect() has looked
+            with lab.client.connect(lab.relay.ipv4, INBOUND) as sock:
                 sock.recv(1)
         box.wait_for("connection closed", outcome="connect-refused")
 

@@ -35,7 +35,7 @@ PLACES = {
     "default/tproxy-relay": "/etc/default/tproxy-relay",
     "init.d/tproxy-relay": "/etc/init.d/tproxy-relay",
     "logrotate.d/tproxy-relay": "/etc/logrotate.d/tproxy-relay",
-    "sysctl.d/60-tproxy-relay.conf": "/usr/lib/sysctl.d/60-tproxy-relay.conf",
+    "sysctl.d/10-tproxy-relay.conf": "/usr/lib/sysctl.d/10-tproxy-relay.conf",
     "systemd/tproxy-relay.service": "/lib/systemd/system/tproxy-relay.service",
     "systemd/tproxy-relay.service.d/socket.conf": "/usr/share/doc/tproxy-relay/examples/socket.conf",
     "systemd/tproxy-relay.socket": "/lib/systemd/system/tproxy-relay.socket",

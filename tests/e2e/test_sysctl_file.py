@@ -17,7 +17,7 @@ from tproxy_relay.lab import Lab
 from tproxy_relay.limits import DESCRIPTORS_EACH
 
 ETC = Path(__file__).parents[2] / "etc"
-FILE = ETC / "sysctl.d/60-tproxy-relay.conf"
+FILE = ETC / "sysctl.d/10-tproxy-relay.conf"
 TEXT = FILE.read_text()
 OF_MODULES = ("net.netfilter.", "net.bridge.")
 """Of nf_conntrack and br_netfilter, which need not be loaded."""

@@ -18,6 +18,7 @@ FOR_MACHINES = {
     if path.is_file() and path.relative_to(ROOT / "etc").parts[0] not in ("package", "container")
 }
 CONF = "/etc/tproxy-relay.conf"
+UNIT = "usr/local/lib/systemd/system/tproxy-relay.service"
 
 
 @pytest.fixture
@@ -40,7 +41,8 @@ def root(tmp_path: Path) -> Path:
 
 def say(program: Path, command: str, root: Path, code: int = 0) -> list[str]:
     """The lines that it says."""
-    argv = [str(program), command, "--root", str(root), "--config", os.devnull]
+    # The mask of the caller makes no difference.
+    argv = ["sh", "-c", 'umask 077; exec "$@"', "sh", str(program), command, "--root", str(root), "--config", os.devnull]
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == code, done.stdout
     return done.stdout.splitlines()
@@ -69,7 +71,9 @@ def test_installed_and_taken_away(program: Path, root: Path) -> None:
         ["installed", f"{root}{target.path}"] for target in install.TARGETS
     ]
     for target in install.TARGETS:
-        assert stat.S_IMODE((root / target.path[1:]).stat().st_mode) == target.mode
+        path = root / target.path[1:]
+        assert stat.S_IMODE(path.stat().st_mode) == target.mode
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
     assert "systemctl enable --now tproxy-relay" in "\n".join(said)
     said = say(program, "install", root)
     assert sum(line.startswith("unchanged") for line in said) == len(install.TARGETS)
@@ -84,18 +88,18 @@ def test_they_start_the_program_where_it_is(program: Path, root: Path) -> None:
     for path in files(root) - {CONF}:
         text = (root / path[1:]).read_text()
         assert text.count(f"{install.PACKAGED} ") == 0, path
-    assert f"\nExecStart={program} run\n" in (root / "etc/systemd/system/tproxy-relay.service").read_text()
+    assert f"\nExecStart={program} run\n" in (root / UNIT).read_text()
     assert f"\nDAEMON={program}\n" in (root / "etc/default/tproxy-relay").read_text()
 
 
 def test_what_the_administrator_has_written_stays(program: Path, root: Path) -> None:
     say(program, "install", root)
-    for path in ("etc/tproxy-relay.conf", "etc/init.d/tproxy-relay"):
+    for path in ("etc/tproxy-relay.conf", UNIT):
         with (root / path).open("a") as file:
             file.write("# changed\n")
     said = say(program, "install", root)
     assert f"kept       {root}{CONF}: it is not as we would make it, see {root}{CONF}.new" in said
-    assert f"updated    {root}/etc/init.d/tproxy-relay" in said
+    assert f"updated    {root}/{UNIT}" in said
     assert (root / f"{CONF[1:]}.new").read_bytes() == (ROOT / "etc/tproxy-relay.conf").read_bytes()
     assert (root / CONF[1:]).read_text().endswith("# changed\n")
     said = say(program, "uninstall", root)

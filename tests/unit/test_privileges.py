@@ -162,7 +162,7 @@ def ended(pid: int) -> bool:
     """Also one that nobody has waited for."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before and after the file was opened
         return True
 
 

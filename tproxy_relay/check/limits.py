@@ -225,7 +225,7 @@ def _try_to_bind(address: Endpoint, interface: str | None) -> OSError | None:
             sock.bind(address.sockaddr)
             sock.listen(1)
         except OSError as error:
-            return None if address.host == "::" and error.errno == errno.EADDRNOTAVAIL else error
+            return None if address.host in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL else error
     return None
 
 
