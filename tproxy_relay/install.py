@@ -22,8 +22,11 @@ PACKAGED = "/usr/sbin/tproxy-relay"
 
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./+@:~-]+")
 """That needs no quotes, neither in a unit nor in a shell script."""
-_HIDDEN = ("/home/", "/root/", "/run/user/")
-"""systemd.exec(5), ProtectHome=: the service does not see these."""
+_HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
+"""systemd.exec(5), ProtectHome= and PrivateTmp=: the service does not see these."""
+_BESIDE = ".dpkg-dist"
+"""Of the name of our version, where another one is to stay. Who reads whole folders of /etc passes over these
+(logrotate(8), tabooext)."""
 
 
 class Target(NamedTuple):
@@ -69,16 +72,16 @@ def run(settings: Settings) -> int:
     os.umask(0o022)  # all of it is for everybody to read
     root, program = Path(settings.root), _program()
     texts = {target: _text(target, program) for target in TARGETS}
-    for target, text in texts.items():
-        path = root / target.path[1:]
-        try:
-            done = (_install if settings.command == "install" else _uninstall)(target, text, path)
-        except OSError as error:
-            raise SystemRefusedError(f"cannot write {error.filename}: {error.strerror}") from error
-        if done:
-            print(done)
+    said = []
+    try:
+        for target, text in texts.items():
+            path = root / target.path[1:]
+            said.append((_install if settings.command == "install" else _uninstall)(target, text, path))
+    except OSError as error:
+        raise SystemRefusedError(f"cannot write {error.filename}: {error.strerror}") from error
+    print("".join(f"{line}\n" for line in said if line), end="")
     if settings.command == "install":
-        if program.startswith(_HIDDEN):
+        if program.startswith(_HIDDEN) or os.path.realpath(program).startswith(_HIDDEN):
             print(f"A service of systemd does not see {program}: install the program elsewhere, such as below /opt.")
         print(_NEXT, end="")
     return 0
@@ -91,7 +94,7 @@ def _install(target: Target, text: str, path: Path) -> str:
         _set(path, None, target.mode)
         return f"unchanged  {path}"
     if found is not None and target.theirs:
-        fresh = path.with_name(f"{path.name}.new")
+        fresh = path.with_name(path.name + _BESIDE)
         _set(fresh, text, target.mode)
         return f"kept       {path}: it is not as we would make it, see {fresh}"
     _set(path, text, target.mode)
@@ -101,7 +104,7 @@ def _install(target: Target, text: str, path: Path) -> str:
 def _uninstall(target: Target, text: str, path: Path) -> str:
     """What was done, in a line; '' if there was nothing to do."""
     found = _read(path)
-    path.with_name(f"{path.name}.new").unlink(missing_ok=True)
+    path.with_name(path.name + _BESIDE).unlink(missing_ok=True)
     if found is None:
         return ""
     if found != text and target.theirs:

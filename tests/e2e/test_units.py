@@ -63,6 +63,32 @@ def test_systemd_understands_every_line(installed: Path) -> None:
     assert (told.returncode, told.stderr) == (0, "")
 
 
+def test_systemd_understands_the_drop_in(installed: Path) -> None:
+    folder = installed / "tproxy-relay.service.d"
+    folder.mkdir()
+    shutil.copy(UNITS / folder.name / "socket.conf", folder)
+    told = analyze("verify", "--recursive-errors=no", "--man=no", installed / "tproxy-relay.service")
+    assert (told.returncode, told.stderr) == (0, "")
+
+
+def test_systemd_makes_the_account_and_the_folder(tmp_path: Path, require_or_skip: Need) -> None:
+    """The folder is the one that the unit would make."""
+    if os.geteuid():
+        require_or_skip("it takes root to make an account")
+    (tmp_path / "etc").mkdir()
+    for tool, *options in (("systemd-sysusers",), ("systemd-tmpfiles", "--create")):
+        if shutil.which(tool) is None:
+            require_or_skip(f"{tool} is not installed")
+        file = ETC / f"{tool.removeprefix('systemd-')}.d/tproxy-relay.conf"
+        subprocess.run([tool, *options, f"--root={tmp_path}", str(file)], check=True)
+    name, _, uid, gid, *rest = (tmp_path / "etc/passwd").read_text().strip().split(":")
+    assert name == "tproxy-relay" and rest[-1] == "/usr/sbin/nologin"
+    made, service = (tmp_path / "var/log/tproxy-relay").stat(), settings("tproxy-relay.service")
+    assert (made.st_uid, made.st_gid) == (int(uid), int(gid)) and service["User"] == service["Group"] == [name]
+    assert service["LogsDirectory"] == [name]
+    assert made.st_mode & 0o7777 == int(service["LogsDirectoryMode"][0], 8)
+
+
 def test_the_service_can_do_little_else(installed: Path) -> None:
     told = analyze("security", "--offline=true", f"--threshold={MOST_EXPOSED}", installed / "tproxy-relay.service")
     assert told.returncode == 0, told.stdout[-200:]

@@ -42,7 +42,8 @@ def root(tmp_path: Path) -> Path:
 def say(program: Path, command: str, root: Path, code: int = 0) -> list[str]:
     """The lines that it says."""
     # The mask of the caller makes no difference.
-    argv = ["sh", "-c", 'umask 077; exec "$@"', "sh", str(program), command, "--root", str(root), "--config", os.devnull]
+    mine = ["sh", "-c", 'umask 077; exec "$@"', "sh"]
+    argv = [*mine, str(program), command, "--root", str(root), "--config", os.devnull]
     done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == code, done.stdout
     return done.stdout.splitlines()
@@ -98,9 +99,9 @@ def test_what_the_administrator_has_written_stays(program: Path, root: Path) -> 
         with (root / path).open("a") as file:
             file.write("# changed\n")
     said = say(program, "install", root)
-    assert f"kept       {root}{CONF}: it is not as we would make it, see {root}{CONF}.new" in said
+    assert f"kept       {root}{CONF}: it is not as we would make it, see {root}{CONF}.dpkg-dist" in said
     assert f"updated    {root}/{UNIT}" in said
-    assert (root / f"{CONF[1:]}.new").read_bytes() == (ROOT / "etc/tproxy-relay.conf").read_bytes()
+    assert (root / f"{CONF[1:]}.dpkg-dist").read_bytes() == (ROOT / "etc/tproxy-relay.conf").read_bytes()
     assert (root / CONF[1:]).read_text().endswith("# changed\n")
     said = say(program, "uninstall", root)
     assert f"kept       {root}{CONF}: it has been changed" in said
