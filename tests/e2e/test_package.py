@@ -279,6 +279,18 @@ def test_from_the_installation_to_the_purge(lab: Lab, debian: DebianHost) -> Non
     assert debian.changes() == []
 
 
+def test_a_machine_that_has_a_group_already_and_lacks_the_init_script(debian: DebianHost) -> None:
+    """dpkg does not bring back what the administrator has removed from /etc."""
+    succeeds(debian, "groupadd", "--system", NAME)
+    succeeds(debian, "dpkg", "-i", "/mnt/given/relay.deb")
+    assert succeeds(debian, "id", "-gn", NAME) == f"{NAME}\n"
+    succeeds(debian, "rm", f"/etc/init.d/{NAME}")
+    succeeds(debian, "update-rc.d", NAME, "remove")
+    succeeds(debian, "dpkg", "-i", "/mnt/given/relay.deb")
+    succeeds(debian, "dpkg", "--purge", NAME)
+    assert debian.changes() == []
+
+
 def test_removed_while_it_runs_and_installed_again(lab: Lab, debian: DebianHost) -> None:
     """What the administrator has written stays until the purge."""
     as_it_was = look(lab)
