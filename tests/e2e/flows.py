@@ -391,7 +391,7 @@ def steady(host: "Host", address: str, port: int, rate: float = 200) -> Flow:
     return Flow(host, "steady", address, port, rate)
 
 
-def wait_until(come: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
+def wait_until(come: Callable[[], object], what: str, patience: float = LAST_PATIENCE) -> None:
     """Until it has come."""
     deadline = time.monotonic() + patience
     while not come():

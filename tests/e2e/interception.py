@@ -14,7 +14,7 @@ PORT = 8000
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 BACKENDS = ("nft", "iptables-nft", "iptables-legacy")
 BOTH_WAYS = ("--intercept-inbound", str(PORT), "--intercept-outbound", str(PORT))
-PATIENCE = 10.0
+PATIENCE = 20.0
 """Seconds after which an event that a test waits for has not come."""
 
 LEGACY_TABLES = ("raw", "mangle", "nat", "filter")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-PATIENCE = 5.0
+PATIENCE = 20.0
 """Seconds. Far more than anything here takes, on a busy machine too; a wait that uses them up fails the test."""
 
 
