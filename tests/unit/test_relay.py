@@ -241,7 +241,7 @@ def test_patience_is_renewed_by_progress(monkeypatch: pytest.MonkeyPatch) -> Non
             assert not patience.ended(near)
             far.recv(8192)
             time.sleep(0.005)
-        wait_until(lambda: patience.ended(near), "it runs out", 2)
+        wait_until(lambda: patience.ended(near), "it runs out")
         assert sockets.unacknowledged(near) > 0
 
 
@@ -628,7 +628,7 @@ def test_the_bulk_buffer_is_given_back_when_the_stream_trickles(maps: Maps) -> N
         for _ in range(relay_module.SMALL_READS_IN_BULK + 1):
             rig.client.sendall(b"x")
             loopback.read_exactly(rig.server, 1)
-        wait_until(lambda: maps.alive == 0, "the mapping is given back", 1)
+        wait_until(lambda: maps.alive == 0, "the mapping is given back")
 
 
 def test_the_bulk_buffer_is_given_back_when_the_stream_rests(maps: Maps, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -638,7 +638,7 @@ def test_the_bulk_buffer_is_given_back_when_the_stream_rests(maps: Maps, monkeyp
         loopback.read_exactly(rig.server, 8 << 20)
         assert maps.alive == 1
         assert maps.sizes == [BULK_READ]
-        wait_until(lambda: maps.alive == 0, "the mapping is given back", 2)
+        wait_until(lambda: maps.alive == 0, "the mapping is given back")
         assert not rig.over.is_set()
         sock = rig.relay.client.sock
         wait_until(
@@ -666,7 +666,7 @@ def test_nothing_of_an_ended_relay_waits_for_the_garbage_collector(maps: Maps, e
             else:
                 rig.relay.abort()
             rig.ended()
-        wait_until(lambda: maps.alive == 0, "the bulk buffer is unmapped", 1)
+        wait_until(lambda: maps.alive == 0, "the bulk buffer is unmapped")
     finally:
         gc.enable()
 

@@ -417,8 +417,8 @@ def test_threads_that_nobody_needs_any_more_go(monkeypatch: pytest.MonkeyPatch) 
             client.close()
             server.close()
         running.lines.closed(40)
-        wait_until(lambda: pool() <= at_rest + 2, "the pool shrinks", 2)
-        wait_until(lambda: not running.worker._trim_at, "and the clock stops", 2)
+        wait_until(lambda: pool() <= at_rest + 2, "the pool shrinks")
+        wait_until(lambda: not running.worker._trim_at, "and the clock stops")
         running.connect()
 
 
