@@ -1,242 +1,106 @@
-"""What is measured: each cell is one kind of work, done by one relay at a time."""
+"""What is measured: each cell is a row of the tables, one kind of work, done by one relay at a time."""
 
-import contextlib
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from peers import Peer
+from peers import DEFAULT, Variant
+from work import Work, beside_bulk, beside_hogs, bulk, connects, idle, idle_after_bulk, requests
 
-Figures = dict[str, float]
-
-_TICKS = 100
-"""Of a second, in /proc (proc(5), sysconf(_SC_CLK_TCK))."""
+LATENCIES = ("rate", "p99")
+BULK, RATE, P99 = "throughput", "rate", "p99"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of the table."""
+    """`shown` are the figures in the tables, the most important one first."""
 
     name: str
     what: str
-    """For the table."""
-    run: Callable[[Peer, float], Figures]
-    """With the seconds that it may take; some take as long as they take."""
     group: str
-    main: str = "rate"
-    """The figure that is in the table first."""
-    families: tuple[int, ...] = field(default=(4,))
+    work: Work
+    shown: tuple[str, ...]
+    connections: int = 0
+    """At the same time, if there are so many that not everybody can hold them."""
+    variant: Variant = DEFAULT
+    """How the relays run."""
+    fresh: bool = False
+    """Relays must have done nothing before."""
+
+    @property
+    def main(self) -> str:
+        """Its most important figure."""
+        return self.shown[0]
 
 
-def bulk(streams: int, direction: str, family: int = 4) -> Callable[[Peer, float], Figures]:
-    def run(peer: Peer, seconds: float) -> Figures:
-        with busy(peer) as used:
-            said = peer.stage.measure("bulk", peer.port, seconds, streams, direction, family=family, seconds=seconds)
-        _no_errors(said)
-        gigabytes = said["bytes"] / 1e9
-        return {"rate": said["bits_per_second"], "cpu_per_gb": used["own"] / gigabytes, "idle": used["idle"]}
-
-    return run
+STREAMS = (1, 4, 16)
+DIRECTIONS = {"up": "up", "down": "down", "both": "each way"}
+CURVE = (1, 2, 8, 32, 128, 512, 2048, 5000, 9000)
+ON_DEMAND = ("curve", "processors")
+"""Groups that are measured only when they are asked for."""
 
 
-def requests(
-    connections: int, response: int = 128, family: int = 4, rate: float = 0
-) -> Callable[[Peer, float], Figures]:
-    def run(peer: Peer, seconds: float) -> Figures:
-        with busy(peer) as used:
-            arguments = [seconds, connections, 128, response, *([rate] if rate else [])]
-            said = peer.stage.measure("rr", peer.port, *arguments, family=family, seconds=seconds)
-        return _of_latencies(said, used)
-
-    return run
+def _bulk() -> Iterator[Cell]:
+    for streams in STREAMS:
+        for direction, words in DIRECTIONS.items():
+            what = f"{streams} stream{'s' if streams > 1 else ''} {words}"
+            yield Cell(f"bulk{streams}-{direction}", what, "bulk", bulk(streams, direction), (BULK,))
 
 
-def connects(at_once: int, closer: str, family: int = 4) -> Callable[[Peer, float], Figures]:
-    def run(peer: Peer, seconds: float) -> Figures:
-        with busy(peer) as used:
-            said = peer.stage.measure("conn", peer.port, seconds, at_once, closer, family=family, seconds=seconds)
-        return _of_latencies(said, used)
-
-    return run
-
-
-def connects_beside_hogs(peer: Peer, seconds: float) -> Figures:
-    """Two programs that only compute, one for each of two processors."""
-    command = [sys.executable, "-c", "while True: pass"]
-    with contextlib.ExitStack() as stack:
-        for _ in range(2):
-            hog = stack.enter_context(peer.stage.lab.relay.start(command))
-            stack.callback(hog.kill)
-        return connects(1, "server")(peer, seconds)
+def _requests() -> Iterator[Cell]:
+    for count in (1, 32, 256, 2048):
+        what = f"requests, {count:,} connection{'s' if count > 1 else ''}"
+        yield Cell(f"rr{count}", what, "rr", requests(count), LATENCIES, count)
+    yield Cell("rr32-16k", "requests, 32 connections, 16 KiB back", "rr", requests(32, 16384), LATENCIES)
+    what = "5,000 requests/s on 32 connections"
+    yield Cell("fixed32", what, "fixed", requests(32, rate=5000), (P99, "p50"))
+    what = "2,000 requests/s on 200 connections, beside 2 streams"
+    mixed = beside_bulk(2, requests(200, rate=2000))
+    yield Cell("mixed", what, "fixed", mixed, (P99, "p50", "beside_throughput"))
 
 
-def idle(connections: int) -> Callable[[Peer, float], Figures]:
-    """Opened, held, and at last asked once more."""
-
-    def run(peer: Peer, _: float) -> Figures:
-        empty = resident(peer)
-        with peer.stage.start("idle", peer.port, connections, 64) as load:
-            try:
-                opened = _next(load)
-                held = resident(peer)
-                asked = _ask(load)
-            finally:
-                load.kill()
-        _no_errors(opened)
-        return {
-            "open_seconds": opened["seconds"],
-            "rss_per_connection": (held - empty) / connections,
-            "base_rss": empty,
-            "round_p99": asked["p99"],
-            "round_seconds": asked["seconds"],
-            "unanswered": asked["errors"],
-        }
-
-    return run
+def _connects() -> Iterator[Cell]:
+    yield Cell("conn1", "new connections, one at a time", "conn", connects(1, "server"), LATENCIES)
+    for count in (32, 256):
+        yield Cell(f"conn{count}", f"new connections, {count} at once", "conn", connects(count, "server"), LATENCIES)
+    yield Cell("conn32-client", "the same, 32, the client closes first", "conn", connects(32, "client"), LATENCIES)
+    yield Cell("conn32-reset", "the same, 32, the client resets", "conn", connects(32, "reset"), LATENCIES)
+    hogs = beside_hogs(2, connects(1, "server"))
+    yield Cell("conn1-hogs", "new connections, one at a time, 2 hogs", "conn", hogs, LATENCIES)
 
 
-def idle_after_bulk(peer: Peer, seconds: float) -> Figures:
-    """The memory of 16 streams that have been busy, and are idle, against that of before."""
-    with peer.stage.start("idle", peer.port, 200, 64) as load:
-        try:
-            _no_errors(_next(load))
-            before = resident(peer)
-            bulk(16, "both")(peer, seconds)
-            _ask(load)
-            settled = _settled(peer)
-        finally:
-            load.kill()
-    return {"rss_ratio": settled / before, "rss_before": before, "rss_after": settled}
+def _idle() -> Iterator[Cell]:
+    figures: tuple[str, ...] = ("rss_per_connection", "open_seconds", "round_p99")
+    for count in (1000, 5000):
+        yield Cell(f"idle{count}", f"{count:,} idle connections", "idle", idle(count), figures, count, fresh=True)
+    what = "9,000 connections held, and each asked once"
+    yield Cell("hold9000", what, "idle", idle(9000), ("round_p99", "open_seconds", "unanswered"), 9000, fresh=True)
+    what = "memory of 200 connections after 16 MiB in each, against before"
+    yield Cell("after-bulk", what, "idle", idle_after_bulk(200, 16), ("rss_ratio",), fresh=True)
 
 
-def mixed(peer: Peer, seconds: float) -> Figures:
-    """200 connections with 2,000 requests a second in all, beside two streams as fast as they go."""
-    with peer.stage.start("bulk", peer.port, seconds + 1.5, 2, "up") as load:
-        try:
-            figures = requests(200, rate=2000)(peer, seconds)
-            said = _next(load)
-        finally:
-            load.kill()
-    _no_errors(said)
-    return {**figures, "bulk_rate": said["bits_per_second"]}
-
-
-CELLS = tuple(
-    [
-        Cell(
-            f"bulk{streams}-{direction}",
-            f"{streams} stream{'s' if streams > 1 else ''} {direction}",
-            bulk(streams, direction),
-            "bulk",
-        )
-        for streams in (1, 4, 16)
-        for direction in ("up", "down", "both")
+def _others() -> Iterator[Cell]:
+    """The three basic kinds of work, in other circumstances."""
+    kinds: list[tuple[str, str, Callable[[int], Work], tuple[str, ...]]] = [
+        ("bulk1-up", "1 stream up", lambda family: bulk(1, "up", family), (BULK,)),
+        ("rr32", "requests, 32 connections", lambda family: requests(32, family=family), LATENCIES),
+        ("conn32", "new connections, 32 at once", lambda family: connects(32, "server", family), LATENCIES),
     ]
-    + [
-        Cell(f"rr{count}", f"requests, {count} connection{'s' if count > 1 else ''}", requests(count), "rr")
-        for count in (1, 32, 256, 2048)
-    ]
-    + [
-        Cell("rr32-16k", "requests, 32 connections, 16 KiB back", requests(32, 16384), "rr"),
-        Cell("conn1", "new connections, one at a time", connects(1, "server"), "conn"),
-        Cell("conn32", "new connections, 32 at once", connects(32, "server"), "conn"),
-        Cell("conn256", "new connections, 256 at once", connects(256, "server"), "conn"),
-        Cell("conn32-client", "the same, the client closes first", connects(32, "client"), "conn"),
-        Cell("conn32-reset", "the same, the client resets", connects(32, "reset"), "conn"),
-        Cell("conn1-hogs", "one at a time, beside 2 programs that compute", connects_beside_hogs, "conn"),
-        Cell("mixed", "2,000 requests/s on 200 connections beside 2 streams", mixed, "mixed", "p99"),
-        Cell("idle1000", "1,000 idle connections", idle(1000), "idle", "rss_per_connection"),
-        Cell("idle5000", "5,000 idle connections", idle(5000), "idle", "rss_per_connection"),
-        Cell("hold9000", "9,000 connections, each asked once", idle(9000), "idle", "round_p99"),
-        Cell("after-bulk", "memory after 16 busy streams", idle_after_bulk, "idle", "rss_ratio"),
-        Cell("bulk1-up-v6", "1 stream up, IPv6", bulk(1, "up", 6), "v6"),
-        Cell("rr32-v6", "requests, 32 connections, IPv6", requests(32, family=6), "v6"),
-        Cell("conn32-v6", "new connections, 32 at once, IPv6", connects(32, "server", 6), "v6"),
-    ]
-    + [
-        Cell(f"curve{count}", f"requests, {count} connections", requests(count), "curve")
-        for count in (1, 8, 32, 128, 512, 2048, 5000, 9000)
-    ]
-)
+    for name, what, work, shown in kinds:
+        yield Cell(f"{name}-v6", f"{what}, IPv6", "v6", work(6), shown)
+    for name, what, work, shown in kinds:
+        keeps = Variant(preserving=True)
+        yield Cell(f"{name}-source", f"{what}, source preserved", "source", work(4), shown, variant=keeps)
+    for name, what, work, shown in kinds:
+        for number in (1, 2, 4):
+            variant = Variant(processors=number)
+            what_of = f"{what}, {number} worker{'s' if number > 1 else ''}"
+            yield Cell(f"{name}-w{number}", what_of, "processors", work(4), shown, variant=variant)
 
 
-@contextlib.contextmanager
-def busy(peer: Peer) -> Iterator[Figures]:
-    """Afterwards: seconds of processor time that the relay has used, and the part of the machine that had nothing to
-    do."""
-    used: Figures = {}
-    own, all_of_it = _own(peer), _machine()
-    yield used
-    machine = [after - before for before, after in zip(all_of_it, _machine())]
-    used["own"] = (_own(peer) - own) / _TICKS
-    used["idle"] = sum(machine[3:5]) / max(1, sum(machine))
+def _curve() -> Iterator[Cell]:
+    for count in CURVE:
+        what = f"requests, {count:,} connection{'s' if count > 1 else ''}"
+        yield Cell(f"curve{count}", what, "curve", requests(count), LATENCIES, count)
 
 
-def _own(peer: Peer) -> int:
-    """proc(5), /proc/PID/stat: utime and stime."""
-    total = 0
-    for pid in peer.pids():
-        with contextlib.suppress(OSError):
-            total += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return total
-
-
-def _machine() -> list[int]:
-    return list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
-
-
-def resident(peer: Peer) -> float:
-    """Bytes of memory of all its processes (proc(5), smaps_rollup: Pss, so that what they share counts once)."""
-    total = 0
-    for pid in peer.pids():
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-    return total
-
-
-def _settled(peer: Peer) -> float:
-    """The memory once it falls no more: some of it is given back after seconds of silence."""
-    best = resident(peer)
-    for _ in range(8):
-        subprocess.run(["sleep", "1"], check=True)
-        best = min(best, resident(peer))
-    return best
-
-
-def _of_latencies(said: Figures, used: Figures) -> Figures:
-    _no_errors(said)
-    if not said["count"]:
-        raise RuntimeError("nothing was answered")
-    figures = {name: said[name] for name in ("p50", "p90", "p99", "p999", "max")}
-    return {
-        "rate": said["count"] / said["seconds"],
-        "cpu_per_item": used["own"] / said["count"],
-        "idle": used["idle"],
-        **figures,
-    }
-
-
-def _no_errors(said: Figures) -> None:
-    if said["errors"]:
-        raise RuntimeError(f"{said['errors']} errors")
-
-
-def _next(load: "subprocess.Popen[bytes]") -> Figures:
-    assert load.stdout is not None
-    line = load.stdout.readline()
-    if not line:
-        raise RuntimeError("the generator has failed")
-    found: Figures = json.loads(line)
-    return found
-
-
-def _ask(load: "subprocess.Popen[bytes]") -> Figures:
-    assert load.stdin is not None
-    load.stdin.write(b"\n")
-    load.stdin.flush()
-    return _next(load)
+CELLS = (*_bulk(), *_requests(), *_connects(), *_idle(), *_others(), *_curve())

@@ -1,55 +1,87 @@
 """What has changed since another run: python tests/bench/compare.py BASELINE.json NEW.json
 
-Two runs on a machine that is shared, or on two machines, cannot be compared; their ratios to the same relay can. A row
-is shown where the new ratios to it lie wholly outside of the old ones and the medians differ by more than NOISE.
+Rates of two machines, or of two days on a shared one, cannot be compared; ratios to the same other relay can. So each
+row is about a ratio (of memory: about the figure), and is shown where the new rounds lie wholly outside of the old ones
+and the medians differ by more than NOISE. A change that shows against one of the others only is that other's.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import figures  # noqa: E402
-from targets import TARGETS  # noqa: E402
+from cells import CELLS  # noqa: E402
+from figures import OURS, Spread  # noqa: E402
 
 NOISE = 0.10
 """Of a ratio: two slots of one run have differed by more."""
+FEW = 3
+MORE_IS_BETTER = ("throughput", "beside_throughput", "rate")
+PLAIN = ("rss_per_connection", "rss_ratio", "unanswered")
+"""Figures that say something without another relay."""
+
+
+class Change(NamedTuple):
+    """A row; `peer` is None for a plain figure."""
+
+    cell: str
+    figure: str
+    peer: str | None
+    better: bool
+    before: Spread
+    after: Spread
+
+    def __str__(self) -> str:
+        against = f"x {self.peer}" if self.peer else ""
+        factor = f" ({self.after.median / self.before.median:.2f})" if self.before.median else ""
+        word = "better" if self.better else "WORSE"
+        return f"{word:6} {self.cell:14} {self.figure:18} {against:16} {self.before} -> {self.after}{factor}"
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns 1 if something has become worse."""
     if len(argv) != 2:
-        print((__doc__ or "").split("\n", 1)[0])
+        print((__doc__ or "").split("\n", 1)[0], file=sys.stderr)
         return 2
     old, new = (json.loads(Path(name).read_text()) for name in argv)
-    worse = 0
-    for cell, figure, peer, least, before, after in changes(old, new):
-        better = (after.median > before.median) == least
-        worse += not better
-        word = "better" if better else "WORSE"
-        print(f"{word:6} {cell:14} {figure:12} x {peer:14} {before} -> {after}")
-    print(f"{old['machine']['commit']} -> {new['machine']['commit']}: {worse} worse")
+    found = list(changes(old, new))
+    print(*found, sep="\n")
+    worse = sum(not change.better for change in found)
+    print(f"{_name(old)} -> {_name(new)}: {len(found) - worse} better, {worse} worse")
+    for run, name in zip((old, new), argv):
+        rounds = min(map(len, run["rounds"].values()), default=0)
+        few = ": too few to know what is noise" if rounds < FEW else ""
+        print(f"{name}: {rounds} rounds{few}; {run['noisy']} noisy measurements, {len(run['failures'])} failures")
     return 1 if worse else 0
 
 
-def changes(
-    old: dict[str, Any], new: dict[str, Any]
-) -> Iterator[tuple[str, str, str, bool, figures.Ratio, figures.Ratio]]:
-    """Cell, figure, relay that it is measured by, whether more is better, the old ratio and the new one."""
-    wanted = dict.fromkeys((target.cell, target.figure, target.peer, target.least) for target in TARGETS)
-    for cell, figure, peer, least in wanted:
-        if peer is None:
-            continue
-        ratios = [figures.ratio(run["rounds"].get(cell, []), figure, "relay", peer) for run in (old, new)]
-        before, after = ratios
-        if before is None or after is None:
-            continue
-        apart = after.least > before.most or after.most < before.least
-        if apart and abs(after.median / before.median - 1) > NOISE:
-            yield cell, figure, peer, least, before, after
+def changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
+    """Beyond the noise."""
+    for cell in CELLS:
+        rounds = [run["rounds"].get(cell.name, []) for run in (old, new)]
+        names = {name: None for one in rounds[0] for name in one if name != OURS}
+        for figure in cell.shown:
+            for peer in [None] if figure in PLAIN else names:
+                before, after = (
+                    figures.of_peer(one, OURS, figure) if peer is None else figures.ratio(one, figure, peer)
+                    for one in rounds
+                )
+                if before is not None and after is not None and _differ(before, after):
+                    better = (after.median > before.median) == (figure in MORE_IS_BETTER)
+                    yield Change(cell.name, figure, peer, better, before, after)
+
+
+def _differ(before: Spread, after: Spread) -> bool:
+    apart = after.least > before.most or after.most < before.least
+    return apart and abs(after.median - before.median) > NOISE * before.median
+
+
+def _name(run: dict[str, Any]) -> str:
+    return str(run["versions"].get(OURS, "?"))
 
 
 if __name__ == "__main__":

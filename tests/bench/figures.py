@@ -9,47 +9,66 @@ from targets import Target
 Rounds = Sequence[dict[str, dict[str, float]]]
 """For each round, the figures of each relay. A relay that failed in a round is missing there."""
 
+OURS = "relay"
 
-class Ratio(NamedTuple):
-    """Ours to another's, round by round."""
+
+class Spread(NamedTuple):
+    """Of one thing, round by round."""
 
     median: float
     least: float
     most: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.least:.2f}-{self.most:.2f}]"
+        alone = self.least == self.most
+        return f"{self.median:.2f}" if alone else f"{self.median:.2f} ({self.least:.2f}-{self.most:.2f})"
 
 
-def middle(rounds: Rounds, peer: str, figure: str) -> float | None:
-    """The median of one relay's figure; None if it has none."""
-    found = [one[peer][figure] for one in rounds if figure in one.get(peer, {})]
-    return median(found) if found else None
+class Judgement(NamedTuple):
+    """Of a target."""
+
+    reached: float
+    met: bool
+    words: str
 
 
-def ratio(rounds: Rounds, figure: str, ours: str, theirs: str) -> Ratio | None:
-    """None if there is no round in which both have the figure."""
-    found = [
-        one[ours][figure] / one[theirs][figure]
-        for one in rounds
-        if figure in one.get(ours, {}) and one.get(theirs, {}).get(figure)
-    ]
-    return Ratio(median(found), min(found), max(found)) if found else None
+def spread(found: Sequence[float]) -> Spread | None:
+    """None of nothing."""
+    return Spread(median(found), min(found), max(found)) if found else None
 
 
-def judged(target: Target, rounds: Rounds) -> tuple[float, str] | None:
-    """What was reached, and in a word how good that is; None if it was not measured."""
+def of_peer(rounds: Rounds, peer: str, figure: str) -> Spread | None:
+    """One relay's figure; None if it has none."""
+    return spread([one[peer][figure] for one in rounds if figure in one.get(peer, {})])
+
+
+def ratio(rounds: Rounds, figure: str, theirs: str) -> Spread | None:
+    """Ours to another's; None if there is no round in which both have the figure."""
+    pairs = [(one.get(OURS, {}).get(figure), one.get(theirs, {}).get(figure)) for one in rounds]
+    return spread([ours / other for ours, other in pairs if ours is not None and other])
+
+
+def measured(target: Target, rounds: Rounds) -> Spread | None:
+    """What the target speaks of."""
     if target.peer is None:
-        reached = middle(rounds, "relay", target.figure)
-    else:
-        found = ratio(rounds, target.figure, "relay", target.peer)
-        reached = found.median if found else None
-    if reached is None:
+        return of_peer(rounds, OURS, target.figure)
+    return ratio(rounds, target.figure, target.peer)
+
+
+def judged(target: Target, rounds: Rounds) -> Judgement | None:
+    """What was reached, and how good that is; None if it was not measured."""
+    found = measured(target, rounds)
+    if found is None:
         return None
-    if not _reaches(target.least, reached, target.must):
-        return reached, "SHORT"
-    return reached, "goal" if target.goal is not None and _reaches(target.least, reached, target.goal) else "ok"
+    reached = found.median
+    plain = of_peer(rounds, OURS, target.figure)
+    enough = target.enough is not None and plain is not None and target.reaches(plain.median, target.enough)
+    if target.must is not None and not enough and not target.reaches(reached, target.must):
+        return Judgement(reached, False, f"short by {_missing(reached, target.must)}")
+    if target.goal is None or target.reaches(reached, target.goal):
+        return Judgement(reached, True, "ok" if target.goal is None else "ok, and the goal")
+    return Judgement(reached, True, f"ok; {_missing(reached, target.goal)} to the goal")
 
 
-def _reaches(least: bool, reached: float, wanted: float) -> bool:
-    return reached >= wanted if least else reached <= wanted
+def _missing(reached: float, wanted: float) -> str:
+    return f"{abs(reached / wanted - 1):.0%}" if wanted else f"{reached:g}"

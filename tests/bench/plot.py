@@ -1,7 +1,7 @@
 """Pictures of a run for the manual: python tests/bench/plot.py RUN.json FOLDER
 
-ratios.svg: what the relay reaches, as a part of each other relay. curve.svg: requests a second over the number of
-connections, if the group `curve` was measured. Needs matplotlib (pip install '.[bench]').
+ratios.svg: the rates of the relay, as a part of each other relay's. If the group `curve` was measured, curve.svg: rate,
+latency and processor time of requests over the number of connections. Needs matplotlib (pip install '.[bench]').
 """
 
 import json
@@ -14,32 +14,42 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import figures  # noqa: E402
 import matplotlib  # noqa: E402
-from cells import CELLS  # noqa: E402
+from cells import BULK, CELLS, RATE  # noqa: E402
+from figures import OURS  # noqa: E402
 
 matplotlib.use("svg")
+# Text stays text, and the same run makes the same file.
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tproxy-relay", "font.size": 10})
 
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
-SHOWN = ("haproxy", "envoy", "go", "c", "direct")
-COLOURS = {
-    "relay": "#d1495b",
-    "haproxy": "#00798c",
-    "envoy": "#edae49",
-    "go": "#66a182",
-    "c": "#8d6a9f",
-    "direct": "#777777",
+STYLE = {
+    OURS: ("tproxy-relay", "#d1495b", "o"),
+    "haproxy": ("HAProxy", "#00899c", "s"),
+    "envoy": ("Envoy", "#c98f1b", "^"),
+    "go": ("Go", "#4f9a6b", "D"),
+    "c": ("C, same shape", "#9a72b0", "v"),
+    "direct": ("no relay", "#808080", "x"),
 }
-"""Readable on white and on black."""
+"""Name, colour and mark: colours that can be read on white and on black, and marks without colours."""
 INK = "#808080"
+PANELS = (
+    ("rate", "requests/s", 1.0),
+    ("p99", "p99, ms", 1e3),
+    ("cpu_per_item", "processor time\nper request, us", 1e6),
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns 2 for a wrong command line."""
     if len(argv) != 2:
-        print((__doc__ or "").split("\n", 1)[0])
+        print((__doc__ or "").split("\n", 1)[0], file=sys.stderr)
         return 2
     run, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
     ratios(run, folder / "ratios.svg")
     if any(name.startswith("curve") for name in run["rounds"]):
         curve(run, folder / "curve.svg")
@@ -47,60 +57,75 @@ def main(argv: Sequence[str]) -> int:
 
 
 def ratios(run: dict[str, Any], path: Path) -> None:
-    """Rates only: more is better; one mark for each other relay, on a line for each cell."""
-    cells = [cell for cell in CELLS if cell.main == "rate" and cell.name in run["rounds"] and cell.group != "curve"]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(cells)))
-    for name in SHOWN:
-        found = [
-            (row, figures.ratio(run["rounds"][cell.name], "rate", "relay", name)) for row, cell in enumerate(cells)
-        ]
-        there = [(row, ratio) for row, ratio in found if ratio is not None]
-        axes.errorbar(
-            [ratio.median for _, ratio in there],
-            [row for row, _ in there],
-            xerr=[[r.median - r.least for _, r in there], [r.most - r.median for _, r in there]],
-            fmt="o",
-            color=COLOURS[name],
-            label=name,
-            elinewidth=1,
-            alpha=0.9,
-        )
+    """More is better; a line for each cell, a mark for each other relay, and the range of the rounds."""
+    cells = [
+        cell for cell in CELLS if cell.main in (BULK, RATE) and cell.name in run["rounds"] and cell.group != "curve"
+    ]
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.4 * len(cells)))
+    for place, (name, (label, colour, mark)) in enumerate(STYLE.items()):
+        found = [(row, figures.ratio(run["rounds"][cell.name], cell.main, name)) for row, cell in enumerate(cells)]
+        # Above each other, so that none hides another.
+        there = [(row + 0.14 * (place - 3), ratio) for row, ratio in found if ratio is not None and name != OURS]
+        if there:
+            axes.errorbar(
+                [ratio.median for _, ratio in there],
+                [row for row, _ in there],
+                xerr=[[r.median - r.least for _, r in there], [r.most - r.median for _, r in there]],
+                fmt=mark,
+                color=colour,
+                label=label,
+                elinewidth=1,
+                markersize=4,
+            )
     axes.set_xscale("log", base=2)
-    axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_yticks(range(len(cells)), [cell.what for cell in cells])
-    axes.invert_yaxis()
-    axes.set_xlabel("rate of tproxy-relay / rate of the other, median and range of rounds")
-    _finish(figure, axes, path)
+    axes.set_ylim(len(cells) - 0.4, -0.6)
+    axes.set_xlabel("tproxy-relay / the other: median, and range of the rounds")
+    _finish(figure, [axes], path)
 
 
 def curve(run: dict[str, Any], path: Path) -> None:
     """Both axes logarithmic."""
     cells = [cell for cell in CELLS if cell.group == "curve" and cell.name in run["rounds"]]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for name in ("relay", *SHOWN):
-        found = [(int(cell.name[5:]), figures.middle(run["rounds"][cell.name], name, "rate")) for cell in cells]
-        there = [(count, rate) for count, rate in found if rate is not None]
-        if there:
-            axes.plot(*zip(*there), marker="o", color=COLOURS[name], label=name, linewidth=2 if name == "relay" else 1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("connections, one request on its way in each")
-    axes.set_ylabel("requests/s")
-    _finish(figure, axes, path)
+    figure, panels = pyplot.subplots(len(PANELS), figsize=(8, 9), sharex=True)
+    for axes, (name_of_figure, words, factor) in zip(panels, PANELS):
+        for name, (label, colour, mark) in STYLE.items():
+            found = [
+                (cell.connections, figures.of_peer(run["rounds"][cell.name], name, name_of_figure)) for cell in cells
+            ]
+            there = [(count, one.median * factor) for count, one in found if one is not None and one.median]
+            if there:
+                width = 2.0 if name == OURS else 1.0
+                axes.plot(*zip(*there), marker=mark, color=colour, label=label, linewidth=width, markersize=4)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter("")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set_ylabel(words)
+    panels[-1].set_xlabel("connections, one request on its way in each")
+    _finish(figure, list(panels), path)
 
 
-def _finish(figure: Any, axes: Any, path: Path) -> None:
-    for spine in axes.spines.values():
-        spine.set_color(INK)
-    axes.tick_params(colors=INK)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(INK)
-    axes.grid(True, color=INK, alpha=0.25)
-    for text in axes.legend(frameon=False).get_texts():
-        text.set_color(INK)
-    figure.tight_layout()
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+def _finish(figure: Figure, panels: Sequence[Axes], path: Path) -> None:
+    """No background: the page's own shows."""
+    for axes in panels:
+        for spine in axes.spines.values():
+            spine.set_color(INK)
+        axes.tick_params(which="both", colors=INK)
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_color(INK)
+        axes.grid(True, color=INK, alpha=0.25)
+    if panels[0].get_legend_handles_labels()[0]:
+        legend = panels[0].legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+        for text in legend.get_texts():
+            text.set_color(INK)
+    figure.align_ylabels()
+    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,77 +1,110 @@
-"""The table of a run: what was measured, beside what the others reach and what was wanted."""
+"""The tables of a run, in Markdown: what each relay reached, ours beside the others, and what was wanted."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import figures
 from cells import CELLS, Cell
-from figures import Rounds
-from targets import TARGETS
+from figures import OURS, Rounds, Spread
+from targets import TARGETS, Target
 
 _UNITS = {
+    "throughput": ("Gbit/s", 1e-9),
+    "beside_throughput": ("Gbit/s", 1e-9),
     "rate": ("/s", 1.0),
-    "p99": ("ms", 1e3),
+    "open_seconds": ("s", 1.0),
     "rss_per_connection": ("KiB", 1 / 1024),
-    "round_p99": ("ms", 1e3),
-    "rss_ratio": ("x", 1.0),
+    "cpu_per_item": ("us", 1e6),
+    "cpu_per_gb": ("s/GB", 1.0),
+    **{name: ("ms", 1e3) for name in ("p50", "p90", "p99", "p999", "max", "round_p99")},
 }
+_CPU = {"throughput": "cpu_per_gb", "rate": "cpu_per_item"}
+"""The cost that belongs to a figure."""
 
 
-def table(result: dict[str, Any]) -> str:
-    """In the form of Markdown."""
+def tables(result: dict[str, Any]) -> str:
+    """All of them."""
     rounds: dict[str, Rounds] = result["rounds"]
-    names = [name for name in _peers(rounds) if name != "relay"]
-    lines = [
-        "| work | figure | relay | " + " | ".join(f"x {name}" for name in names) + " | CPU us |",
-        "|---|---|---|" + "---|" * (len(names) + 1),
+    names = _peers(rounds)
+    blocks = [
+        _table(["figures", "", *names], _figures(rounds, names)),
+        _table(
+            ["ratios", "", *(f"x {name}" for name in names if name != OURS)],
+            _ratios(rounds, [name for name in names if name != OURS]),
+        ),
+        _table(["target", "must", "goal", "reached", ""], _targets(rounds)),
     ]
-    for cell in CELLS:
-        if cell.name in rounds:
-            lines += _rows(cell, rounds[cell.name], names)
-    lines += ["", *_targets(rounds)]
-    return "\n".join(lines)
+    return "\n\n".join(block for block in blocks if block)
+
+
+def shown(figure: str, value: float | None) -> str:
+    """With its unit."""
+    if value is None:
+        return "-"
+    unit, factor = _UNITS.get(figure, ("", 1.0))
+    value *= factor
+    return f"{value:,.0f} {unit}".strip() if abs(value) >= 1000 else f"{value:.3g} {unit}".strip()
 
 
 def _peers(rounds: dict[str, Rounds]) -> list[str]:
-    found: dict[str, None] = {}
-    for every in rounds.values():
-        for one in every:
-            found.update(dict.fromkeys(one))
-    return list(found)
+    found = {name: None for every in rounds.values() for one in every for name in one}
+    return [OURS, *(name for name in found if name != OURS)]
 
 
-def _rows(cell: Cell, rounds: Rounds, names: list[str]) -> list[str]:
-    shown = [cell.main, *(["p99"] if cell.group in ("rr", "conn") else [])]
-    shown += ["open_seconds"] if cell.group == "idle" and cell.main != "rss_ratio" else []
-    rows = []
-    for figure in shown:
-        ours = figures.middle(rounds, "relay", figure)
-        ratios = [figures.ratio(rounds, figure, "relay", name) for name in names]
-        cpu = figures.middle(rounds, "relay", "cpu_per_item")
-        rows.append(
-            f"| {cell.what} | {figure} | {_shown(cell, figure, ours)} | "
-            + " | ".join("-" if one is None else str(one) for one in ratios)
-            + f" | {'' if cpu is None or figure != cell.main else f'{cpu * 1e6:.0f}'} |"
-        )
-    return rows
+def _rows(rounds: dict[str, Rounds]) -> Iterator[tuple[Cell, str]]:
+    for cell in CELLS:
+        for figure in cell.shown if cell.name in rounds else ():
+            yield cell, figure
 
 
-def _shown(cell: Cell, figure: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    if cell.group in ("bulk", "v6") and figure == "rate" and value > 1e8:
-        return f"{value / 1e9:.1f} Gbit/s"
-    unit, factor = _UNITS.get(figure, ("", 1.0))
-    return f"{value * factor:,.4g} {unit}".strip()
+def _figures(rounds: dict[str, Rounds], names: list[str]) -> Iterator[list[str]]:
+    """Medians; and what it costs, of the processors."""
+    for cell, figure in _rows(rounds):
+        found = [figures.of_peer(rounds[cell.name], name, figure) for name in names]
+        yield [cell.what, figure, *(shown(figure, None if one is None else one.median) for one in found)]
+        cost = _CPU.get(figure)
+        found = [figures.of_peer(rounds[cell.name], name, cost) for name in names] if cost else []
+        if cost and any(found):
+            yield [cell.what, cost, *(shown(cost, None if one is None else one.median or None) for one in found)]
 
 
-def _targets(rounds: dict[str, Rounds]) -> list[str]:
-    lines = ["| target | must | goal | reached | |", "|---|---|---|---|---|"]
+def _ratios(rounds: dict[str, Rounds], names: list[str]) -> Iterator[list[str]]:
+    for cell, figure in _rows(rounds):
+        found = [figures.ratio(rounds[cell.name], figure, name) for name in names]
+        if any(found):
+            yield [cell.what, figure, *map(_or_dash, found)]
+
+
+def _targets(rounds: dict[str, Rounds]) -> Iterator[list[str]]:
     for target in TARGETS:
-        judged = figures.judged(target, rounds.get(target.cell, []))
-        if judged is not None:
-            sign = ">=" if target.least else "<="
-            against = f" x {target.peer}" if target.peer else ""
-            goal = "" if target.goal is None else f"{target.goal:g}"
-            wanted = f"{target.cell} {target.figure}{against} | {sign} {target.must:g} | {goal}"
-            lines.append(f"| {wanted} | {judged[0]:.4g} | {judged[1]} |")
-    return lines
+        judgement = figures.judged(target, rounds.get(target.cell, []))
+        if judgement is not None:
+            against = "" if target.peer is None else f" x {target.peer}"
+            name = f"{target.cell} {target.figure}{against}"
+            reached = _wanted(target, judgement.reached).strip()
+            yield [name, _must(target), _wanted(target, target.goal), reached, judgement.words]
+
+
+def _must(target: Target) -> str:
+    if target.must is None:
+        return ""
+    other = "" if target.enough is None else f" or {shown(target.figure, target.enough)}"
+    return f"{'>=' if target.least else '<='} {_wanted(target, target.must)}{other}"
+
+
+def _wanted(target: Target, value: float | None) -> str:
+    if value is None:
+        return ""
+    return shown(target.figure, value) if target.peer is None else f"{value:.2f}"
+
+
+def _or_dash(one: Spread | None) -> str:
+    return "-" if one is None else str(one)
+
+
+def _table(head: list[str], rows: Iterator[list[str]]) -> str:
+    found = [" | ".join(row) for row in rows]
+    if not found:
+        return ""
+    lines = [" | ".join(head), "|".join("---" for _ in head), *found]
+    return "\n".join(f"| {line} |" if "---|" not in line else f"|{line}|" for line in lines)

@@ -5,44 +5,63 @@ What is steered to a relay that does not listen is dropped: TPROXY itself would 
 to start would be measured as the fastest of all.
 """
 
-import json
+import contextlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from tproxy_relay.lab import Lab, LabError
+from generator import HERE, Client, Server, compiled
+from usage import Look, look
 
-HERE = Path(__file__).parent
+from tproxy_relay.lab import Host, Lab
+
 FIRST_PORT = 8100
 """Of the server; each relay has one after it."""
 PORTS = 16
+FIRST_LISTENER, LISTENERS = 16000, 64
+"""On the relay's host; each relay has some of them."""
 MARK, TABLE = 0x100, 100
-"""Of the rules for the other relays; ours has its own."""
-PATIENCE = 120.0
-"""Seconds for one run of the generator beyond what it measures."""
+"""Of the rules for the other relays; ours brings its own."""
 
-_RULES = f"""\
+# Not for bare SYNs: one may find an old connection of its own addresses in TIME_WAIT, and "socket" would give it that.
+_KNOWN = f"tcp flags & (fin|syn|rst|ack) != syn socket transparent 1 meta mark set {MARK} accept"
+
+_RULES = """\
+table inet bench
+delete table inet bench
 table inet bench {{
   chain prerouting {{
     type filter hook prerouting priority mangle; policy accept;
-    iifname "rs" tcp flags & (fin|syn|rst|ack) != syn socket transparent 1 meta mark set {MARK} accept
-    iifname != "rc" accept
-    tcp dport vmap {{ PORTS }}
+    iifname "rs" tcp sport {{ {ports} }} {known}
+    iifname "rc" tcp dport vmap {{ {verdicts} }}
   }}
-CHAINS}}
+{chains}}}
 """
-_CHAIN = f"""\
-  chain to_{{0}} {{{{
-    tcp flags & (fin|syn|rst|ack) != syn socket transparent 1 meta mark set {MARK} accept
-    meta l4proto tcp meta nfproto ipv4 tproxy ip to :{{1}} meta mark set {MARK} accept
-    meta l4proto tcp meta nfproto ipv6 tproxy ip6 to :{{1}} meta mark set {MARK} accept
+_CHAIN = """\
+  chain to_{port} {{
+    {known}
+    meta l4proto tcp meta nfproto ipv4 tproxy ip to :{listener} meta mark set {mark} accept
+    meta l4proto tcp meta nfproto ipv6 tproxy ip6 to :{listener} meta mark set {mark} accept
     drop
-  }}}}
+  }}
 """
+
+_SYSCTLS: dict[str, object] = {
+    # 9,000 connections in and 9,000 out, over and over.
+    "net.ipv4.ip_local_port_range": "1024 65535",
+    "net.core.somaxconn": 65535,
+    # "socket transparent" finds a relay's listener, too, for an answer to a client that came from a port of its number:
+    # the client's connection, whoever relays it or nobody, would stall at its first packet.
+    "net.ipv4.ip_local_reserved_ports": f"{FIRST_LISTENER}-{FIRST_LISTENER + LISTENERS - 1}",
+}
+_TOLD = (
+    *("net.ipv4.tcp_congestion_control", "net.ipv4.tcp_tw_reuse", "net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem"),
+    *_SYSCTLS,
+)
+"""They belong to the result."""
 
 
 class Stage:
@@ -51,69 +70,73 @@ class Stage:
     def __init__(self) -> None:
         self.lab = Lab()
         self.folder = Path(tempfile.mkdtemp(prefix="tproxy-relay-bench-"))
-        self._server: subprocess.Popen[bytes] | None = None
+        self._undo = contextlib.ExitStack()
         self._steered: dict[int, int] = {}
+        self._running: set[int] = set()
 
     def __enter__(self) -> "Stage":
-        self.load = compiled(HERE / "load/load.c", self.folder)
-        self.lab.__enter__()
-        for host in self.lab.hosts:
-            # 9,000 connections in and 9,000 out, over and over.
-            host.set_sysctl("net.ipv4.ip_local_port_range", "1024 65535")
-            host.set_sysctl("net.core.somaxconn", 65535)
-        ports = map(str, range(FIRST_PORT, FIRST_PORT + PORTS))
-        command = [str(self.load), "server", *ports]
-        pipe = subprocess.PIPE
-        self._server = self.lab.server.start(command, stdin=pipe, stdout=pipe)
-        assert self._server.stdout is not None
-        if self._server.stdout.readline() != b"up\n":
-            raise LabError("the load server did not start")
-        for family in ("-4", "-6"):
-            lines = f"rule add pref 100 fwmark {MARK} lookup {TABLE}\nroute add local default dev lo table {TABLE}\n"
-            self.lab.relay.run(["ip", family, "-batch", "-"], input=lines)
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self._load = compiled(sorted((HERE / "load").glob("*.c")), self.folder / "load")
+            stack.enter_context(self.lab)
+            for host in self.lab.hosts:
+                for name, value in _SYSCTLS.items():
+                    host.set_sysctl(name, value)
+            self.server = Server(self.lab.server, self._load, range(FIRST_PORT, FIRST_PORT + PORTS))
+            stack.callback(self.server.close)
+            for family in ("-4", "-6"):
+                lines = (
+                    f"rule add pref 100 fwmark {MARK} lookup {TABLE}\nroute add local default dev lo table {TABLE}\n"
+                )
+                self.lab.relay.run(["ip", family, "-batch", "-"], input=lines)
+            self._undo = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._server is not None:
-            self._server.kill()
-            self._server.wait()
-            for pipe in (self._server.stdin, self._server.stdout):
-                if pipe is not None:
-                    pipe.close()
-        self.lab.__exit__(kind, error, trace)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._undo.__exit__(kind, error, trace)
 
     def steer(self, port: int, listener: int) -> None:
         """What the client sends to this port of the server, to the relay that listens there."""
         self._steered[port] = listener
+        chains = [_CHAIN.format(port=one, known=_KNOWN, listener=to, mark=MARK) for one, to in self._steered.items()]
         verdicts = ", ".join(f"{one} : goto to_{one}" for one in self._steered)
-        chains = "".join(_CHAIN.format(one, there) for one, there in self._steered.items())
-        rules = _RULES.replace("PORTS", verdicts).replace("CHAINS", chains)
-        self.lab.relay.run(["nft", "-f", "-"], input=f"table inet bench\ndelete table inet bench\n{rules}")
+        ports = ", ".join(map(str, self._steered))
+        rules = _RULES.format(known=_KNOWN, ports=ports, verdicts=verdicts, chains="".join(chains))
+        self.lab.relay.run(["nft", "-f", "-"], input=rules)
 
-    def address(self, family: int) -> str:
-        """The server's, of IPv4 or 6."""
-        return self.lab.server.ipv6 if family == 6 else self.lab.server.ipv4
+    @contextlib.contextmanager
+    def client(self, mode: str, port: int, *arguments: object, family: int = 4) -> Iterator[Client]:
+        """The generator at the client's end."""
+        server = self.lab.server
+        address = server.ipv6 if family == 6 else server.ipv4
+        with Client(self.lab.client, self._load, mode, address, port, *arguments) as client:
+            with self._counted(client.pid):
+                yield client
 
-    def measure(self, mode: str, port: int, *arguments: object, family: int = 4, seconds: float = 0.0) -> Any:
-        """Run the generator at the client's end; what it says."""
-        argv = [str(self.load), mode, self.address(family), str(port), *map(str, arguments)]
-        done = self.lab.client.run(argv, timeout=PATIENCE + seconds)
-        return json.loads(done.stdout)
+    @contextlib.contextmanager
+    def beside(self, host: Host, argv: Sequence[str]) -> Iterator[None]:
+        """A program that runs meanwhile, and counts as ours."""
+        with host.start(argv, stdout=subprocess.DEVNULL) as process:
+            try:
+                with self._counted(process.pid):
+                    yield
+            finally:
+                process.kill()
 
-    def start(self, mode: str, port: int, *arguments: object, family: int = 4) -> "subprocess.Popen[bytes]":
-        """The generator beside others; it hears and says more than once, or its result counts for nothing."""
-        argv = [str(self.load), mode, self.address(family), str(port), *map(str, arguments)]
-        return self.lab.client.start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def look(self, relay: Sequence[int]) -> Look:
+        """At the accounts of the machine, with these processes of the relay."""
+        return look(relay, [self.server.pid, *self._running])
 
+    def settings(self) -> dict[str, str]:
+        """Of the hosts, as far as they matter; all three have the same."""
+        return {name: " ".join(self.lab.relay.sysctl(name).split()) for name in _TOLD}
 
-def compiled(source: Path, folder: Path) -> Path:
-    """The program from one file of C. Raises LabError without a compiler."""
-    if shutil.which("cc") is None:
-        raise LabError("there is no C compiler: install gcc and libc6-dev")
-    program = folder / source.stem
-    command: Sequence[str] = ("cc", "-O2", "-pthread", "-o", str(program), str(source))
-    subprocess.run(command, check=True)
-    return program
+    @contextlib.contextmanager
+    def _counted(self, pid: int) -> Iterator[None]:
+        self._running.add(pid)
+        try:
+            yield
+        finally:
+            self._running.discard(pid)
