@@ -77,13 +77,12 @@ class Shell:
         assert printed
         return re.findall(r"<(.*?)>", printed[1])
 
-    def lists(self, typed: str, *words: str) -> str:
-        """What it shows on Tab, until all these words were there; then the line is thrown away."""
+    def lists(self, typed: str, *words: str) -> None:
+        """On Tab it shows all these words; then the line is thrown away."""
         os.write(self._fd, f"tproxy-relay {typed}\t".encode())
-        seen = self.shows(*words, below=True)
+        self.shows(*words, below=True)
         os.write(self._fd, b"\x15")
         self.does(":")
-        return seen
 
 
 @contextmanager
