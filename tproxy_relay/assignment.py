@@ -20,11 +20,12 @@ class Assignment:
     destinations: Destinations
     limits: Limits
 
-    def to_message(self, place: int) -> Message:
-        """For the worker that has this place on the board."""
+    def to_message(self, place: int, home: int | None) -> Message:
+        """For the worker that has this place on the board, and stays on that processor (None: on any)."""
         destinations = {"own_ports": sorted(self.destinations.own_ports), "target": self.destinations.target}
         return {
             "place": place,
+            "home": home,
             "settings": asdict(self.settings),
             "tuning": asdict(self.tuning),
             "destinations": destinations,

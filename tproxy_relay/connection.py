@@ -17,6 +17,7 @@ from tproxy_relay import endpoint, orig_dst, policy, sockets
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.listeners import Listener
 from tproxy_relay.policy import Destinations, RefusedError
+from tproxy_relay.processors import Processors
 from tproxy_relay.record import ConnectionRecord, Outcome
 from tproxy_relay.registry import Flow, Registry
 from tproxy_relay.relay import HangupWatch, Leg, Relay
@@ -58,6 +59,7 @@ class Context:
     registry: "Registry[Connection]"
     threads: RelayThreads
     watch: HangupWatch
+    processors: Processors
     ended: Callable[[], None]
     """Called after a connection has given everything back."""
 
@@ -90,7 +92,7 @@ class Connection:
         """Thread A: all of it."""
         try:
             self._resolve()
-            self._relay = Relay(self._client, self._connect(), self._context.watch)
+            self._relay = Relay(self._client, self._connect(), self._context.watch, self._context.processors)
             access_log.debug("connection open", extra=self._where())
         except RefusedError as refusal:
             self._end(refusal.outcome, str(refusal))

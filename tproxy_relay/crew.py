@@ -71,13 +71,19 @@ class Crew:
         if place is None:
             raise SystemRefusedError("too many workers still finish their connections: wait for them, or restart")
         try:
-            worker = WorkerHandle(generation.prepared, generation.number, self._board, place, self._pipes)
+            home = self._home(generation)
+            worker = WorkerHandle(generation.prepared, generation.number, self._board, place, home, self._pipes)
         except BaseException:
             self._board.clear(place)
             raise
         self._workers.append(worker)
         self._selector.register(worker, selectors.EVENT_READ, worker)
         log.info("worker started", extra={"pid": worker.pid, "generation": generation.number})
+
+    def _home(self, generation: Generation) -> int | None:
+        """The processor that has the fewest of its workers."""
+        taken = Counter(worker.home for worker in self.of(generation))
+        return min(generation.prepared.homes, key=lambda home: taken[home], default=None)
 
     def bury(self, worker: WorkerHandle) -> str:
         """After the end of its channel. Returns how it has ended; its last connections were reset by the kernel."""

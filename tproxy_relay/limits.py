@@ -1,7 +1,6 @@
 """How many connections the relay can hold, from what the system lets its processes have."""
 
 import logging
-import os
 import resource
 from typing import NamedTuple
 
@@ -32,11 +31,6 @@ def raise_descriptor_limit() -> int:
     except (OSError, ValueError):
         return soft  # fs.nr_open was lowered below the hard limit
     return hard
-
-
-def processors() -> int:
-    """Those that this process may run on (sched_getaffinity(2))."""
-    return len(os.sched_getaffinity(0))
 
 
 def of_relay(wanted: int | None, descriptors: int, listeners: int, workers: int) -> Limits:

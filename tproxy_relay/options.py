@@ -188,7 +188,15 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "workers",
             values.workers(),
             "NUMBER",
-            "Worker processes, which do the relaying. auto: as many as there are processors.",
+            "Worker processes, which do the relaying. auto: as many as there are processors, or as the processor time "
+            "that the cgroup may use is worth.",
+        ),
+        Option(
+            "cpu-affinity",
+            values.words("auto", "on", "off"),
+            "WHEN",
+            "If each worker stays on one processor, but for threads that carry a stream. auto: if there is a worker "
+            "for each. on: always; taskset or CPUAffinity of the unit says which. off: never.",
         ),
         Option(
             "user",

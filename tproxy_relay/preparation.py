@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tproxy_relay import endpoint, limits, listeners, privileges, sockets
+from tproxy_relay import endpoint, limits, listeners, privileges, processors, sockets
 from tproxy_relay.assignment import Assignment
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
@@ -47,6 +47,8 @@ class Prepared:
     command: tuple[str, ...]
     """That becomes a worker with the right account and capabilities."""
     workers: int
+    homes: tuple[int, ...]
+    """The processors that the workers stay on; empty: wherever the scheduler wants."""
 
 
 def prepare(settings: Settings, kept: Sequence[Listener], *, inherited: bool) -> Prepared:
@@ -70,7 +72,7 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
     ready = list(kept) if inherited else listeners.open_all(settings, tuning, kept)
     try:
         own_ports = frozenset(one.endpoint.port for one in ready)
-        workers = settings.workers or limits.processors()
+        workers = settings.workers or processors.worth()
         assignment = Assignment(
             settings,
             Tuning(settings.keepalive, settings.user_timeout, mark if "net_raw" in keep else 0),
@@ -81,7 +83,8 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
     except BaseException:
         listeners.close_all([one for one in ready if one not in kept])
         raise
-    return Prepared(settings, tuple(ready), tuning, wanted, assignment, tuple(command), workers)
+    homes = processors.homes(settings.cpu_affinity, workers)
+    return Prepared(settings, tuple(ready), tuning, wanted, assignment, tuple(command), workers, homes)
 
 
 def fixed(settings: Settings) -> dict[str, object]:

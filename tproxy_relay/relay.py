@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tproxy_relay import sockets
+from tproxy_relay.processors import Processors
 
 SMALL_READ = 1024
 """Bytes. What a resting connection costs; a message that fills it makes the next read larger."""
@@ -32,6 +33,8 @@ BULK_REST = 2.0
 """Seconds of silence after which a bulk buffer is given back."""
 SMALL_READS_IN_BULK = 16
 """In a row, after which it is given back too: the stream has become a trickle."""
+ESTABLISHED = 16
+"""Reads after which a connection is one of many messages: shorter ones do not pay two system calls for it."""
 FLUSH_PATIENCE = 5.0
 """Seconds without progress after which a peer that acknowledges nothing gets its reset with data undelivered."""
 
@@ -67,13 +70,14 @@ class HangupWatch(Protocol):
 class Relay:
     """The two legs and the state that both pumps share."""
 
-    def __init__(self, client: Leg, upstream: Leg, watch: HangupWatch) -> None:
+    def __init__(self, client: Leg, upstream: Leg, watch: HangupWatch, processors: Processors) -> None:
         self.client = client
         self.upstream = upstream
         upstream.moved_at = time.monotonic()  # connecting is no idle time
         self.failed: Leg | None = None
         self.bug: Exception | None = None
         self._watch = watch
+        self._processors = processors
         self._lock = threading.Lock()
         self._pumps = 2
         self._stopped = False
@@ -98,7 +102,8 @@ class Relay:
     def carry(self, src: Leg, dst: Leg) -> bool:
         """Pump one direction to its end and pass that end on. True for the last of the two to return."""
         try:
-            pump(src, dst, self._is_stopped)
+            with Reader(src.sock, self._processors) as reader:
+                pump(reader, src, dst, self._is_stopped)
             if not self._stopped:
                 self._pass_on(src, dst)
         except Exception as bug:  # both peers must see a reset, and the record needs the traceback
@@ -204,9 +209,9 @@ def _reset_by_peer() -> OSError:
     return ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
 
-def pump(src: Leg, dst: Leg, stopped: Callable[[], bool]) -> None:
-    """Copy from src to dst until src's FIN (src.eof), an error (src.error or dst.error), or `stopped`."""
-    reader = Reader(src.sock)
+def pump(reader: "Reader", src: Leg, dst: Leg, stopped: Callable[[], bool]) -> None:
+    """Copy from src, by its reader, to dst until src's FIN (src.eof), an error (src.error or dst.error), or
+    `stopped`."""
     while True:
         try:
             data = reader.read()
@@ -261,14 +266,29 @@ class Reader:
 
     A connection of small messages waits with SMALL_READ bytes in hand; a full read makes the next one four times as
     large, up to LARGE_READ, and a short one small again; after a full LARGE_READ one mapping of BULK_READ bytes
-    serves until the stream rests.
+    serves until the stream rests, and the thread runs on any processor meanwhile. One that has been at work for a
+    while makes room for others (processors.py).
+
+    For one thread, in a `with`: at its end the thread is again as it was.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, processors: Processors) -> None:
         self._sock = sock
+        self._processors = processors
         self._size = SMALL_READ
         self._bulk: memoryview | None = None
         self._small_reads = 0
+        self._reads_left = ESTABLISHED
+        self._waits = False
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bulk is not None:
+            self._processors.stay()
+        if self._waits:
+            self._processors.push_ahead()
 
     def read(self) -> bytes | memoryview:
         """What recv gives, empty at the FIN; a view is good until the next call. BlockingIOError after
@@ -277,6 +297,10 @@ class Reader:
             return self._read_bulk(self._bulk)
         data = self._sock.recv(self._size)
         got = len(data)
+        if self._reads_left:
+            self._reads_left -= 1
+            if not self._reads_left:
+                self._waits = self._processors.wait_for_others()
         if got == self._size:
             self._grow()
         elif got < SMALL_READ:
@@ -300,10 +324,12 @@ class Reader:
             return  # no room for a large buffer: the stream goes on with the small one
         self._bulk = memoryview(mapped)
         self._small_reads = 0
+        self._processors.roam()
         sockets.set_receive_timeout(self._sock, BULK_REST)
 
     def rest(self) -> None:
         """Give the bulk buffer back: it is unmapped with the last view of it."""
         self._bulk = None
         self._size = SMALL_READ
+        self._processors.stay()
         sockets.set_receive_timeout(self._sock, 0)

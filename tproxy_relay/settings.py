@@ -64,6 +64,7 @@ class Settings:
     """The account of the workers. None: that of the supervisor."""
     workers: int | None = None
     """None: as many as there are processors."""
+    cpu_affinity: str = "auto"
     stall_timeout: float = 10.0
     preserve_source: str = "no"
     target: HostPort | None = None

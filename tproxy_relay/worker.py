@@ -22,6 +22,7 @@ from tproxy_relay.hangups import Hangups
 from tproxy_relay.limits import Limits
 from tproxy_relay.listeners import Listener
 from tproxy_relay.policy import Destinations, RefusedError
+from tproxy_relay.processors import Processors
 from tproxy_relay.record import Outcome
 from tproxy_relay.registry import Registry
 from tproxy_relay.settings import Settings
@@ -65,6 +66,7 @@ class Worker:
         tuning: Tuning,
         destinations: Destinations,
         limits: Limits,
+        processors: Processors,
     ) -> None:
         self._settings = settings
         self._control = control
@@ -84,7 +86,14 @@ class Worker:
             admit=self._admit,
         )
         self._context = Context(
-            settings, tuning, destinations, self._registry, self._threads, self._hangups, self._one_has_ended
+            settings,
+            tuning,
+            destinations,
+            self._registry,
+            self._threads,
+            self._hangups,
+            processors,
+            self._one_has_ended,
         )
         self._numbers = itertools.count(1)
         self._prefix = f"{os.getpid():x}-{int(time.time()):x}"

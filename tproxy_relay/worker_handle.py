@@ -28,10 +28,14 @@ class WorkerHandle:
     """The process, its channel and its place on the board. Main thread only: the process dies with the thread that
     has started it (prctl(2), PR_SET_PDEATHSIG)."""
 
-    def __init__(self, prepared: Prepared, generation: int, board: Board, place: int, pipes: LogPipes) -> None:
+    def __init__(
+        self, prepared: Prepared, generation: int, board: Board, place: int, home: int | None, pipes: LogPipes
+    ) -> None:
         """Start it. Raises SystemRefusedError."""
         self.generation = generation
         self.place = place
+        self.home = home
+        """The processor that it stays on; None: any."""
         self.stall_timeout = prepared.settings.stall_timeout
         """Seconds; 0: it may be silent for as long as it likes."""
         self.ready = self.serving = self.leaving = self.left = self.suspected = self.stalled = self.unwanted = False
@@ -52,7 +56,7 @@ class WorkerHandle:
                 raise SystemRefusedError(f"cannot start a worker: {error.strerror}") from error
         self.pid = self._process.pid
         self._words.belong_to(self.pid)
-        self._channel.send(prepared.assignment.to_message(place), board.descriptors)
+        self._channel.send(prepared.assignment.to_message(place, home), board.descriptors)
 
     def fileno(self) -> int:
         """Readable when the worker says something, or has ended."""

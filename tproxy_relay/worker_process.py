@@ -17,6 +17,7 @@ from tproxy_relay import assignment, channel, listeners, logs, process_name
 from tproxy_relay.board import Board, Place
 from tproxy_relay.channel import Channel
 from tproxy_relay.errors import RelayError
+from tproxy_relay.processors import Processors
 from tproxy_relay.worker import Worker
 
 LOG_FLUSH = 1.0
@@ -37,6 +38,8 @@ def main() -> int:
         return 0  # the supervisor has changed its mind
     message, descriptors = given
     order = assignment.of_message(message)
+    processors = Processors(message["home"])
+    processors.stay()  # before any thread is started
     writer = logs.LogWriter(replace(order.settings, log_file=None), sys.stdout.fileno())
     try:
         place = Place(Board(*descriptors), message["place"])
@@ -48,6 +51,7 @@ def main() -> int:
             tuning=order.tuning,
             destinations=order.destinations,
             limits=order.limits,
+            processors=processors,
         )
     except RelayError as error:
         control.send({"event": "failed", "message": str(error), "exit_code": error.exit_code})

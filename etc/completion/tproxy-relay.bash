@@ -14,9 +14,9 @@ _tproxy_relay() {
                 case $option in
                     ports | bind | interface | mode | intercept-inbound | intercept-outbound | inbound-port | \
                     outbound-port | backend | on-failure | mark-mask | route-table | route-priority | workers \
-                    | user | stall-timeout | preserve-source | target | max-connections | max-per-source | \
-                    connect-timeout | idle-timeout | half-close-timeout | drain-timeout | keepalive | \
-                    user-timeout | log-level | log-format | log-file | config | root) ;;
+                    | cpu-affinity | user | stall-timeout | preserve-source | target | max-connections | \
+                    max-per-source | connect-timeout | idle-timeout | half-close-timeout | drain-timeout | \
+                    keepalive | user-timeout | log-level | log-format | log-file | config | root) ;;
                     *) option= ;;
                 esac
                 if [[ -n $option ]] && ((i + 1 < COMP_CWORD)); then
@@ -36,6 +36,7 @@ _tproxy_relay() {
         backend) _tproxy_relay_words auto nft iptables iptables-nft iptables-legacy ;;
         on-failure) _tproxy_relay_words open closed ;;
         workers) _tproxy_relay_words auto ;;
+        cpu-affinity) _tproxy_relay_words auto on off ;;
         user) mapfile -t COMPREPLY < <(compgen -u -- "$word") ;;
         preserve-source) _tproxy_relay_words no address full ;;
         max-connections) _tproxy_relay_words auto ;;
@@ -53,10 +54,10 @@ _tproxy_relay() {
             else
                 _tproxy_relay_words --ports --bind --interface --mode --intercept-inbound --intercept-outbound --inbound-port \
                     --outbound-port --backend --on-failure --mark-mask --route-table --route-priority \
-                    --workers --user --stall-timeout --preserve-source --target --max-connections \
-                    --max-per-source --connect-timeout --idle-timeout --half-close-timeout --drain-timeout \
-                    --keepalive --user-timeout --log-level --log-format --log-file --config --print-config \
-                    --take-over --root --keep --json --version --help
+                    --workers --cpu-affinity --user --stall-timeout --preserve-source --target \
+                    --max-connections --max-per-source --connect-timeout --idle-timeout --half-close-timeout \
+                    --drain-timeout --keepalive --user-timeout --log-level --log-format --log-file --config \
+                    --print-config --take-over --root --keep --json --version --help
             fi
             ;;
     esac

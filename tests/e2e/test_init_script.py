@@ -170,7 +170,7 @@ def test_a_bad_configuration_leaves_the_running_relay_alone(lab: Lab, running: I
 
 BAD_DEFAULTS = {
     "syntax": "if then\n",
-    "quotes": "DAEMON_OPTS=\"--log-file '/var/log/half\"\n",
+    "quotes": 'DAEMON_OPTS="--log-file \'/var/log/half"\n',
     "START_TIMEOUT": "START_TIMEOUT=soon\n",
     "STOP_TIMEOUT": "STOP_TIMEOUT=0\n",
     "option": "DAEMON_OPTS=--prots=1\n",

@@ -48,8 +48,8 @@ def all_types(order: Assignment) -> object:
 @given(assignments, st.integers(0, 127))
 @hypothesis_settings(max_examples=200, deadline=None)
 def test_there_and_back(order: Assignment, place: int) -> None:
-    message = json.loads(json.dumps(order.to_message(place)))
-    assert message["place"] == place
+    message = json.loads(json.dumps(order.to_message(place, 3)))
+    assert (message["place"], message["home"]) == (place, 3)
     there = assignment.of_message(message)
     assert there == order
     assert all_types(there) == all_types(order)
@@ -72,7 +72,7 @@ def test_through_a_channel() -> None:
     order = Assignment(
         RICH, Tuning(60, 1.5, 4), Destinations(frozenset({1, 2}), Endpoint("fe80::1", 80, 3)), Limits(10, 5)
     )
-    one.send(order.to_message(7))
+    one.send(order.to_message(7, None))
     told = other.receive(1)
     assert told is not None
     there = assignment.of_message(told[0])
@@ -87,7 +87,7 @@ def test_through_a_channel() -> None:
 @pytest.mark.parametrize("name", ["settings", "tuning", "destinations", "limits"])
 def test_nothing_of_it_is_left_to_a_default(name: str) -> None:
     """A worker of another version must not guess."""
-    message = Assignment(RICH, Tuning(60, 0.0, 0), Destinations(frozenset(), None), Limits(1, 1)).to_message(0)
+    message = Assignment(RICH, Tuning(60, 0.0, 0), Destinations(frozenset(), None), Limits(1, 1)).to_message(0, None)
     del message[name]
     with pytest.raises(KeyError, match=name):
         assignment.of_message(message)

@@ -31,6 +31,7 @@ from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.listeners import Listener
 from tproxy_relay.policy import Destinations, RefusedError
+from tproxy_relay.processors import Processors
 from tproxy_relay.record import Outcome
 from tproxy_relay.registry import Flow, Registry
 from tproxy_relay.settings import Settings
@@ -59,7 +60,7 @@ class Desk:
         ports = frozenset({self.listener.endpoint.port}) if own_ports is None else own_ports
         self.context = Context(
             settings, loopback.UNTUNED, Destinations(ports, target), self.registry, self.threads, self._hangups,
-            self.ended.release,
+            Processors(None), self.ended.release,
         )  # fmt: skip
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watch")

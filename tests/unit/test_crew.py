@@ -6,9 +6,10 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.log_pipes import LogPipes
 from tproxy_relay.preparation import prepare
 from tproxy_relay.record import Outcome
+from tproxy_relay.relay import ESTABLISHED
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.worker_handle import WorkerHandle
 
@@ -121,6 +123,14 @@ class Hands:
         server.sendall(b"!")
         assert client.recv(1) == b"!"
         return client, server
+
+    def threads(self, worker: WorkerHandle) -> list[tuple[set[int], int]]:
+        """Where each of its threads may run, and the policy that it runs under."""
+        found = []
+        for name in os.listdir(f"/proc/{worker.pid}/task"):
+            with suppress(ProcessLookupError):  # spare ones end
+                found.append((os.sched_getaffinity(int(name)), os.sched_getscheduler(int(name))))
+        return found
 
     def age(self, worker: WorkerHandle, seconds: float) -> None:
         """Its last sign of life was so much longer ago."""
@@ -468,3 +478,81 @@ def test_what_a_dead_worker_had_is_closed(numbers: Numbers) -> None:
     assert sum(lost.closed.values()) == sum(numbers.closed.values()) + numbers.live
     assert lost.closed.get("aborted", 0) == numbers.closed.get("aborted", 0) + numbers.live
     assert 0 not in lost.closed.values()
+
+
+# --- where they run
+
+ALL = os.sched_getaffinity(0)
+HOMES = tuple(sorted(ALL))
+
+
+def test_each_processor_has_as_many_as_the_others(hands: Hands) -> None:
+    workers = hands.start(2 * len(HOMES), homes=HOMES)
+    assert sorted(str(worker.home) for worker in workers) == sorted([*map(str, HOMES)] * 2)
+    hands.turn_until(lambda: all(worker.ready for worker in workers), "they are ready")
+    for worker in workers:
+        assert {(frozenset(where), how) for where, how in hands.threads(worker)} == {
+            (frozenset({worker.home}), os.SCHED_OTHER)
+        }
+    dead = workers[len(HOMES) // 2]
+    dead.kill()
+    hands.ended(dead)
+    (another,) = hands.start(1, homes=HOMES)
+    assert another.home == dead.home
+
+
+def test_or_the_scheduler_decides(hands: Hands) -> None:
+    (worker,) = hands.serving(1, homes=())
+    assert worker.home is None
+    assert {frozenset(where) for where, _ in hands.threads(worker)} == {frozenset(ALL)}
+
+
+@pytest.mark.skipif(len(ALL) < 2, reason="with one processor there is nowhere to go")
+def test_a_stream_runs_anywhere_and_its_threads_come_home(hands: Hands) -> None:
+    (worker,) = hands.serving(1, homes=HOMES[:1])
+    home = {worker.home}
+    client, server = hands.connect()
+    flowing = threading.Event()
+    flowing.set()
+    sender = threading.Thread(target=lambda: [client.sendall(bytes(1 << 20)) for _ in iter(flowing.is_set, False)])
+    sender.start()
+    drain = threading.Thread(target=lambda: [None for _ in iter(lambda: server.recv(1 << 20), b"")])
+    drain.start()
+    wait_until(lambda: [where for where, _ in hands.threads(worker) if where != home] == [ALL], "it goes anywhere")
+    flowing.clear()
+    sender.join()
+    wait_until(lambda: all(where == home for where, _ in hands.threads(worker)), "it rests at home")
+    flowing.set()
+    again = threading.Thread(target=lambda: [client.sendall(bytes(1 << 20)) for _ in iter(flowing.is_set, False)])
+    again.start()
+    wait_until(lambda: any(where != home for where, _ in hands.threads(worker)), "it goes again")
+    flowing.clear()
+    again.join()
+    client.close()
+    drain.join()
+    server.close()
+    wait_until(lambda: all(where == home for where, _ in hands.threads(worker)), "it has come home")
+
+
+def test_threads_of_many_messages_wait_for_others_and_of_few_do_not(hands: Hands) -> None:
+    (worker,) = hands.serving(1, homes=HOMES[:1])
+    client, server = hands.connect()
+
+    def patient() -> int:
+        return [how for _, how in hands.threads(worker)].count(os.SCHED_BATCH)
+
+    def exchange() -> None:
+        client.sendall(b"x")
+        assert server.recv(1) == b"x"
+        server.sendall(b"x")
+        assert client.recv(1) == b"x"
+
+    for _ in range(ESTABLISHED - 2):
+        exchange()
+    assert patient() == 0
+    for _ in range(3):
+        exchange()
+    wait_until(lambda: patient() == 2, "both of its pumps wait for others")
+    client.close()
+    server.close()
+    wait_until(lambda: patient() == 0, "its threads are as before")

@@ -152,7 +152,15 @@ def test_the_commands_are_accepted(command: str) -> None:
 def test_the_options_exist() -> None:
     named = set(re.findall(r"``(?:--)?([a-z]+(?:-[a-z]+)*)(?: = \w+)?``", PAGE))
     assert {"workers", "user", "stall-timeout", "drain-timeout", "max-connections"} <= named
-    others = {"auto", "closed", "setpriv", "aborted", "no", *{field for line in log_lines().values() for field in line}}
+    others = {
+        "auto",
+        "off",
+        "closed",
+        "setpriv",
+        "aborted",
+        "no",
+        *{field for line in log_lines().values() for field in line},
+    }
     assert named - set(OPTIONS) - others - {"run", "kill-whom", *NAMES} == set()
 
 

@@ -9,6 +9,7 @@ import pytest
 from loopback import Pair
 
 from tproxy_relay.hangups import Hangups
+from tproxy_relay.processors import Processors
 from tproxy_relay.relay import Leg, Relay
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -23,7 +24,7 @@ class Watch:
         self.client: Pair = loopback.pair()
         self.upstream: Pair = loopback.pair(receive_buffer=server_buffer)
         self.leg = Leg("client", self.client.near)
-        self.relay = Relay(self.leg, Leg("upstream", self.upstream.near), self.hangups)
+        self.relay = Relay(self.leg, Leg("upstream", self.upstream.near), self.hangups, Processors(None))
         self.client.far.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ LAYERS = (
     ("relay",),
     ("board", "orig_dst", "sockets"),
     ("channel", "launch", "notify", "record", "shared_counts", "wakeup"),
-    ("endpoint", "linux", "process_name", "settings"),
+    ("endpoint", "linux", "process_name", "processors", "settings"),
     ("errors",),
     ("__init__",),
 )

@@ -1,9 +1,7 @@
 """How many connections fit into the descriptors."""
 
 import logging
-import os
 
-import children
 import pytest
 
 from tproxy_relay import limits
@@ -48,25 +46,3 @@ def test_never_more_than_there_is_room_for(caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.parametrize("descriptors", [0, 3, 20])
 def test_one_is_always_tried(descriptors: int) -> None:
     assert limits.of_relay(None, descriptors, 4, 1) == (1, 1)
-
-
-def test_the_processors_are_those_that_it_may_use() -> None:
-    """A container or a unit often gives it fewer than the host has."""
-    ran = children.run_python(
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from tproxy_relay import limits; print(limits.processors())"
-    )
-    assert ran.stdout == "1\n"
-    assert limits.processors() == len(os.sched_getaffinity(0))
-
-
-RAISE = """
-import resource
-from tproxy_relay import limits
-resource.setrlimit(resource.RLIMIT_NOFILE, (50, 300))
-print(limits.raise_descriptor_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))
-"""
-
-
-def test_the_soft_limit_is_lifted_to_the_hard_one() -> None:
-    assert children.run_python(RAISE).stdout == "300 (300, 300)\n"

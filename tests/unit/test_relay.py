@@ -16,10 +16,12 @@ from loopback import FIN, RST
 from tproxy_relay import relay as relay_module
 from tproxy_relay import sockets
 from tproxy_relay.hangups import Hangups
+from tproxy_relay.processors import Processors
 from tproxy_relay.relay import BULK_READ, LARGE_READ, SMALL_READ, Leg, Patience, Reader, Relay
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
+ANYWHERE = Processors(None)
 STUCK = sockets.SEND_TICK + 0.5
 """Seconds within which a pump that is stuck in send() must notice an abort."""
 
@@ -35,7 +37,7 @@ class Rig:
         self.client, self.server = client.far, upstream.far
         self.epoll = select.epoll()
         self.watch = Hangups(self.epoll)
-        self.relay = Relay(Leg("client", client.near), Leg("upstream", upstream.near), self.watch)
+        self.relay = Relay(Leg("client", client.near), Leg("upstream", upstream.near), self.watch, ANYWHERE)
         self.lasts: list[bool] = []
         self.over = threading.Event()
         self.flush_seconds = 0.0
@@ -275,7 +277,7 @@ def test_a_reset_that_the_other_pumps_send_consumes_is_not_taken_for_a_fin() -> 
     far, near = loopback.pair()
     other = loopback.pair()
     with near, other.far, other.near, select.epoll() as epoll:
-        relay = Relay(Leg("client", near), Leg("upstream", other.near), Hangups(epoll))
+        relay = Relay(Leg("client", near), Leg("upstream", other.near), Hangups(epoll), ANYWHERE)
         loopback.reset(far)
         wait_until(lambda: sockets.is_dead(near), "the reset arrives")
         with pytest.raises(ConnectionResetError):
@@ -325,7 +327,7 @@ def test_connecting_is_no_idle_time() -> None:
     with Rig() as rig, select.epoll() as epoll:
         client, upstream = Leg("client", rig.client), Leg("upstream", rig.server)
         client.moved_at = upstream.moved_at = time.monotonic() - 100
-        assert time.monotonic() - Relay(client, upstream, Hangups(epoll)).moved_at < 1
+        assert time.monotonic() - Relay(client, upstream, Hangups(epoll), ANYWHERE).moved_at < 1
 
 
 # --- resets on a side that nobody reads any more
@@ -602,7 +604,7 @@ def test_a_reader_grows_with_the_stream_and_shrinks_with_it(maps: Maps) -> None:
     far, near = loopback.pair()
     with far, near:
         near.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        reader = Reader(near)
+        reader = Reader(near, ANYWHERE)
         assert read_size(reader, far, near, SMALL_READ + 100) == SMALL_READ
         assert len(reader.read()) == 100  # short, so small again
         assert read_size(reader, far, near, 3 * SMALL_READ) == SMALL_READ

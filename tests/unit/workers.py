@@ -22,6 +22,7 @@ from tproxy_relay.assignment import Assignment
 from tproxy_relay.limits import Limits
 from tproxy_relay.listeners import Listener
 from tproxy_relay.policy import Destinations
+from tproxy_relay.processors import Processors
 from tproxy_relay.settings import Settings
 from tproxy_relay.worker import Worker
 
@@ -115,6 +116,7 @@ class Running(Peers):
             tuning=loopback.UNTUNED,
             destinations=self.destinations,
             limits=Limits(max_connections, room or max_connections),
+            processors=Processors(None),
         )
         self._stack.callback(self.worker._wakeup.close)
         self.error: BaseException | None = None
@@ -199,7 +201,7 @@ class WorkerProcess:
         theirs.close()
         self._reader = threading.Thread(target=self._read, name="log reader")
         self._reader.start()
-        self.control.send(assignment.to_message(number), board)
+        self.control.send(assignment.to_message(number, None), board)
 
     def _read(self) -> None:
         assert self.child.stdout is not None

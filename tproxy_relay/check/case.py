@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tproxy_relay import limits
+from tproxy_relay import processors
 from tproxy_relay.check import finding, host, read_iptables, read_nft
 from tproxy_relay.check.finding import Finding
 from tproxy_relay.check.firewall import Chain, Firewall
@@ -30,7 +30,7 @@ class Case:
     @property
     def workers(self) -> int:
         """Processes that do the relaying."""
-        return self.settings.workers or limits.processors()
+        return self.settings.workers or processors.worth()
 
     @functools.cached_property
     def listener_ports(self) -> list[int]:

@@ -1,0 +1,119 @@
+"""Where threads run is asked of the kernel, in processes and threads of the test's own."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import children
+import pytest
+
+from tproxy_relay import processors
+from tproxy_relay.processors import Processors
+
+T = TypeVar("T")
+ALL = os.sched_getaffinity(0)
+
+
+def in_a_thread(do: Callable[[], T]) -> T:
+    """So that nothing of it stays with the tests."""
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(do()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_those_that_it_may_use() -> None:
+    """A container or a unit often gives it fewer than the host has."""
+    ran = children.run_python(
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from tproxy_relay import processors; print(processors.allowed(), processors.worth())"
+    )
+    assert ran.stdout == f"[{min(ALL)}] 1\n"
+    assert processors.allowed() == sorted(ALL)
+
+
+def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The smallest one on the way up counts; a part of a processor is one."""
+    own = next((line for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"), None)
+    if own is None:
+        pytest.fail("this host has no cgroup v2")
+    monkeypatch.setattr(processors, "CGROUPS", tmp_path)
+    monkeypatch.setattr(processors, "allowed", lambda: list(range(64)))
+    folder = tmp_path / own.removeprefix("0::/")
+    folder.mkdir(parents=True, exist_ok=True)
+    assert processors.worth() == 64
+    for text, worth in (
+        ("max 100000", 64), ("50000 100000", 1), ("150000 100000", 2), ("6400000 50000", 64), ("nonsense", 64)
+    ):  # fmt: skip
+        (folder / "cpu.max").write_text(text + "\n")
+        assert processors.worth() == worth, text
+    (tmp_path / "cpu.max").write_text("400000 100000")
+    assert processors.worth() == 4
+
+
+@pytest.mark.parametrize(
+    ("affinity", "workers", "homes"),
+    [
+        ("auto", 1, ()), ("auto", 3, ()), ("auto", 4, (0, 1, 5, 9)), ("auto", 8, (0, 1, 5, 9)),
+        ("on", 1, (0, 1, 5, 9)), ("off", 4, ()),
+    ],
+)  # fmt: skip
+def test_homes(monkeypatch: pytest.MonkeyPatch, affinity: str, workers: int, homes: tuple[int, ...]) -> None:
+    monkeypatch.setattr(processors, "allowed", lambda: [0, 1, 5, 9])
+    assert processors.homes(affinity, workers) == homes
+
+
+def test_a_thread_stays_roams_and_stays() -> None:
+    home = max(ALL)
+
+    def wander() -> list[set[int]]:
+        ours, seen = Processors(home), []
+        for move in (ours.stay, ours.roam, ours.stay):
+            move()
+            seen.append(os.sched_getaffinity(0))
+        return seen
+
+    assert in_a_thread(wander) == [{home}, ALL, {home}]
+    assert os.sched_getaffinity(0) == ALL
+
+
+def test_one_without_a_home_stays_where_it_is() -> None:
+    def wander() -> set[int]:
+        os.sched_setaffinity(0, {min(ALL)})
+        ours = Processors(None)
+        ours.stay()
+        os.sched_setaffinity(0, {max(ALL)})  # by the operator, with taskset
+        ours.roam()
+        return os.sched_getaffinity(0)
+
+    assert in_a_thread(wander) == {max(ALL)}
+
+
+def test_a_thread_waits_for_others_and_pushes_ahead() -> None:
+    def wait() -> list[object]:
+        ours = Processors(None)
+        return [ours.wait_for_others(), os.sched_getscheduler(0), ours.push_ahead(), os.sched_getscheduler(0)]
+
+    assert in_a_thread(wait) == [True, os.SCHED_BATCH, None, os.SCHED_OTHER]
+
+
+def test_a_sandbox_may_forbid_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One line, and no more tries."""
+    tries = []
+
+    def forbidden(*_: object) -> None:
+        tries.append(1)
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    ours = Processors(0)
+    for _ in range(3):
+        ours.stay()
+        ours.roam()
+        assert not ours.wait_for_others()
+    assert [record.message for record in caplog.records] == ["a worker cannot stay on one processor"]
+    assert len(tries) == 2
