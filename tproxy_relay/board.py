@@ -197,26 +197,23 @@ class Board:
 
 
 class SharedCounts:
-    """What one worker counts for the others to see, and what they count."""
+    """What one worker counts for the others to see, and what they count, by the keys of Board.digest."""
 
     def __init__(self, board: Board, number: int, which: int) -> None:
         self._board, self._number, self._which = board, number, which
         self._own = board.table(number, which)
 
-    def add(self, text: str) -> None:
+    def add(self, key: bytes) -> None:
         """Count it once more, for this worker."""
-        self._own.add(self._board.digest(text))
+        self._own.add(key)
 
-    def remove(self, text: str) -> None:
+    def remove(self, key: bytes) -> None:
         """Count it once less."""
-        self._own.remove(self._board.digest(text))
+        self._own.remove(key)
 
-    def elsewhere(self, text: str) -> int:
+    def elsewhere(self, key: bytes) -> int:
         """How often the other workers have it."""
         others = [number for number, beat in enumerate(self._board.column(_BEAT)) if beat and number != self._number]
-        if not others:
-            return 0
-        key = self._board.digest(text)
         return sum(self._board.table(number, self._which).count(key) for number in others)
 
 

@@ -26,7 +26,7 @@ class Endpoint(NamedTuple):
     @property
     def sockaddr(self) -> tuple[Any, ...]:
         """The form that connect() and bind() take."""
-        if self.family == socket.AF_INET6:
+        if ":" in self.host:
             return (self.host, self.port, 0, self.scope_id)
         return (self.host, self.port)
 
@@ -35,7 +35,7 @@ class Endpoint(NamedTuple):
         return self._replace(port=port)
 
     def __str__(self) -> str:
-        if self.family == socket.AF_INET:
+        if ":" not in self.host:
             return f"{self.host}:{self.port}"
         scope = f"%{self.scope_id}" if self.scope_id else ""
         return f"[{self.host}{scope}]:{self.port}"

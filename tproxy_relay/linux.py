@@ -4,6 +4,7 @@ Nothing here opens a socket or decides anything.
 """
 
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 IP_TRANSPARENT = 19
@@ -68,6 +69,7 @@ def unpack_tcp_info(raw: bytes) -> TcpInfo:
     return TcpInfo(raw[0], rtt, retransmits)
 
 
+@lru_cache(maxsize=64)
 def pack_timeval(seconds: float) -> bytes:
     """A struct timeval; at least one microsecond for anything above 0, because 0 means for ever."""
     micros = max(round(seconds * 1_000_000), 1) if seconds > 0 else 0

@@ -1,8 +1,8 @@
 """Log lines: what they look like, and how they leave the process without ever stopping a relay.
 
-Relay threads put their records into a bounded queue; one thread formats and writes them. If whoever reads our
-log is stuck or gone, or the disk is full, the queue fills and records are dropped and counted: a log must not
-be able to stop traffic. How many were lost is logged as soon as lines get through again.
+Relay threads put their records into a bounded queue; one thread formats and writes them, all that have gathered at a
+time. If whoever reads our log is stuck or gone, or the disk is full, the queue fills and records are dropped and
+counted: a log must not be able to stop traffic. How many were lost is logged as soon as lines get through again.
 
 The message of a line is constant, and the facts are fields: `key=value` in the console form, members in the
 JSON form.
@@ -16,6 +16,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 try:
@@ -28,6 +29,13 @@ from tproxy_relay.settings import Settings
 
 QUEUE_LENGTH = 10_000
 """Records that may wait for the writer."""
+
+GATHER = 0.01
+"""Seconds in which records may gather after some were written: a relay thread that wakes the writer has to give way to
+it."""
+
+MOST_AT_ONCE = 200
+"""Records that are written in one piece: some 100 KiB."""
 
 MOST_CHUNKS = 16
 """Pieces of the workers' logs that may wait for it too, up to 64 KiB each; more wait in the workers."""
@@ -79,24 +87,29 @@ def _formatter(log_format: str) -> logging.Formatter:
     return ConsoleFormatter()
 
 
+Waiting = queue.SimpleQueue["logging.LogRecord | bytes | Sink | None"]
+"""What the writer has still to do, in order: records, lines of workers, another place to write to. None makes it look
+whether it is to stop."""
+
+
 class _Enqueue(logging.Handler):
     """What the loggers call: never waits, never raises."""
 
-    def __init__(self, records: "queue.Queue[logging.LogRecord | bytes | Sink | None]") -> None:
+    def __init__(self, records: "Waiting") -> None:
         super().__init__()
         self._records = records
         self.dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a record, or count it as dropped. logging holds this handler's lock meanwhile."""
-        try:
-            self._records.put_nowait(record)
-        except queue.Full:
+        if self._records.qsize() < QUEUE_LENGTH:
+            self._records.put(record)
+        else:
             self.dropped += 1
 
 
 class _Unbuffered:
-    """The stream of a handler. Keeps nothing back but the rest of a line that is half out.
+    """A stream that keeps nothing back but the rest of what is half out.
 
     Python's own streams keep what they could not write and write it later after all: on a full disk, lines
     would be counted as lost and then turn up.
@@ -106,12 +119,8 @@ class _Unbuffered:
         self._descriptor = descriptor
         self._rest = b""
 
-    def write(self, text: str) -> None:
-        """Write one line. OSError if nothing of it is out."""
-        self.write_bytes(text.encode("utf-8", "backslashreplace"))
-
-    def write_bytes(self, lines: bytes) -> None:
-        """Write some lines that are made already. OSError if nothing of them is out."""
+    def write(self, lines: bytes) -> None:
+        """Write whole lines. OSError if nothing of them is out."""
         owed = len(self._rest)
         data = self._rest + lines
         out = 0
@@ -156,47 +165,45 @@ class Sink:
         """Raises SystemRefusedError for a file that cannot be written."""
         self.level = settings.log_level.upper()
         self.lost = 0
-        self.handler: logging.StreamHandler[Any]
+        self._formatter = _formatter(settings.log_format)
+        self._file: _LogFile | None = None
+        self._stream = None if descriptor is None else _Unbuffered(descriptor)
         ours = {"/dev/stdout": sys.__stdout__, "/dev/stderr": sys.__stderr__}.get(settings.log_file or "")
         if ours is not None:
             # Opening it anew would fail if it is a socket, or the pipe of another account.
-            self.handler = logging.StreamHandler(_Unbuffered(ours.fileno()))
+            self._stream = _Unbuffered(ours.fileno())
         elif settings.log_file:
             try:
-                self.handler = _LogFile(settings.log_file)
+                self._file = _LogFile(settings.log_file)
             except OSError as error:
                 raise SystemRefusedError(f"cannot write log file {settings.log_file}: {error.strerror}") from error
-        else:
-            self.handler = logging.StreamHandler(None if descriptor is None else _Unbuffered(descriptor))
-        self.handler.setFormatter(_formatter(settings.log_format))
-        self.handler.handleError = self._count  # type: ignore[method-assign]
 
-    def write(self, record: logging.LogRecord) -> None:
-        """Write it or count it. A log file that cannot be opened again raises outside of handleError; the handler
-        tries again at the next record."""
-        try:
-            self.handler.handle(record)
-        except Exception:
-            self.lost += 1
+    def write(self, records: Iterable[logging.LogRecord]) -> None:
+        """Write their lines or count them."""
+        lines = []
+        for record in records:
+            try:
+                lines.append(self._formatter.format(record) + "\n")
+            except Exception:  # a field that cannot be shown
+                self.lost += 1
+        if lines:
+            self.write_lines("".join(lines).encode("utf-8", "backslashreplace"))
 
     def write_lines(self, lines: bytes) -> None:
-        """Lines that a worker has made."""
+        """Lines that are made already, or count them. A file that cannot be opened again is tried at the next call."""
         try:
-            if isinstance(self.handler, _LogFile):
-                self.handler.reopen_if_needed()
-            if self.handler.stream is not None:
-                self.handler.stream.write_bytes(lines)
+            if self._file is not None:
+                self._file.reopen_if_needed()
+                self._stream = self._file.stream  # type: ignore[assignment]
+            if self._stream is not None:
+                self._stream.write(lines)
         except Exception:
             self.lost += lines.count(b"\n")
 
     def close(self) -> None:
         """Close the file, if it is one."""
-        if isinstance(self.handler, _LogFile):
-            self.handler.close()
-
-    def _count(self, record: logging.LogRecord) -> None:
-        """In place of logging's traceback on standard error, which may be the very thing that is broken."""
-        self.lost += 1
+        if self._file is not None:
+            self._file.close()
 
 
 class LogWriter:
@@ -204,7 +211,7 @@ class LogWriter:
 
     def __init__(self, settings: Settings, descriptor: int | None) -> None:
         """To this descriptor, if `settings` name no file; None: to nowhere."""
-        self._records: queue.Queue[logging.LogRecord | bytes | Sink | None] = queue.Queue(QUEUE_LENGTH)
+        self._records: Waiting = queue.SimpleQueue()
         self._room_for_chunks = threading.BoundedSemaphore(MOST_CHUNKS)
         self._entrance = _Enqueue(self._records)
         self._descriptor = descriptor
@@ -224,6 +231,9 @@ class LogWriter:
         root = logging.getLogger()
         root.handlers[:] = [self._entrance]
         root.setLevel(self._sink.level)
+        # Python's logging HOWTO, "Optimization": what a record is not to be told, because no line of ours says it.
+        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+        logging._srcfile = None
         self._thread.start()
 
     def open(self, settings: Settings) -> Sink:
@@ -233,11 +243,10 @@ class LogWriter:
     def change(self, sink: Sink) -> None:
         """Go on with that one after all that is queued. Raises SystemRefusedError, and goes on as before, if nobody
         reads the log."""
-        try:
-            self._records.put_nowait(sink)
-        except queue.Full as error:
+        if self._records.qsize() >= QUEUE_LENGTH:
             sink.close()
-            raise SystemRefusedError("the log takes nothing at present") from error
+            raise SystemRefusedError("the log takes nothing at present")
+        self._records.put(sink)
         logging.getLogger().setLevel(sink.level)
 
     def pass_on(self, lines: bytes) -> None:
@@ -249,30 +258,41 @@ class LogWriter:
         """Write what is queued, as far as the sink lets us within `seconds`."""
         logging.getLogger().handlers[:] = [logging.NullHandler()]  # without any, logging writes to standard error
         self._stopping.set()
-        try:
-            self._records.put_nowait(None)
-        except queue.Full:
-            pass  # the writer looks at _stopping too
+        self._records.put(None)
         self._thread.join(seconds)
 
     def _write(self) -> None:
         while True:
             try:
-                record = self._records.get(timeout=DROP_REPORT_INTERVAL if self._unreported else None)
+                first = self._records.get(timeout=DROP_REPORT_INTERVAL if self._unreported else None)
             except queue.Empty:
-                record = None
-            if isinstance(record, Sink):
-                record.lost, before, self._sink = self._sink.lost, self._sink, record
-                before.close()
-            elif isinstance(record, bytes):
-                self._sink.write_lines(record)
-                self._room_for_chunks.release()
-            elif record is not None:
-                self._sink.write(record)
+                first = None
+            self._write_all(first)
             if self._unreported:
                 self._report_drops()
             if self._stopping.is_set() and self._records.empty():
                 return
+            self._stopping.wait(GATHER)
+
+    def _write_all(self, first: "logging.LogRecord | bytes | Sink | None") -> None:
+        """That one, and what has gathered behind it."""
+        records: list[logging.LogRecord] = []
+        for item in (first, *(self._records.get() for _ in range(min(self._records.qsize(), MOST_AT_ONCE)))):
+            if isinstance(item, logging.LogRecord):
+                records.append(item)
+            elif item is not None:
+                self._sink.write(records)
+                records.clear()
+                self._write_other(item)
+        self._sink.write(records)
+
+    def _write_other(self, item: "bytes | Sink") -> None:
+        if isinstance(item, bytes):
+            self._sink.write_lines(item)
+            self._room_for_chunks.release()
+        else:
+            item.lost, before, self._sink = self._sink.lost, self._sink, item
+            before.close()
 
     @property
     def _unreported(self) -> int:
@@ -285,7 +305,7 @@ class LogWriter:
         self._reported_at = now
         lost_before, dropped = self._sink.lost, self.dropped
         fields: dict[str, Any] = {"dropped": dropped - self._reported, "dropped_total": dropped}
-        self._sink.write(_record("log records dropped", fields))
+        self._sink.write([_record("log records dropped", fields)])
         if self._sink.lost == lost_before:
             self._reported = dropped
         else:

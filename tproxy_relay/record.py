@@ -5,7 +5,7 @@ from it. The names here are the vocabulary of the log, the counters and the docu
 """
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.linux import TcpInfo
@@ -63,8 +63,7 @@ _ORDINARY = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class ConnectionRecord:
+class ConnectionRecord(NamedTuple):
     """Everything that is said of a connection when it is over."""
 
     id: str
@@ -94,31 +93,25 @@ class ConnectionRecord:
 
     def as_fields(self) -> dict[str, object]:
         """The fields of the access line; facts that there are none of are left out."""
-        fields: dict[str, object] = {
-            "id": self.id,
-            "listener": self.listener,
-            "client": str(self.client),
-            "orig_dst": _text(self.orig_dst),
-            "destination": _text(self.destination) if self.destination != self.orig_dst else None,
-            "upstream_local": _text(self.upstream_local),
-            "source": self.source,
-            "outcome": self.outcome.value,
-            "error": self.error,
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "seconds": round(self.seconds, 6),
-            "connect_seconds": None if self.connect_seconds is None else round(self.connect_seconds, 6),
-        }
-        fields.update(_tcp_fields("client", self.client_tcp))
-        fields.update(_tcp_fields("upstream", self.upstream_tcp))
-        return {name: value for name, value in fields.items() if value is not None}
-
-
-def _text(endpoint: Endpoint | None) -> str | None:
-    return None if endpoint is None else str(endpoint)
-
-
-def _tcp_fields(side: str, info: TcpInfo | None) -> dict[str, object]:
-    if info is None:
-        return {}
-    return {f"{side}_rtt_ms": info.rtt_us / 1000, f"{side}_retransmits": info.retransmits}
+        fields: dict[str, object] = {"id": self.id, "listener": self.listener, "client": str(self.client)}
+        if self.orig_dst is not None:
+            fields["orig_dst"] = str(self.orig_dst)
+        if self.destination is not None and self.destination != self.orig_dst:
+            fields["destination"] = str(self.destination)
+        if self.upstream_local is not None:
+            fields["upstream_local"] = str(self.upstream_local)
+        if self.source is not None:
+            fields["source"] = self.source
+        fields["outcome"] = self.outcome.value
+        if self.error is not None:
+            fields["error"] = self.error
+        fields["bytes_up"] = self.bytes_up
+        fields["bytes_down"] = self.bytes_down
+        fields["seconds"] = round(self.seconds, 6)
+        if self.connect_seconds is not None:
+            fields["connect_seconds"] = round(self.connect_seconds, 6)
+        for side, info in (("client", self.client_tcp), ("upstream", self.upstream_tcp)):
+            if info is not None:
+                fields[side + "_rtt_ms"] = info.rtt_us / 1000
+                fields[side + "_retransmits"] = info.retransmits
+        return fields

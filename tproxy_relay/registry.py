@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from tproxy_relay.board import Place
+from tproxy_relay.board import Place, SharedCounts
 from tproxy_relay.endpoint import Endpoint
 
 
@@ -51,8 +51,8 @@ class Registry(Generic[M]):
         self._lock = threading.Lock()
         self._live: dict[str, M] = {}
         self._per_source: Counter[str] = Counter()
-        self._accepted: dict[Flow, str] = {}
-        self._opened: dict[Flow, str] = {}
+        self._accepted: dict[Flow, _Noted] = {}
+        self._opened: dict[Flow, _Noted] = {}
 
     def __len__(self) -> int:
         return len(self._live)
@@ -72,8 +72,9 @@ class Registry(Generic[M]):
             self._per_source[host] += 1
             if not self._share_sources:
                 return self._per_source[host]
-            self._place.sources.add(host)
-            return self._per_source[host] + self._place.sources.elsewhere(host)
+            key = self._place.board.digest(host)
+            self._place.sources.add(key)
+            return self._per_source[host] + self._place.sources.elsewhere(key)
 
     def remove(self, connection: M, outcome: str) -> None:
         """Count it out; a second call for the same connection does nothing."""
@@ -83,7 +84,7 @@ class Registry(Generic[M]):
             self._place.went(outcome)
             host = connection.client.host
             if self._share_sources:
-                self._place.sources.remove(host)
+                self._place.sources.remove(self._place.board.digest(host))
             self._per_source[host] -= 1
             if not self._per_source[host]:
                 del self._per_source[host]
@@ -92,9 +93,10 @@ class Registry(Generic[M]):
                 (self._opened, self._place.opened_flows),
             ):
                 for flow in connection.flows:
-                    if flows.get(flow) == connection.id:
+                    noted = flows.get(flow)
+                    if noted is not None and noted.connection == connection.id:
                         del flows[flow]
-                        shared.remove(str(flow))
+                        shared.remove(noted.key)
 
     def is_loop_accepted(self, connection: M, flow: Flow) -> bool:
         """Note what was accepted. True if another connection of this relay opened this very flow.
@@ -103,17 +105,32 @@ class Registry(Generic[M]):
         learns its own port only from connect(). Whoever comes second sees it.
         """
         with self._lock:
-            if self._accepted.get(flow) is None:
-                self._place.accepted_flows.add(str(flow))
-            self._accepted[flow] = connection.id
-            here = self._opened.get(flow, connection.id) != connection.id
-            return here or self._place.opened_flows.elsewhere(str(flow)) > 0
+            key = self._note(self._accepted, self._place.accepted_flows, flow, connection)
+            return _is_anothers(self._opened.get(flow), connection) or self._place.opened_flows.elsewhere(key) > 0
 
     def is_loop_opened(self, connection: M, flow: Flow) -> bool:
         """Note what was opened towards a server. True if another connection of this relay was accepted from it."""
         with self._lock:
-            if self._opened.get(flow) is None:
-                self._place.opened_flows.add(str(flow))
-            self._opened[flow] = connection.id
-            here = self._accepted.get(flow, connection.id) != connection.id
-            return here or self._place.accepted_flows.elsewhere(str(flow)) > 0
+            key = self._note(self._opened, self._place.opened_flows, flow, connection)
+            return _is_anothers(self._accepted.get(flow), connection) or self._place.accepted_flows.elsewhere(key) > 0
+
+    def _note(self, flows: "dict[Flow, _Noted]", shared: SharedCounts, flow: Flow, connection: M) -> bytes:
+        before = flows.get(flow)
+        key = self._place.board.digest(str(flow)) if before is None else before.key
+        if before is None:
+            shared.add(key)
+        flows[flow] = _Noted(connection.id, key)
+        return key
+
+
+class _Noted(NamedTuple):
+    """Of one flow."""
+
+    connection: str
+    """The id of the one that noted it last."""
+    key: bytes
+    """In the tables that all workers see."""
+
+
+def _is_anothers(noted: _Noted | None, connection: Member) -> bool:
+    return noted is not None and noted.connection != connection.id

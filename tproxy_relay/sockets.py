@@ -11,6 +11,7 @@ import array
 import fcntl
 import socket
 from dataclasses import dataclass
+from functools import cached_property
 
 from tproxy_relay import linux
 from tproxy_relay.endpoint import Endpoint
@@ -37,27 +38,37 @@ class Tuning:
     mark: int
     """The fwmark (SO_MARK) that exempts the relay's own packets from interception; 0: none."""
 
+    @cached_property
+    def options(self) -> tuple[tuple[int, int, int | bytes], ...]:
+        """What `tune` sets, ready for setsockopt(): it is the same for each connection.
+
+        The first one matters most: while SO_LINGER is (1, 0), the kernel resets the connection whenever the
+        descriptor goes, also by kill -9 or a crash. A broken transfer must never look complete.
+        """
+        tcp, sol = int(socket.IPPROTO_TCP), int(socket.SOL_SOCKET)
+        options: list[tuple[int, int, int | bytes]] = [
+            (sol, socket.SO_LINGER, _RESET_ON_CLOSE),
+            (tcp, socket.TCP_NODELAY, 1),
+            (sol, socket.SO_OOBINLINE, 1),
+            (sol, socket.SO_SNDTIMEO, linux.pack_timeval(SEND_TICK)),
+        ]
+        if self.keepalive:
+            interval = max(1, self.keepalive // KEEPALIVE_PROBES)
+            options.append((sol, socket.SO_KEEPALIVE, 1))
+            options.append((tcp, socket.TCP_KEEPIDLE, self.keepalive))
+            options.append((tcp, socket.TCP_KEEPINTVL, interval))
+            options.append((tcp, socket.TCP_KEEPCNT, KEEPALIVE_PROBES))
+        if self.user_timeout:
+            options.append((tcp, socket.TCP_USER_TIMEOUT, max(1, round(self.user_timeout * 1000))))
+        if self.mark:
+            options.append((sol, socket.SO_MARK, linux.MARK.pack(self.mark)))
+        return tuple(options)
+
 
 def tune(sock: socket.socket, tuning: Tuning) -> None:
-    """Set what both legs need from birth on.
-
-    The first option matters most: while SO_LINGER is (1, 0), the kernel resets the connection whenever the
-    descriptor goes, also by kill -9 or a crash. A broken transfer must never look complete.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-    set_send_timeout(sock, SEND_TICK)
-    if tuning.keepalive:
-        interval = max(1, tuning.keepalive // KEEPALIVE_PROBES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, tuning.keepalive)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    if tuning.user_timeout:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(tuning.user_timeout * 1000)))
-    if tuning.mark:
-        set_mark(sock, tuning.mark)
+    """Set what both legs need from birth on."""
+    for option in tuning.options:
+        sock.setsockopt(*option)
 
 
 def untune(sock: socket.socket) -> None:

@@ -123,8 +123,8 @@ def test_the_numbers_of_a_worker_end_with_its_place(board: Board) -> None:
         for _ in range(3):
             place.came()
         place.went(Outcome.COMPLETED)
-        place.sources.add("192.0.2.1")
-        place.opened_flows.add("a flow")
+        place.sources.add(place.board.digest("192.0.2.1"))
+        place.opened_flows.add(place.board.digest("a flow"))
         place.state = WAITING
     assert (first.live, first.live_everywhere, first.accepted_everywhere) == (2, 4, 6)
     assert board.clear(1) == Numbers(3, 2, {"completed": 1})
@@ -134,9 +134,9 @@ def test_the_numbers_of_a_worker_end_with_its_place(board: Board) -> None:
     assert not first.others_wait
     again = Place(board, claimed(board))
     assert (again.state, again.numbers) == (ABSENT, Numbers(0, 0, {}))
-    assert first.sources.elsewhere("192.0.2.1") == 0
-    assert first.opened_flows.elsewhere("a flow") == 0
-    assert again.sources.elsewhere("192.0.2.1") == 1
+    assert first.sources.elsewhere(first.board.digest("192.0.2.1")) == 0
+    assert first.opened_flows.elsewhere(first.board.digest("a flow")) == 0
+    assert again.sources.elsewhere(again.board.digest("192.0.2.1")) == 1
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))
@@ -173,16 +173,20 @@ def test_others_wait(board: Board) -> None:
 
 def test_what_others_count(board: Board) -> None:
     one, two, three = (Place(board, claimed(board)) for _ in range(3))
-    one.sources.add("192.0.2.1")
-    two.sources.add("192.0.2.1")
-    two.sources.add("192.0.2.1")
-    two.sources.add("192.0.2.2")
-    assert [place.sources.elsewhere("192.0.2.1") for place in (one, two, three)] == [2, 1, 3]
-    two.sources.remove("192.0.2.1")
-    two.sources.remove("192.0.2.2")
-    assert [place.sources.elsewhere("192.0.2.1") for place in (one, two, three)] == [1, 1, 2]
-    assert one.sources.elsewhere("192.0.2.2") == 0
-    assert one.accepted_flows.elsewhere("192.0.2.1") == one.opened_flows.elsewhere("192.0.2.1") == 0
+    one.sources.add(one.board.digest("192.0.2.1"))
+    two.sources.add(two.board.digest("192.0.2.1"))
+    two.sources.add(two.board.digest("192.0.2.1"))
+    two.sources.add(two.board.digest("192.0.2.2"))
+    assert [place.sources.elsewhere(place.board.digest("192.0.2.1")) for place in (one, two, three)] == [2, 1, 3]
+    two.sources.remove(two.board.digest("192.0.2.1"))
+    two.sources.remove(two.board.digest("192.0.2.2"))
+    assert [place.sources.elsewhere(place.board.digest("192.0.2.1")) for place in (one, two, three)] == [1, 1, 2]
+    assert one.sources.elsewhere(one.board.digest("192.0.2.2")) == 0
+    assert (
+        one.accepted_flows.elsewhere(one.board.digest("192.0.2.1"))
+        == one.opened_flows.elsewhere(one.board.digest("192.0.2.1"))
+        == 0
+    )
 
 
 def test_nobody_outside_can_tell_which_texts_share_a_window(board: Board) -> None:
@@ -196,8 +200,8 @@ def test_nobody_outside_can_tell_which_texts_share_a_window(board: Board) -> Non
 def test_as_many_texts_as_connections_find_room() -> None:
     with places(2, 2_000) as (one, two):
         for number in range(2_000):
-            one.sources.add(f"client {number}")
-        assert sum(two.sources.elsewhere(f"client {number}") == 1 for number in range(2_000)) >= 1_999
+            one.sources.add(one.board.digest(f"client {number}"))
+        assert sum(two.sources.elsewhere(two.board.digest(f"client {number}")) == 1 for number in range(2_000)) >= 1_999
 
 
 # --- the memory
@@ -225,7 +229,7 @@ def test_no_child_inherits_it_unasked(board: Board) -> None:
 def test_looking_at_all_the_others_takes_few_descriptors(board: Board) -> None:
     """Each would be missing for a connection (limits.RESERVED_DESCRIPTORS)."""
     place, *_ = [Place(board, claimed(board)) for _ in range(PLACES)]
-    place.sources.elsewhere("192.0.2.1")
+    place.sources.elsewhere(place.board.digest("192.0.2.1"))
     names = map(os.path.realpath, Path("/proc/self/fd").iterdir())
     assert sum(name.startswith("/memfd:tproxy-relay") for name in names) < limits.RESERVED_DESCRIPTORS / 2
 
@@ -237,7 +241,7 @@ def test_an_unused_place_takes_no_memory() -> None:
     assert used < 100_000 < 100_000_000 < os.fstat(board.descriptors[0]).st_size
     place = Place(board, claimed(board))
     for number in range(1_000):
-        place.sources.add(str(number))
+        place.sources.add(place.board.digest(str(number)))
     more = os.fstat(board.descriptors[0]).st_blocks * 512
     assert more > used + 1_000_000
     board.clear(place._number)
@@ -250,9 +254,12 @@ def test_an_unused_place_takes_no_memory() -> None:
 
 def test_a_killed_worker_leaves_its_numbers() -> None:
     with places(2) as (ours, theirs), remotes(theirs) as (remote,):
-        remote.does("place.came(); place.came(); place.came(); place.went('idle'); place.sources.add('a client')")
+        remote.does(
+            "place.came(); place.came(); place.came(); place.went('idle');"
+            "place.sources.add(place.board.digest('a client'))"
+        )
         assert remote.does("print(place.numbers == board.numbers(1), place.live_everywhere)") == ["True 2"]
-        assert ours.sources.elsewhere("a client") == 1
+        assert ours.sources.elsewhere(ours.board.digest("a client")) == 1
         remote.begin("while True: place.came()")
         wait_until(lambda: theirs.live > 1_000, "it counts")
         remote.child.kill()
@@ -265,8 +272,8 @@ def test_a_killed_worker_leaves_its_numbers() -> None:
 
 def test_a_worker_finds_the_digests_of_the_others() -> None:
     with places(2) as (ours, theirs), remotes(theirs) as (remote,):
-        ours.accepted_flows.add("a flow")
-        assert remote.does("print(place.accepted_flows.elsewhere('a flow'))") == ["1"]
+        ours.accepted_flows.add(ours.board.digest("a flow"))
+        assert remote.does("print(place.accepted_flows.elsewhere(place.board.digest('a flow')))") == ["1"]
         assert remote.does(f"print(board.digest('x') == {ours.board.digest('x')!r})") == ["True"]
 
 
@@ -341,7 +348,7 @@ def test_looking_up_what_others_count_does_not_end_a_turn() -> None:
     """fcntl(2): a process loses its lock when it closes any descriptor of the file."""
     with places(3) as (_ours, *theirs), remotes(*theirs) as (one, two):
         assert one.does(TAKE) == ["True"]
-        one.does("place.sources.add('me'); place.sources.elsewhere('me')")
+        one.does("place.sources.add(place.board.digest('me')); place.sources.elsewhere(place.board.digest('me'))")
         assert two.does(TAKE) == ["False"]
 
 
