@@ -213,8 +213,11 @@ class SharedCounts:
 
     def elsewhere(self, key: bytes) -> int:
         """How often the other workers have it."""
-        others = [number for number, beat in enumerate(self._board.column(_BEAT)) if beat and number != self._number]
-        return sum(self._board.table(number, self._which).count(key) for number in others)
+        count = 0
+        for number, beat in enumerate(self._board.column(_BEAT)):
+            if beat and number != self._number:
+                count += self._board.table(number, self._which).count(key)
+        return count
 
 
 class Place:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tproxy_relay import endpoint, orig_dst, policy, sockets
+from tproxy_relay import endpoint, logs, orig_dst, policy, sockets
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.listeners import Listener
 from tproxy_relay.policy import Destinations, RefusedError
@@ -93,7 +93,8 @@ class Connection:
         try:
             self._resolve()
             self._relay = Relay(self._client, self._connect(), self._context.watch, self._context.processors)
-            access_log.debug("connection open", extra=self._where())
+            if access_log.isEnabledFor(logging.DEBUG):
+                logs.note(access_log, logging.DEBUG, "connection open", self._where())
         except RefusedError as refusal:
             self._end(refusal.outcome, str(refusal))
         except Exception as error:
@@ -330,7 +331,7 @@ class Connection:
 
 def _write(record: ConnectionRecord) -> None:
     level = logging.INFO if record.outcome.ordinary else logging.WARNING
-    access_log.log(level, "connection closed", extra=record.as_fields())
+    logs.note(access_log, level, "connection closed", record.as_fields())
 
 
 def _text(error: OSError) -> str:

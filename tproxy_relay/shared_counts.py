@@ -52,11 +52,12 @@ class Table:
         return int.from_bytes(key[:8], "little") % self._windows * WINDOW
 
     def _find(self, key: bytes, first: int) -> int | None:
-        window = bytes(self._keys[first * KEY_BYTES : (first + WINDOW) * KEY_BYTES])
+        window = self._keys[first * KEY_BYTES : (first + WINDOW) * KEY_BYTES].tobytes()
         at = window.find(key)
         while at % KEY_BYTES and at >= 0:
             at = window.find(key, at + 1)
         return None if at < 0 else first + at // KEY_BYTES
 
     def _unused(self, first: int) -> int | None:
-        return next((entry for entry in range(first, first + WINDOW) if not self._counts[entry]), None)
+        counts = self._counts[first : first + WINDOW].tolist()
+        return first + counts.index(0) if 0 in counts else None

@@ -10,15 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import children
+import lines
 import pytest
 from deadlines import PATIENCE, wait_until
 
 from tproxy_relay import logs
 from tproxy_relay.errors import SystemRefusedError
-from tproxy_relay.logs import ConsoleFormatter, LogWriter
+from tproxy_relay.logs import ConsoleFormatter, LineFormatter, LogWriter
 from tproxy_relay.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -32,6 +34,46 @@ def line(message: str, **fields: object) -> str:
     text = ConsoleFormatter().format(record)
     _time, _level, rest = text.split(" ", 2)
     return rest
+
+
+def test_a_note_is_what_logging_makes_of_it() -> None:
+    fields = {"id": "a", "bytes_up": 5, "error": None}
+    with lines.collected() as collected:
+        log.info("connection closed", extra=fields)
+        logs.note(log, logging.INFO, "connection closed", fields)
+        log.setLevel(logging.WARNING)
+        logs.note(log, logging.INFO, "not wanted", fields)
+        log.setLevel(logging.NOTSET)
+    usual, ours = map(vars, collected.records)
+    about_the_place = {"created", "msecs", "relativeCreated", "thread", "threadName", "process", "processName"}
+    about_the_place |= {"pathname", "filename", "module", "lineno", "funcName"}
+    assert usual.keys() == ours.keys()
+    assert {name for name, value in usual.items() if ours[name] != value} <= about_the_place
+    assert 0 <= ours["created"] - usual["created"] < PATIENCE
+    assert ours["msecs"] == pytest.approx(ours["created"] % 1 * 1000, abs=1)
+
+
+# --- the JSON form
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"id": "a", "n": 5, "f": 0.1, "none": None, "yes": True, "list": [1, "x"], "map": {"a": 1}},
+        {"text": 'grün "\\\n\u2028\x1b\ud800'},
+        {"created": 1795555445.0},
+        {"when": datetime(2026, 11, 24), "path": Path("/x"), "bytes": b"x", "what": object},
+        {"msg": "%s of %s", "args": ("a", 1)},
+        {"exc_info": (ValueError, ValueError("first\nsecond"), None)},
+        {"stack_info": "a\nb"},
+    ],
+)  # fmt: skip
+def test_a_json_line_is_what_the_library_makes_of_it(more: dict[str, object]) -> None:
+    record = logging.makeLogRecord({"msg": "a line", "levelname": "INFO", "created": 1795555445.678, **more})
+    text = LineFormatter().format(record)
+    assert text == super(LineFormatter, LineFormatter()).format(record)
+    assert len(text.splitlines()) == 1 and isinstance(json.loads(text), dict)
 
 
 # --- the console form
