@@ -15,7 +15,6 @@ connection never waits for a thread.
 
 import logging
 import queue
-import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -104,8 +103,6 @@ class RelayThreads:
     def _serve(self, start: _Start) -> None:
         if start.cancelled:
             return
-        # For the main thread only: a connect() that is interrupted goes on without its time limit in CPython.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while (task := self._tasks.get()) is not None:
             try:
                 task()

@@ -2,7 +2,8 @@
 
 What it finds: at descriptor 0 the channel to the supervisor, at 1 the pipe that its log goes to, at 2 the one for
 last words, and from 3 on the listening sockets (sd_listen_fds(3)). Signals are the supervisor's: a terminal or a
-service manager may send them to all processes, and each worker would stop before the ruleset does.
+service manager may send them to all processes, and each worker would stop before the ruleset does. No thread of a
+worker is interrupted by one: a connect() that is goes on without its time limit in CPython.
 """
 
 import faulthandler
@@ -23,6 +24,9 @@ from tproxy_relay.worker import Worker
 LOG_FLUSH = 1.0
 """Seconds that the log gets at the end."""
 
+CRASHES = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
+"""That faulthandler has a last word about."""
+
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +34,8 @@ def main() -> int:
     """The process. By hand it is of no use."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Here, once, and all threads inherit it: to make such a set takes longer than to start a thread.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - CRASHES)
     faulthandler.enable()
     process_name.become(process_name.WORKER)
     control = channel.adopt(0)

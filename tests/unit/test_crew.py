@@ -556,3 +556,19 @@ def test_threads_of_many_messages_wait_for_others_and_of_few_do_not(hands: Hands
     client.close()
     server.close()
     wait_until(lambda: patient() == 0, "its threads are as before")
+
+
+def test_no_thread_of_a_worker_is_interrupted(hands: Hands) -> None:
+    """But by the signals of a crash, of which the log is told."""
+    (worker,) = hands.serving(1)
+    client, _ = hands.connect()
+    crashes = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
+    unblockable = {signal.SIGKILL, signal.SIGSTOP}
+    masks = set()
+    for status in Path(f"/proc/{worker.pid}/task").glob("*/status"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            line = next(one for one in status.read_text("ascii").splitlines() if one.startswith("SigBlk:"))
+            masks.add(int(line.split()[1], 16))
+    (mask,) = masks
+    assert {number for number in signal.valid_signals() if not mask >> (number - 1) & 1} == crashes | unblockable
+    client.close()
