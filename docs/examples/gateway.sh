@@ -22,6 +22,7 @@ table inet tproxy_relay {
         type filter hook prerouting priority mangle; policy accept;
         meta l4proto != tcp return comment "plan a3910ecc active: TCP only"
         iifname "lo" goto from_lo comment "sent by this host to itself"
+        tcp flags & (fin | syn | rst | ack) != syn socket wildcard 1 return comment "to a port that has the number of ours"
         tcp flags & (fin | syn | rst | ack) != syn socket transparent 1 meta mark set meta mark & 0xf8ffffff | 0x01000000 counter accept comment "packets of relayed connections"
         iifname != "lo" ip daddr { 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/4, 255.255.255.255/32 } return comment "never intercepted, IPv4"
         iifname != "lo" meta nfproto ipv4 tcp flags & (fin | syn | rst | ack) == syn tcp dport { 8080 } tproxy ip to :15006 meta mark set meta mark & 0xf8ffffff | 0x01000000 counter accept comment "inbound, IPv4"

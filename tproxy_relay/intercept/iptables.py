@@ -150,7 +150,7 @@ def _all_chains(plan: Plan, state: State, family: Family) -> Iterator[Chain]:
 
 def _prerouting(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
     yield Rule("-i lo", f"-g {PREFIX}LO", "sent by this host to itself")
-    ours = f"{_NOT_SYN} -m socket --transparent --nowildcard"
+    ours = f"{_NOT_SYN} -m socket --transparent"
     yield Rule(ours, f"-j {PREFIX}DIVERT", "packets of relayed connections")
     if plan.mode != "tproxy" or not plan.inbound or state != "active":
         return
@@ -172,7 +172,7 @@ def _from_lo(plan: Plan, family: Family) -> Iterator[Rule]:
     # xt_TPROXY drops packets of established sockets that are not transparent. A bare SYN would also match a server
     # here that listens on the same port.
     not_syn = to_us.replace(_TCP, _NOT_SYN, 1)
-    yield Rule(f"{not_syn} -m socket --nowildcard", "-j ACCEPT", "packets of relayed connections")
+    yield Rule(f"{not_syn} -m socket", "-j ACCEPT", "packets of relayed connections")
     target = f"-j TPROXY --on-port {plan.outbound_port}{_on_ip(plan, family)}"
     yield Rule(to_us, f"{target} --tproxy-mark {_bits(plan, plan.marks.outbound)}", "to the relay")
 

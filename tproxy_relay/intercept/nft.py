@@ -103,6 +103,7 @@ def _all_chains(plan: Plan, state: State) -> Iterator[Chain]:
 def _prerouting(plan: Plan, state: State) -> Iterator[Rule]:
     take_in = _set(plan, "meta mark", plan.marks.inbound)
     yield Rule('iifname "lo" goto from_lo', "sent by this host to itself")
+    yield from _not_for_listeners(plan)
     yield Rule(f"{_NOT_SYN} socket transparent 1 {take_in} counter accept", "packets of relayed connections")
     if plan.mode != "tproxy" or not plan.inbound or state != "active":
         return
@@ -189,7 +190,15 @@ def _nat_output(plan: Plan, state: State) -> Iterator[Rule]:
         yield Rule(f"{match} counter {_redirect(plan, family, plan.outbound_port)}", f"outbound, IPv{family}")
 
 
+def _not_for_listeners(plan: Plan) -> Iterator[Rule]:
+    """A server answers a client whose port has the number of ours: the socket that is found is a listener for all
+    addresses, which would answer with a reset. One that listens on an address of its own is not found."""
+    if any(plan.on_address(family) is None for family in plan.families):
+        yield Rule(f"{_NOT_SYN} socket wildcard 1 return", "to a port that has the number of ours")
+
+
 def _zone_in(plan: Plan) -> Iterator[Rule]:
+    yield from _not_for_listeners(plan)
     ports = _ports(plan.inbound)
     match = f'iifname != "lo" {_NOT_SYN} tcp sport {ports} tcp dport != {ports} socket transparent 1'
     yield Rule(f"{match} ct zone set {CONNTRACK_ZONE}", "server side of a connection that keeps its port")

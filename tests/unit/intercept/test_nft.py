@@ -139,10 +139,21 @@ def test_what_a_setting_becomes(name: str, chain: str, expected: str) -> None:
 
 def test_closed_refuses_what_has_no_listener_right_after_it_was_offered() -> None:
     def prerouting(plan: Plan) -> list[str]:
-        return [re.sub(r", IPv[46]$", "", label) for label in labels(plan, "prerouting")[3:]]
+        return [re.sub(r", IPv[46]$", "", label) for label in labels(plan, "prerouting")[4:]]
 
     assert prerouting(VARIANTS["tproxy"]) == ["never intercepted", "inbound"] * 2
     assert prerouting(VARIANTS["closed"]) == ["never intercepted", "inbound", "inbound without a relay"] * 2
+
+
+def test_listeners_on_all_addresses_are_passed_over_and_others_are_not_found() -> None:
+    def passed_over(name: str) -> list[str]:
+        return [
+            chain.name for chain, rule in rules(VARIANTS[name], "active") if "socket wildcard 1 return" in rule.text
+        ]
+
+    assert passed_over("tproxy") == ["prerouting"]
+    assert passed_over("full") == ["zone_prerouting", "prerouting"]
+    assert passed_over("loopback") == []
 
 
 def test_no_chain_without_a_purpose() -> None:
