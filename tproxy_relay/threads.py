@@ -7,8 +7,8 @@ The threads come from a ThreadPoolExecutor, which cannot be asked whether it has
 - its count of idle threads goes wrong after that, and on Python 3.12 and later also when a submit() meets a thread
   that is just becoming idle: the next item can then wait behind threads that are busy for hours;
 - it never lets a thread go;
-- its threads are daemons only if a daemon calls submit(), and before Python 3.13 each start of one that is none looks at
-  all those that are there: to open 9,000 connections takes 7.6 s that way, and 3.0 s with daemons.
+- its threads are daemons only if a daemon calls submit(), and before Python 3.13 each start of one that is none looks
+  at all those that are there: to open 9,000 connections takes 7.6 s that way, and 3.0 s with daemons.
 
 So what is submitted here is one job per thread, `_serve`, which takes tasks from our own queue for as long as
 the thread lives, and the free threads are counted here. `reserve` comes before accept(), and the second pump of a

@@ -33,7 +33,7 @@ _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 FEATURES: Mapping[str, tuple[str, str]] = {
     "nft_tproxy": ("filter hook prerouting priority mangle", "meta l4proto tcp tproxy to :1 accept"),
-    "nft_socket": ("filter hook prerouting priority mangle", "meta l4proto tcp socket transparent 1 socket wildcard 0 accept"),
+    "nft_socket": ("filter hook prerouting priority mangle", "meta l4proto tcp socket transparent 1 accept"),
     "nft_reject_inet": ("filter hook prerouting priority mangle", "tcp dport 1 reject with tcp reset"),
     "nft_fib_inet": ("route hook output priority mangle", "fib daddr type local return"),
     "nft_ct": ("route hook output priority mangle", "ct mark 1 ct direction original accept"),
