@@ -22,7 +22,7 @@ from tproxy_relay.record import ConnectionRecord, Outcome
 from tproxy_relay.registry import Flow, Registry
 from tproxy_relay.relay import HangupWatch, Leg, Relay
 from tproxy_relay.settings import Settings
-from tproxy_relay.sockets import Tuning
+from tproxy_relay.sockets import PathTuning, Tuning
 from tproxy_relay.threads import RelayThreads
 
 THREADS = 2
@@ -55,6 +55,8 @@ class Context:
 
     settings: Settings
     tuning: Tuning
+    to_client: PathTuning
+    to_server: PathTuning
     destinations: Destinations
     registry: "Registry[Connection]"
     threads: RelayThreads
@@ -91,6 +93,7 @@ class Connection:
     def run(self) -> None:
         """Thread A: all of it."""
         try:
+            sockets.tune(self._client.sock, self._context.to_client)
             self._resolve()
             self._relay = Relay(self._client, self._connect(), self._context.watch, self._context.processors)
             if access_log.isEnabledFor(logging.DEBUG):
@@ -151,6 +154,7 @@ class Connection:
     def _connect_from(self, source: str, destination: Endpoint) -> Leg:
         leg = Leg("upstream", sockets.upstream_socket(destination.family, self._context.tuning))
         try:
+            sockets.tune(leg.sock, self._context.to_server)
             self._source = source
             if source != policy.RELAY:
                 self._imitate_client(leg.sock, source)

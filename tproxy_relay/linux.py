@@ -23,6 +23,9 @@ SO_ORIGINAL_DST = 80
 IP6T_SO_ORIGINAL_DST = 80
 """linux/netfilter_ipv6/ip6_tables.h, level SOL_IPV6: the same as a sockaddr_in6."""
 
+SO_MAX_PACING_RATE = 47
+"""asm-generic/socket.h: bytes a second that a socket may send; cut into even pieces by TCP itself (Linux 4.20)."""
+
 SIOCOUTQ = 0x5411
 """linux/sockios.h (equal to TIOCOUTQ): bytes in a TCP socket's send queue that the peer has not acknowledged."""
 
@@ -37,6 +40,9 @@ SOCKADDR_IN6 = struct.Struct("=H2sI16sI")
 
 MARK = struct.Struct("@I")
 """socket(7), SO_MARK: the fwmark."""
+
+PACING_RATE = struct.Struct("@I")
+"""SO_MAX_PACING_RATE."""
 
 LINGER = struct.Struct("@ii")
 """linux/socket.h, struct linger: on or off, seconds."""

@@ -230,6 +230,42 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             unset="they are refused",
         ),
     ),
+    "Two paths": (
+        Option(
+            "client-congestion",
+            values.CONGESTION,
+            "NAME",
+            "The congestion control of what is sent to clients.",
+            unset="what the kernel uses",
+        ),
+        Option(
+            "upstream-congestion",
+            values.CONGESTION,
+            "NAME",
+            "The congestion control of what is sent to servers.",
+            unset="what the kernel uses",
+        ),
+        Option(
+            "client-pacing",
+            values.whole(0, values.MOST_PACING, "; 0: no limit"),
+            "BYTES",
+            "Bytes a second that each connection may send to its client; they are sent at even intervals.",
+        ),
+        Option(
+            "upstream-pacing",
+            values.whole(0, values.MOST_PACING, "; 0: no limit"),
+            "BYTES",
+            "Bytes a second that each connection may send to its server; they are sent at even intervals.",
+        ),
+        Option(
+            "socket-buffer",
+            values.buffer(),
+            "BYTES",
+            "What the kernel keeps for each connection, in each of its two sockets and either direction: memory of "
+            "many connections is bounded, and so is the speed of one over a long distance. 0: as much as "
+            "net.ipv4.tcp_rmem and tcp_wmem allow, when it is needed.",
+        ),
+    ),
     "Limits": (
         Option(
             "max-connections",

@@ -78,6 +78,14 @@ class Settings:
     """0 means: do not wait."""
     keepalive: int = 60
     user_timeout: float = 0.0
+    client_congestion: str | None = None
+    upstream_congestion: str | None = None
+    """None: the kernel's default."""
+    client_pacing: int = 0
+    upstream_pacing: int = 0
+    """Bytes a second."""
+    socket_buffer: int = 0
+    """Bytes; 0: the kernel decides."""
     mark_mask: int = 0x07000000
     """Three bits of the fwmark; the highest of them marks the relay's own sockets."""
     route_table: int = 7006

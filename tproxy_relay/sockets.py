@@ -65,8 +65,32 @@ class Tuning:
         return tuple(options)
 
 
-def tune(sock: socket.socket, tuning: Tuning) -> None:
-    """Set what both legs need from birth on."""
+@dataclass(frozen=True)
+class PathTuning:
+    """What is chosen for the way to the clients, or for that to the servers. Not set on listeners: a reload could not
+    take it back."""
+
+    congestion: str | None
+    pacing: int
+    """Bytes a second; 0: no limit."""
+    buffer: int
+    """Bytes, each way; 0: the kernel decides. It doubles the number for its own use (socket(7))."""
+
+    @cached_property
+    def options(self) -> tuple[tuple[int, int, int | bytes], ...]:
+        """For setsockopt()."""
+        options: list[tuple[int, int, int | bytes]] = []
+        if self.congestion:
+            options.append((int(socket.IPPROTO_TCP), socket.TCP_CONGESTION, self.congestion.encode()))
+        if self.pacing:
+            options.append((int(socket.SOL_SOCKET), linux.SO_MAX_PACING_RATE, linux.PACING_RATE.pack(self.pacing)))
+        if self.buffer:
+            options += [(int(socket.SOL_SOCKET), name, self.buffer) for name in (socket.SO_RCVBUF, socket.SO_SNDBUF)]
+        return tuple(options)
+
+
+def tune(sock: socket.socket, tuning: Tuning | PathTuning) -> None:
+    """Set it."""
     for option in tuning.options:
         sock.setsockopt(*option)
 

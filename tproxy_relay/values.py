@@ -18,6 +18,10 @@ from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, HostPort,
 MOST_SECONDS = 2147483
 LEAST_SECONDS = 0.001
 # Linux refuses a larger TCP_KEEPIDLE (MAX_TCP_KEEPIDLE in include/net/tcp.h).
+MOST_PACING = 0xFFFFFFFE
+"""Bytes a second: 34 Gbit/s. One more means no limit to older kernels."""
+LEAST_BUFFER, MOST_BUFFER = 4096, 1 << 30
+"""Bytes; the kernel doubles it, and takes an int (socket(7))."""
 MOST_KEEPALIVE = 32767
 MOST_WORKERS = 64
 MOST_CONNECTIONS = 1_000_000
@@ -32,6 +36,8 @@ _WHOLE = re.compile(r"0|[1-9][0-9]*")
 _SECONDS = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _MASK = re.compile(r"0[xX][0-9a-fA-F]{1,8}|[1-9][0-9]{0,9}")
+_CONGESTION = re.compile(r"[A-Za-z0-9_-]{1,15}")
+"""linux/net/tcp.h: TCP_CA_NAME_MAX is 16 with the final zero."""
 _ACCOUNT = re.compile(r"0|[1-9][0-9]{0,9}|[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[^][]*)]|(?P<host>[^][:]*)):(?P<port>[^:]*)")
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
@@ -93,6 +99,12 @@ def whole(least: int, most: int, note: str = "") -> Kind:
         return int(text)
 
     return Kind(parse, f"{least} to {most}{note}")
+
+
+def buffer() -> Kind:
+    """Bytes of a socket's buffer, or 0."""
+    some = whole(LEAST_BUFFER, MOST_BUFFER)
+    return Kind(lambda text: 0 if text == "0" else some.parse(text), f"0, or {some.allowed}")
 
 
 def connections() -> Kind:
@@ -260,6 +272,13 @@ def _route_table(text: str) -> int:
     return number
 
 
+def _congestion(text: str) -> str:
+    # tcp(7), TCP_CONGESTION; whether the kernel has it shows where it is used.
+    if not _CONGESTION.fullmatch(text):
+        raise BadValue(f"{shown(text)} is not the name of a congestion control")
+    return text
+
+
 def _account(text: str) -> str:
     # The number or the name of an account (useradd(8)); whether there is one shows where it is used.
     if not _ACCOUNT.fullmatch(text):
@@ -270,6 +289,7 @@ def _account(text: str) -> str:
 PORT = Kind(_port, "a TCP port, 1-65535")
 PORT_RANGES = Kind(_port_ranges, f"ports and ranges such as 8000-8100, up to {MOST_ITEMS} of them, with commas between")
 ACCOUNT = Kind(_account, "the name or number of an account")
+CONGESTION = Kind(_congestion, "a name that net.ipv4.tcp_allowed_congestion_control has, such as bbr or cubic")
 ROUTE_TABLE = Kind(_route_table, f"1 to {MOST_ROUTE_TABLE}, but for 253 to 255")
 PORTS = Kind(_ports, f"1-65535, up to {MOST_ITEMS} of them, with commas between")
 ADDRESSES = Kind(_addresses, "numeric IPv4 and IPv6 addresses, with commas between")

@@ -5,6 +5,7 @@ anybody's traffic. In its epoll are the listeners, the wake-up, the channel to t
 that hangups.py watches.
 """
 
+import errno
 import itertools
 import logging
 import os
@@ -13,11 +14,13 @@ import socket
 import time
 from typing import NamedTuple
 
+from tproxy_relay import sockets
 from tproxy_relay.acceptor import Acceptor
 from tproxy_relay.board import Place
 from tproxy_relay.channel import Channel, Message
 from tproxy_relay.connection import THREADS, Connection, Context
 from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.errors import ConfigError
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.limits import Limits
 from tproxy_relay.listeners import Listener
@@ -26,7 +29,7 @@ from tproxy_relay.processors import Processors
 from tproxy_relay.record import Outcome
 from tproxy_relay.registry import Registry
 from tproxy_relay.settings import Settings
-from tproxy_relay.sockets import SEND_TICK, Tuning
+from tproxy_relay.sockets import SEND_TICK, PathTuning, Tuning
 from tproxy_relay.threads import RelayThreads
 from tproxy_relay.wakeup import Wakeup
 
@@ -68,6 +71,8 @@ class Worker:
         limits: Limits,
         processors: Processors,
     ) -> None:
+        """Raises ConfigError for what this process may not set."""
+        paths = _paths(settings)  # before there are threads
         self._settings = settings
         self._control = control
         self._place = place
@@ -88,6 +93,7 @@ class Worker:
         self._context = Context(
             settings,
             tuning,
+            *paths,
             destinations,
             self._registry,
             self._threads,
@@ -256,6 +262,26 @@ class Worker:
         self._acceptor.close()
         self._threads.close()
         self._epoll.close()
+
+
+def _paths(settings: Settings) -> tuple[PathTuning, PathTuning]:
+    """To the clients, and to the servers. Tried out here, with the rights that this process has."""
+    paths = (
+        PathTuning(settings.client_congestion, settings.client_pacing, settings.socket_buffer),
+        PathTuning(settings.upstream_congestion, settings.upstream_pacing, settings.socket_buffer),
+    )
+    for side, path in zip(("client", "upstream"), paths):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            try:
+                sockets.tune(probe, path)
+            except OSError as error:
+                name, why = path.congestion, error.strerror
+                if error.errno == errno.ENOENT:
+                    why = f"this kernel does not have it; `modprobe tcp_{name}` may help"
+                elif error.errno == errno.EPERM:
+                    why = "not for everybody here; add it to the sysctl net.ipv4.tcp_allowed_congestion_control"
+                raise ConfigError(f"{side}-congestion: {name}: {why}") from error
+    return paths
 
 
 def leave_of(order: Message) -> Leave:

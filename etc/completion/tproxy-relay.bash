@@ -14,7 +14,8 @@ _tproxy_relay() {
                 case $option in
                     ports | bind | interface | mode | intercept-inbound | intercept-outbound | inbound-port | \
                     outbound-port | backend | on-failure | mark-mask | route-table | route-priority | workers \
-                    | cpu-affinity | user | stall-timeout | preserve-source | target | max-connections | \
+                    | cpu-affinity | user | stall-timeout | preserve-source | target | client-congestion | \
+                    upstream-congestion | client-pacing | upstream-pacing | socket-buffer | max-connections | \
                     max-per-source | connect-timeout | idle-timeout | half-close-timeout | drain-timeout | \
                     keepalive | user-timeout | log-level | log-format | log-file | config | root) ;;
                     *) option= ;;
@@ -55,9 +56,10 @@ _tproxy_relay() {
                 _tproxy_relay_words --ports --bind --interface --mode --intercept-inbound --intercept-outbound --inbound-port \
                     --outbound-port --backend --on-failure --mark-mask --route-table --route-priority \
                     --workers --cpu-affinity --user --stall-timeout --preserve-source --target \
-                    --max-connections --max-per-source --connect-timeout --idle-timeout --half-close-timeout \
-                    --drain-timeout --keepalive --user-timeout --log-level --log-format --log-file --config \
-                    --print-config --take-over --root --keep --json --version --help
+                    --client-congestion --upstream-congestion --client-pacing --upstream-pacing \
+                    --socket-buffer --max-connections --max-per-source --connect-timeout --idle-timeout \
+                    --half-close-timeout --drain-timeout --keepalive --user-timeout --log-level --log-format \
+                    --log-file --config --print-config --take-over --root --keep --json --version --help
             fi
             ;;
     esac

@@ -35,11 +35,15 @@ from tproxy_relay.processors import Processors
 from tproxy_relay.record import Outcome
 from tproxy_relay.registry import Flow, Registry
 from tproxy_relay.settings import Settings
+from tproxy_relay.sockets import PathTuning
 from tproxy_relay.threads import RelayThreads
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 STUCK = sockets.SEND_TICK + 0.5
+
+
+PLAIN = PathTuning(None, 0, 0)
 
 
 class Desk:
@@ -59,8 +63,8 @@ class Desk:
         self._hangups = Hangups(self._epoll)
         ports = frozenset({self.listener.endpoint.port}) if own_ports is None else own_ports
         self.context = Context(
-            settings, loopback.UNTUNED, Destinations(ports, target), self.registry, self.threads, self._hangups,
-            Processors(None), self.ended.release,
+            settings, loopback.UNTUNED, PLAIN, PLAIN, Destinations(ports, target), self.registry, self.threads,
+            self._hangups, Processors(None), self.ended.release,
         )  # fmt: skip
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watch")
