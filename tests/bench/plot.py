@@ -1,5 +1,6 @@
-"""Pictures of a run for the manual: python tests/bench/plot.py RUN.json FOLDER
+"""Pictures and tables of a run for the manual: python tests/bench/plot.py RUN.json FOLDER
 
+figures.csv, ratios.csv, targets.csv: the tables that run.py prints.
 ratios.svg: the rates of the relay, as a part of each other relay's. If the group `curve` was measured, curve.svg: rate,
 latency and processor time of requests over the number of connections. Needs matplotlib (pip install '.[bench]').
 """
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import figures  # noqa: E402
 import matplotlib  # noqa: E402
+import report  # noqa: E402
 from cells import BULK, CELLS, RATE  # noqa: E402
 from figures import OURS  # noqa: E402
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     run, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
     folder.mkdir(parents=True, exist_ok=True)
+    report.write_csv(run, folder)
     ratios(run, folder / "ratios.svg")
     if any(name.startswith("curve") for name in run["rounds"]):
         curve(run, folder / "curve.svg")

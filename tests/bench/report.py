@@ -1,6 +1,8 @@
-"""The tables of a run, in Markdown: what each relay reached, ours beside the others, and what was wanted."""
+"""The tables of a run: what each relay reached, ours beside the others, and what was wanted."""
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import figures
@@ -22,19 +24,32 @@ _CPU = {"throughput": "cpu_per_gb", "rate": "cpu_per_item"}
 """The cost that belongs to a figure."""
 
 
+Rows = list[list[str]]
+
+
 def tables(result: dict[str, Any]) -> str:
-    """All of them."""
+    """All of them, in Markdown."""
+    return "\n\n".join(_table(rows) for rows in _all(result).values())
+
+
+def write_csv(result: dict[str, Any], folder: Path) -> None:
+    """A file for each, for the manual: figures.csv, ratios.csv, targets.csv."""
+    for name, rows in _all(result).items():
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _all(result: dict[str, Any]) -> dict[str, Rows]:
+    """Those that have something in them, each with its head."""
     rounds: dict[str, Rounds] = result["rounds"]
     names = _peers(rounds)
-    blocks = [
-        _table(["figures", "", *names], _figures(rounds, names)),
-        _table(
-            ["ratios", "", *(f"x {name}" for name in names if name != OURS)],
-            _ratios(rounds, [name for name in names if name != OURS]),
-        ),
-        _table(["target", "must", "goal", "reached", ""], _targets(rounds)),
-    ]
-    return "\n\n".join(block for block in blocks if block)
+    others = [name for name in names if name != OURS]
+    every: dict[str, Rows] = {
+        "figures": [["figures", "", *names], *_figures(rounds, names)],
+        "ratios": [["ratios", "", *(f"x {name}" for name in others)], *_ratios(rounds, others)],
+        "targets": [["target", "must", "goal", "reached", ""], *_targets(rounds)],
+    }
+    return {name: rows for name, rows in every.items() if len(rows) > 1}
 
 
 def shown(figure: str, value: float | None) -> str:
@@ -102,9 +117,7 @@ def _or_dash(one: Spread | None) -> str:
     return "-" if one is None else str(one)
 
 
-def _table(head: list[str], rows: Iterator[list[str]]) -> str:
-    found = [" | ".join(row) for row in rows]
-    if not found:
-        return ""
-    lines = [" | ".join(head), "|".join("---" for _ in head), *found]
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *found = [" | ".join(row) for row in rows]
+    lines = [head, "|".join("---" for _ in rows[0]), *found]
     return "\n".join(f"| {line} |" if "---|" not in line else f"|{line}|" for line in lines)

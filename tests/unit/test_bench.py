@@ -1,5 +1,6 @@
 """The arithmetic of the bench, and that its parts fit together: cells, targets, tables, comparison."""
 
+import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def test_the_tables_show_figures_ratios_and_targets() -> None:
     assert "| requests, 32 connections | rate | 0.90 (0.50-1.50) |" in text
     assert "| rr32 rate x c | >= 0.95 |  | 0.90 | short by 5% |" in text
     assert "haproxy" not in text
+
+
+def test_the_tables_are_files_for_the_manual_too(tmp_path: Path) -> None:
+    report.write_csv(run(ROUNDS), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.csv", "ratios.csv", "targets.csv"]
+    rows = list(csv.reader((tmp_path / "ratios.csv").read_text(encoding="utf-8").splitlines()))
+    assert rows[:2] == [["ratios", "", "x c"], ["requests, 32 connections", "rate", "0.90 (0.50-1.50)"]]
+    (tmp_path / "without").mkdir()
+    report.write_csv(run([{"c": {"rate": 1.0}}]), tmp_path / "without")
+    assert [path.name for path in (tmp_path / "without").iterdir()] == ["figures.csv"], "there is nothing to compare"
 
 
 def test_what_others_have_used_is_what_is_in_no_account_of_ours() -> None:
