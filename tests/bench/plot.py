@@ -1,6 +1,6 @@
 """Pictures and tables of a run for the manual: python tests/bench/plot.py RUN.json FOLDER
 
-figures.csv, ratios.csv, targets.csv: the tables that run.py prints.
+figures.csv, ratios.csv, targets.csv: the tables that run.py prints; run.rst: where and with what it was measured.
 ratios.svg: the rates of the relay, as a part of each other relay's. If the group `curve` was measured, curve.svg: rate,
 latency and processor time of requests over the number of connections. Needs matplotlib (pip install '.[bench]').
 """
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     run, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     report.write_csv(run, folder)
+    (folder / "run.rst").write_text(report.about(run), encoding="utf-8")
     ratios(run, folder / "ratios.svg")
     if any(name.startswith("curve") for name in run["rounds"]):
         curve(run, folder / "curve.svg")

@@ -39,6 +39,16 @@ def write_csv(result: dict[str, Any], folder: Path) -> None:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
 
+def about(result: dict[str, Any]) -> str:
+    """A sentence about the machine and the programs, in reStructuredText."""
+    machine, rounds = result["machine"], min(map(len, result["rounds"].values()))
+    programs = "; ".join(f"{name}: {version}" for name, version in result["versions"].items() if version)
+    return (
+        f"Measured on {machine['time'][:10]}, {machine['processors']} processors ({machine['model']}), "
+        f"Linux {machine['kernel']}, {rounds} rounds. {programs}.\n"
+    )
+
+
 def _all(result: dict[str, Any]) -> dict[str, Rows]:
     """Those that have something in them, each with its head."""
     rounds: dict[str, Rounds] = result["rounds"]

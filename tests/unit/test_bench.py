@@ -89,6 +89,12 @@ def test_the_tables_are_files_for_the_manual_too(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "without").iterdir()] == ["figures.csv"], "there is nothing to compare"
 
 
+def test_where_it_was_measured() -> None:
+    machine = {"time": "2026-11-23T17:00:00Z", "processors": 2, "model": "EPYC", "kernel": "6.18"}
+    said = report.about({**run(ROUNDS), "machine": machine})
+    assert said == "Measured on 2026-11-23, 2 processors (EPYC), Linux 6.18, 4 rounds. relay: 1.0.\n"
+
+
 def test_what_others_have_used_is_what_is_in_no_account_of_ours() -> None:
     before = Look(relay=1.0, bench=2.0, working=10.0, idle=20.0, stolen=0.0, passed=40.0)
     after = Look(relay=1.5, bench=3.0, working=11.2, idle=20.4, stolen=0.2, passed=42.0)
