@@ -269,6 +269,7 @@ def test_from_the_installation_to_the_purge(lab: Lab, debian: DebianHost) -> Non
         assert last["errors"] == {} and last["begun"] == last["served"] > 0, (last, upgrade)
     assert log_of(debian).count('"message": "listening"') == 5, upgrade
     wait_until(lambda: len(debian.relays()) == 1, "the former ones have ended")
+    wait_until(lambda: log_of(debian).count('"connection closed"') >= last["served"] + 6, "all are in the log")
     assert log_of(debian).count('"connection closed"') == last["served"] + 6
 
     succeeds(debian, "service", NAME, "stop")
