@@ -418,6 +418,7 @@ def test_a_restart_under_load_loses_no_connection(lab: Lab, running: InitHost) -
         assert running.do("status")[:2] == (0, said)
         assert stays.finish()["errors"] == {}
         gone(running, pids[0])
+    wait_until(lambda: running.log.count('"connection closed"') >= last["served"] + 1, "all are in the log")
     assert running.log.count('"connection closed"') == last["served"] + 1
     running.must("stop")
     assert running.left() == []
