@@ -16,6 +16,8 @@ import os
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+"""cgroups(7)."""
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +36,7 @@ def worth() -> int:
 def _quota() -> float:
     """Processors' worth of time; infinite without a limit, or where cgroup v2 is not in use."""
     try:
-        own = next(
-            line for line in Path("/proc/self/cgroup").read_text("ascii").splitlines() if line.startswith("0::/")
-        )
+        own = next(line for line in OWN_CGROUP.read_text("utf-8").splitlines() if line.startswith("0::/"))
     except (OSError, StopIteration, UnicodeError):
         return math.inf
     folder = CGROUPS / own.removeprefix("0::/")

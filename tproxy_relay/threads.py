@@ -113,7 +113,7 @@ class RelayThreads:
         start = _Start(self._generation)
         try:
             self._executor.submit(self._serve, start)
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             start.cancelled = True
             self._retire_executor()
             return False

@@ -1,6 +1,7 @@
 """The tables of a run: what each relay reached, ours beside the others, and what was wanted."""
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,16 @@ def write_csv(result: dict[str, Any], folder: Path) -> None:
 def about(result: dict[str, Any]) -> str:
     """A sentence about the machine and the programs, in reStructuredText."""
     machine, rounds = result["machine"], min(map(len, result["rounds"].values()))
-    programs = "; ".join(f"{name}: {version}" for name, version in result["versions"].items() if version)
+    programs = "; ".join(f"{name}: {_bare(version)}" for name, version in result["versions"].items() if version)
     return (
         f"Measured on {machine['time'][:10]}, {machine['processors']} processors ({machine['model']}), "
         f"Linux {machine['kernel']}, {rounds} rounds. {programs}.\n"
     )
+
+
+def _bare(version: str) -> str:
+    """Without the place where the program is, and whose it is."""
+    return re.sub(r"\S*/(\w+) +version: |  *- http\S*", "", version)
 
 
 def _all(result: dict[str, Any]) -> dict[str, Rows]:

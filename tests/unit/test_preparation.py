@@ -10,7 +10,7 @@ import children
 import loopback
 import pytest
 
-from tproxy_relay import listeners, preparation
+from tproxy_relay import listeners, preparation, processors
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
 from tproxy_relay.listeners import Listener
@@ -150,7 +150,8 @@ def test_what_the_workers_will_need() -> None:
 
 def test_as_many_workers_as_processors() -> None:
     prepared = prepare(plain(), [], inherited=False)
-    assert prepared.workers == len(os.sched_getaffinity(0))
+    assert prepared.workers == processors.worth()
+    assert prepared.homes == processors.homes("auto", prepared.workers)
     listeners.close_all(list(prepared.listeners))
 
 

@@ -37,21 +37,25 @@ def test_those_that_it_may_use() -> None:
 
 def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The smallest one on the way up counts; a part of a processor is one."""
-    own = next((line for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"), None)
-    if own is None:
-        pytest.fail("this host has no cgroup v2")
+    own, folder = tmp_path / "own", tmp_path / "system.slice" / "relay.service"
+    folder.mkdir(parents=True)
     monkeypatch.setattr(processors, "CGROUPS", tmp_path)
+    monkeypatch.setattr(processors, "OWN_CGROUP", own)
     monkeypatch.setattr(processors, "allowed", lambda: list(range(64)))
-    folder = tmp_path / own.removeprefix("0::/")
-    folder.mkdir(parents=True, exist_ok=True)
+    assert processors.worth() == 64
+    own.write_text("1:name=systemd:/x\n")
+    assert processors.worth() == 64, "only version 1"
+    own.write_text("1:name=systemd:/x\n0::/system.slice/relay.service\n")
     assert processors.worth() == 64
     for text, worth in (
         ("max 100000", 64), ("50000 100000", 1), ("150000 100000", 2), ("6400000 50000", 64), ("nonsense", 64)
     ):  # fmt: skip
         (folder / "cpu.max").write_text(text + "\n")
         assert processors.worth() == worth, text
-    (tmp_path / "cpu.max").write_text("400000 100000")
+    (folder.parent / "cpu.max").write_text("400000 100000")
     assert processors.worth() == 4
+    (folder / "cpu.max").write_text("100000 100000")
+    assert processors.worth() == 1
 
 
 @pytest.mark.parametrize(
