@@ -19,6 +19,7 @@ import pytest
 from interception import (
     BACKENDS,
     FAMILIES,
+    PATIENCE,
     PORT,
     EchoServer,
     attempt,
@@ -245,10 +246,17 @@ def check_new_ones(lab: Lab, relay: RelayProcess, *intercepted: int) -> None:
 
 
 def new_ones(lab: Lab, port: int) -> Iterator[str]:
-    """Connect each way, with each family; how the relay would call client and orig_dst."""
+    """Connect each way, with each family; how the relay would call client and orig_dst.
+
+    Each from a port that nothing else has: where destinations are rewritten, the kernel gives another one to a client's
+    second connection from the same port, because it leads to the same listener.
+    """
     for way, (source, destination) in ways(lab).items():
         for name, family in FAMILIES.items():
-            with source.connect(destination.address(family), port) as sock:
+            with source.socket(family) as sock:
+                sock.settimeout(PATIENCE)
+                sock.bind(("", 0))
+                sock.connect((destination.address(family), port))
                 assert ping(sock) == "", f"{way}/{name} to port {port}"
                 yield f"{from_sockaddr(sock.getsockname())} {from_sockaddr(sock.getpeername())}"
 
