@@ -3,11 +3,13 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from others import C, Envoy, Go, HAProxy, HAProxySplice
+from others import C, Envoy, Go, HAProxy, HAProxySplice, Python
 from peers import Absent, Peer, Relay
 from stage import Stage
 
-KINDS: dict[str, type[Peer]] = {kind.name: kind for kind in (Relay, HAProxy, HAProxySplice, Envoy, Go, C, Peer)}
+KINDS: dict[str, type[Peer]] = {kind.name: kind for kind in (Relay, HAProxy, HAProxySplice, Envoy, Go, C, Python, Peer)}
+USUAL = tuple(name for name in KINDS if name != Python.name)
+"""Those that take part unless others are asked for: that one shows what is possible, and nobody uses it."""
 
 
 class Company:

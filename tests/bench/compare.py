@@ -1,19 +1,24 @@
-"""What has changed since another run: python tests/bench/compare.py BASELINE.json NEW.json
+"""What has changed since another run.
+
+    python tests/bench/compare.py NEW.json                  # since the one that is kept here, baseline.json
+    python tests/bench/compare.py --baseline OLD.json NEW.json
+    python tests/bench/compare.py --keep NEW.json           # in place of baseline.json
 
 Rates of two machines, or of two days on a shared one, cannot be compared; ratios to the same other relay can. So each
 row is about a ratio (of memory: about the figure), and is shown where the new rounds lie wholly outside of the old ones
 and the medians differ by more than NOISE. A change that shows against one of the others only is that other's.
 """
 
-import json
+import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import figures  # noqa: E402
+import runs  # noqa: E402
 from cells import CELLS  # noqa: E402
 from figures import OURS, Spread  # noqa: E402
 
@@ -42,17 +47,23 @@ class Change(NamedTuple):
         return f"{word:6} {self.cell:14} {self.figure:18} {against:16} {self.before} -> {self.after}{factor}"
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
     """Returns 1 if something has become worse."""
-    if len(argv) != 2:
-        print((__doc__ or "").split("\n", 1)[0], file=sys.stderr)
-        return 2
-    old, new = (json.loads(Path(name).read_text()) for name in argv)
+    parser = argparse.ArgumentParser(description="What has changed since another run, beyond the noise.")
+    parser.add_argument("--baseline", default=str(runs.BASELINE), metavar="OLD.json", help="(default: the one kept)")
+    parser.add_argument("--keep", action="store_true", help="keep the new one as the baseline, and compare nothing")
+    parser.add_argument("new", nargs="+", metavar="NEW.json", help="several are one run of many rounds")
+    args = parser.parse_args()
+    new = runs.load(args.new)
+    if args.keep:
+        runs.store(new, runs.BASELINE)
+        return 0
+    old = runs.load([args.baseline])
     found = list(changes(old, new))
     print(*found, sep="\n")
     worse = sum(not change.better for change in found)
     print(f"{_name(old)} -> {_name(new)}: {len(found) - worse} better, {worse} worse")
-    for run, name in zip((old, new), argv):
+    for run, name in ((old, args.baseline), (new, " ".join(args.new))):
         rounds = min(map(len, run["rounds"].values()), default=0)
         few = ": too few to know what is noise" if rounds < FEW else ""
         print(f"{name}: {rounds} rounds{few}; {run['noisy']} noisy measurements, {len(run['failures'])} failures")
@@ -85,4 +96,4 @@ def _name(run: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,7 +1,8 @@
-"""The other relays: HAProxy, Envoy, and two small ones of our own, in Go and in C."""
+"""The other relays: HAProxy, Envoy, and small ones of our own, in Go, C and Python."""
 
 import json
 import os
+import platform
 import re
 import resource
 import shutil
@@ -186,6 +187,18 @@ class C(Other):
         if not built.exists():
             compiled([HERE / "peers/relay.c"], built)
         return [str(built), str(self.listener)]
+
+
+class Python(Other):
+    """peers/relay.py"""
+
+    name = "python"
+
+    def version(self) -> str:
+        return f"Python {platform.python_version()}"
+
+    def command(self, variant: Variant) -> list[str]:
+        return [sys.executable, str(HERE / "peers/relay.py"), str(self.listener), str(_processors(variant))]
 
 
 def _processors(variant: Variant) -> int:

@@ -1,11 +1,10 @@
-"""Pictures and tables of a run for the manual: python tests/bench/plot.py RUN.json FOLDER
+"""Pictures and tables of a run for the manual: python tests/bench/plot.py RUN.json [RUN.json ...] FOLDER
 
 figures.csv, ratios.csv, targets.csv: the tables that run.py prints; run.rst: where and with what it was measured.
 ratios.svg: the rates of the relay, as a part of each other relay's. If the group `curve` was measured, curve.svg: rate,
 latency and processor time of requests over the number of connections. Needs matplotlib (pip install '.[bench]').
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import figures  # noqa: E402
 import matplotlib  # noqa: E402
 import report  # noqa: E402
+import runs  # noqa: E402
 from cells import BULK, CELLS, RATE  # noqa: E402
 from figures import OURS  # noqa: E402
 
@@ -47,10 +47,10 @@ PANELS = (
 
 def main(argv: Sequence[str]) -> int:
     """Returns 2 for a wrong command line."""
-    if len(argv) != 2:
+    if len(argv) < 2:
         print((__doc__ or "").split("\n", 1)[0], file=sys.stderr)
         return 2
-    run, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
+    run, folder = runs.load(argv[:-1]), Path(argv[-1])
     folder.mkdir(parents=True, exist_ok=True)
     report.write_csv(run, folder)
     (folder / "run.rst").write_text(report.about(run), encoding="utf-8")

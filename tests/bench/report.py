@@ -42,15 +42,15 @@ def write_csv(result: dict[str, Any], folder: Path) -> None:
 
 def about(result: dict[str, Any]) -> str:
     """A sentence about the machine and the programs, in reStructuredText."""
-    machine, rounds = result["machine"], min(map(len, result["rounds"].values()))
-    programs = "; ".join(f"{name}: {_bare(version)}" for name, version in result["versions"].items() if version)
+    machine, rounds = result["machine"], max(map(len, result["rounds"].values()))
+    programs = "; ".join(f"{name}: {bare(version)}" for name, version in result["versions"].items() if version)
     return (
         f"Measured on {machine['time'][:10]}, {machine['processors']} processors ({machine['model']}), "
-        f"Linux {machine['kernel']}, {rounds} rounds. {programs}.\n"
+        f"Linux {machine['kernel']}, {rounds} rounds at most. {programs}.\n"
     )
 
 
-def _bare(version: str) -> str:
+def bare(version: str) -> str:
     """Without the place where the program is, and whose it is."""
     return re.sub(r"\S*/(\w+) +version: |  *- http\S*", "", version)
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import report  # noqa: E402
 from cells import CELLS, ON_DEMAND, Cell  # noqa: E402
-from company import KINDS, Company  # noqa: E402
+from company import KINDS, USUAL, Company  # noqa: E402
 from peers import DEFAULT, Peer, Unable  # noqa: E402
 from stage import Stage  # noqa: E402
 
@@ -121,7 +121,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a measurement (default: 1)")
     parser.add_argument("--only", default="", help="cells or groups, with commas between them")
-    parser.add_argument("--peers", default=",".join(KINDS), help="the relays (default: %(default)s)")
+    parser.add_argument("--peers", default=",".join(USUAL), help="the relays (default: %(default)s)")
     parser.add_argument("--require", action="store_true", help="fail if one of the peers is not installed")
     parser.add_argument("--option", action="append", default=[], metavar="'NAME = VALUE'", help="for our relay")
     parser.add_argument("--json", metavar="FILE", help="write everything there")

@@ -92,7 +92,7 @@ def test_the_tables_are_files_for_the_manual_too(tmp_path: Path) -> None:
 def test_where_it_was_measured() -> None:
     machine = {"time": "2026-11-23T17:00:00Z", "processors": 2, "model": "EPYC", "kernel": "6.18"}
     said = report.about({**run(ROUNDS), "machine": machine})
-    assert said == "Measured on 2026-11-23, 2 processors (EPYC), Linux 6.18, 4 rounds. relay: 1.0.\n"
+    assert said == "Measured on 2026-11-23, 2 processors (EPYC), Linux 6.18, 4 rounds at most. relay: 1.0.\n"
 
 
 def test_what_others_have_used_is_what_is_in_no_account_of_ours() -> None:
