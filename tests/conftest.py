@@ -1,16 +1,68 @@
-"""What every test may use: the network lab, and what to do where this machine cannot have one."""
+"""What every test may use: the network lab, what to do where this machine cannot have one, rows of the fault table.
+
+And what every test must obey: it leaves nothing behind.
+"""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from tproxy_relay.lab import Lab, LabError
+# Asserts of what tests share are to tell as much as their own, and to be there under `python -O`, too.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.rglob("*.py") if path.stem != "conftest"))
+
+import leaks  # noqa: E402
+import rows  # noqa: E402
+
+from tproxy_relay.lab import Lab, LabError  # noqa: E402
 
 REPORT_PART = 6_000
 """Characters of a lab's report that are shown of its beginning, and of its end."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the rows of the fault table go."""
+    parser.addoption(
+        "--rows", metavar="FILE", type=Path, help="write the rows of the fault table that were shown, as JSON"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only the process that gathers the reports writes."""
+    path = config.getoption("rows")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(rows.Table(path))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before anything can fail."""
+    rows.note(item)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_host() -> Iterator[leaks.Host]:
+    """Where the tests run."""
+    with contextlib.closing(leaks.Host()) as here:
+        yield here
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(own_host: leaks.Host) -> Iterator[None]:
+    """Fails a test after which a thread, a descriptor, a child process, a namespace or a rule is there that was not
+    there before. Fixtures of a wider scope come before it and go after it, so a lab of a module may stay."""
+    before = own_host.look()
+    yield
+    if left := own_host.left_since(before):
+        pytest.fail("left behind: " + "; ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def seen(request: pytest.FixtureRequest) -> rows.Seen:
+    """For the tests of a row: call it with what was seen."""
+    return rows.Seen(request.node)
 
 
 @pytest.fixture(scope="session")

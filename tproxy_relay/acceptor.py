@@ -10,6 +10,7 @@ worker waits, and clients wait in the kernel's backlog until somebody leaves.
 """
 
 import errno
+import functools
 import logging
 import os
 import select
@@ -28,6 +29,8 @@ ACCEPT_BATCH = 64
 """Connections taken from one listener before the others, and the orders, get their turn."""
 CAPACITY_PAUSE = 0.1
 """Seconds between two tries when descriptors, memory or threads have run out."""
+TELL_PAUSE = 1.0
+"""Seconds from one line about a full relay to the next one."""
 REST_PAUSE = 0.1
 """Seconds between two looks of a worker that leaves new clients to others: the longest that a client waits when those
 others have just been stopped."""
@@ -61,8 +64,13 @@ spins. Everything else is about us, and raised."""
 
 log = logging.getLogger(__name__)
 
+WAIT, REFUSE, EVICT = "wait", "refuse", "evict"
+"""What becomes of a client for which there is no room."""
+
 Admit = Callable[[socket.socket, Endpoint, Listener], None]
 """What becomes of an accepted connection; its threads are set aside."""
+Refuse = Callable[[str, socket.socket, Endpoint, Listener], None]
+"""The same where there is no room, after what there is too little of; no threads are set aside."""
 
 
 class Acceptor:
@@ -78,8 +86,12 @@ class Acceptor:
         most: int,
         room: int,
         admit: Admit,
+        when_full: str,
+        refuse: Refuse,
+        make_room: Callable[[], bool],
     ) -> None:
-        """`most` connections in the whole relay, and `room` for so many in this worker."""
+        """`most` connections in the whole relay, and `room` for so many in this worker. `make_room` has a connection
+        end, if it can."""
         self._epoll = epoll
         self._listeners = list(open_listeners)
         self._place = place
@@ -87,10 +99,14 @@ class Acceptor:
         self._most = most
         self._room = room
         self._admit = admit
+        self._when_full = when_full
+        self._refuse = refuse
+        self._make_room = make_room
         self._by_fd: dict[int, Listener] = {}
         self._pair_reserved = False
         self._full: str | None = None
         self._told_of_it = False
+        self._tell_at = 0.0
         self._someone_left = False
         self._look_at: float | None = None
         self._accepted = 0
@@ -168,20 +184,26 @@ class Acceptor:
 
     def _accept_from(self, listener: Listener) -> bool:
         """Take a batch of clients in. True if more may be waiting, and are this worker's."""
-        for _ in range(ACCEPT_BATCH):
-            if not self._has_threads():
-                return False
-            with self._place.admission(self._most) as admitted:
-                if not admitted:
-                    self._wait("max-connections")
-                    return False
-                if not self._accept_one(listener):
-                    return False
-            if self._rests():
-                return False
-        return True
+        return all(self._let_in(listener) and not self._rests() for _ in range(ACCEPT_BATCH))
 
-    def _accept_one(self, listener: Listener) -> bool:
+    def _let_in(self, listener: Listener) -> bool:
+        """The next client. False if there is none, or if it has to wait."""
+        lack = self._lack()
+        if lack is None:
+            with self._place.admission(self._most) as admitted:
+                if admitted:
+                    return self._accept_one(listener, self._admit_with_threads)
+            lack = "max-connections"
+        if self._when_full == REFUSE:
+            return self._accept_one(listener, functools.partial(self._refuse, lack))
+        self._wait(lack)
+        return False
+
+    def _admit_with_threads(self, sock: socket.socket, client: Endpoint, listener: Listener) -> None:
+        self._pair_reserved = False
+        self._admit(sock, client, listener)
+
+    def _accept_one(self, listener: Listener, then: Admit) -> bool:
         try:
             sock, sockaddr = listener.sock.accept()
         except BlockingIOError:
@@ -193,20 +215,18 @@ class Acceptor:
             if error.errno not in _ABOUT_THAT_CONNECTION:
                 raise
             return True
-        self._pair_reserved = False
-        self._admit(sock, endpoint.from_sockaddr(sockaddr), listener)
+        then(sock, endpoint.from_sockaddr(sockaddr), listener)
         return True
 
-    def _has_threads(self) -> bool:
-        """True with two threads set aside, and descriptors left for a connection of theirs."""
+    def _lack(self) -> str | None:
+        """What this worker has too little of for one more connection. None with two threads set aside, and descriptors
+        left for a connection of theirs."""
         if self._place.live >= self._room:
-            self._wait("descriptors" if self._room < self._most else "max-connections")
-        elif self._pair_reserved or self._threads.reserve(THREADS):
-            self._pair_reserved = True
-            return True
-        else:
-            self._wait("no more threads")
-        return False
+            return "descriptors" if self._room < self._most else "max-connections"
+        if not self._pair_reserved and not self._threads.reserve(THREADS):
+            return "no more threads"
+        self._pair_reserved = True
+        return None
 
     # --- leaving clients to other workers
 
@@ -243,13 +263,17 @@ class Acceptor:
 
     def _wait(self, why: str) -> None:
         """Leave new clients in the backlog until a connection ends, or for CAPACITY_PAUSE seconds."""
-        if not self._told_of_it and not self._place.others_wait:
+        now = time.monotonic()
+        if not self._told_of_it and not self._place.others_wait and now >= self._tell_at:
             self._told_of_it = True
+            self._tell_at = now + TELL_PAUSE
             log.warning("not accepting", extra={"reason": why, "live": self._place.live_everywhere})
         self._full = why
         self._someone_left = False
-        self._look_at = time.monotonic() + CAPACITY_PAUSE
+        self._look_at = now + CAPACITY_PAUSE
         self._unwatch(board.WAITING)
+        if self._when_full == EVICT and self._somebody_waits():
+            self._make_room()
 
     def _try_again(self) -> None:
         """There may be room again: for all that wait, or only for some of them."""

@@ -1,12 +1,14 @@
 """What the supervisor tells a worker when it starts it, and how that travels as a message."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from tproxy_relay.channel import Message
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.limits import Limits
 from tproxy_relay.policy import Destinations
-from tproxy_relay.settings import HostPort, PortRange, Settings
+from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 from tproxy_relay.sockets import Tuning
 
 
@@ -35,10 +37,11 @@ class Assignment:
 
 def of_message(message: Message) -> Assignment:
     """The other way."""
+    settings = _settings(message["settings"])
     return Assignment(
-        _settings(message["settings"]),
+        settings,
         Tuning(**message["tuning"]),
-        _destinations(message["destinations"]),
+        _destinations(message["destinations"], settings),
         Limits(*message["limits"]),
     )
 
@@ -53,10 +56,18 @@ def _settings(values: Message) -> Settings:
             "intercept_inbound": tuple(PortRange(*ports) for ports in values["intercept_inbound"]),
             "intercept_outbound": tuple(PortRange(*ports) for ports in values["intercept_outbound"]),
             "target": None if target is None else HostPort(*target),
+            "allow": tuple(map(_network, values["allow"])),
+            "deny": tuple(map(_network, values["deny"])),
         }
     )
 
 
-def _destinations(values: Message) -> Destinations:
+def _network(values: Sequence[Any]) -> Network:
+    address, ports = values
+    return Network(address, None if ports is None else PortRange(*ports))
+
+
+def _destinations(values: Message, settings: Settings) -> Destinations:
     target = values["target"]
-    return Destinations(frozenset(values["own_ports"]), None if target is None else Endpoint(*target))
+    own_ports = frozenset(values["own_ports"])
+    return Destinations.of_settings(settings, own_ports, None if target is None else Endpoint(*target))

@@ -38,7 +38,7 @@ _OUTCOMES = tuple(Outcome)
 _USED, _ENTRIES, _HASH_KEY = 0, 1, slice(64, 80)
 _PLACES_AT = mmap.PAGESIZE
 _TABLES_AT = _PLACES_AT + math.ceil(PLACES * _WORDS * 8 / mmap.PAGESIZE) * mmap.PAGESIZE
-_TABLES = 3
+_TABLES = 4
 
 ABSENT, RESTING, WATCHING, WAITING = range(4)
 """What a worker does about new clients: none of its business (any more); leaves them to workers that have fewer;
@@ -230,6 +230,7 @@ class Place:
         self.sources = SharedCounts(board, number, 0)
         self.accepted_flows = SharedCounts(board, number, 1)
         self.opened_flows = SharedCounts(board, number, 2)
+        self.arrivals = SharedCounts(board, number, 3)
 
     @property
     def board(self) -> Board:

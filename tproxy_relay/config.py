@@ -49,9 +49,15 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, default_file: str =
         settings,
         origins,
         (path,) if path else (),
-        (*environment.warnings(environ), *contradictions.warnings(settings)),
+        (*_distrusted(path), *environment.warnings(environ), *contradictions.warnings(settings)),
         "print-config" in on_command_line,
     )
+
+
+def _distrusted(path: str) -> Iterator[str]:
+    why = config_file.distrust(path) if path else None
+    if why:
+        yield why
 
 
 def _read_file(

@@ -49,6 +49,17 @@ def read(path: str) -> str:
     return _decoded(data, path)
 
 
+def distrust(path: str) -> str | None:
+    """Why not to trust what it says, if so: any account may write into it."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(found.st_mode) or not found.st_mode & stat.S_IWOTH:
+        return None
+    return f"{label(path)} can be changed by any account: chmod o-w {label(path)}"
+
+
 def _open_without_waiting(path: str, flags: int) -> int:
     # Opening a FIFO for reading would wait for a writer, perhaps for ever.
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)

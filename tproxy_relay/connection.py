@@ -7,6 +7,7 @@ thread B pumps the other way; whoever leaves last closes both sockets.
 
 import errno
 import logging
+import math
 import socket
 import threading
 import time
@@ -69,6 +70,26 @@ class Context:
 class Connection:
     """One accepted connection. Everybody but its own two threads may only look at it, or `abort` it."""
 
+    __slots__ = (
+        "id",
+        "client",
+        "orig_dst",
+        "destination",
+        "flows",
+        "_context",
+        "_listener",
+        "_born_at",
+        "_client",
+        "_upstream",
+        "_upstream_local",
+        "_source",
+        "_connect_seconds",
+        "_relay",
+        "_lock",
+        "_told_to_end",
+        "_ended",
+    )
+
     def __init__(
         self, number: str, sock: socket.socket, client: Endpoint, listener: Listener, context: Context
     ) -> None:
@@ -101,7 +122,8 @@ class Connection:
         except RefusedError as refusal:
             self._end(refusal.outcome, str(refusal))
         except Exception as error:
-            self._end(*self._blame(error))
+            outcome, text = self._blame(error)
+            self._end(outcome, text)
         else:
             self._context.threads.run(self._pump_down)
             self._pump(self._relay, self._relay.client, self._relay.upstream)
@@ -218,7 +240,8 @@ class Connection:
         if relay.carry(src, dst):
             if relay.failed:
                 relay.flush()
-            self._end(*self._how_it_ended(relay))
+            outcome, error = self._how_it_ended(relay)
+            self._end(outcome, error)  # by `*` the call would be nested in C, and touch one more page of the stack
 
     def _how_it_ended(self, relay: Relay) -> tuple[Outcome, str | None]:
         if relay.bug:
@@ -231,26 +254,37 @@ class Connection:
             return Outcome.COMPLETED, None
         return self._told_to_end or Outcome.ABORTED, None
 
-    def refuse(self, refusal: RefusedError) -> None:
-        """Reset it without having served it. Main thread, in place of `run`."""
-        self._end(refusal.outcome, str(refusal))
+    def refuse(self, why: str) -> None:
+        """Reset it for want of room, without having served it. Main thread, in place of `run`; no threads are given
+        back."""
+        self._end(Outcome.OVER_LIMIT, why, threads=0)
 
-    def abort(self, outcome: Outcome) -> None:
-        """End it from outside, in whatever phase it is; the first reason counts. Both peers see a reset."""
+    def abort(self, outcome: Outcome) -> bool:
+        """End it from outside, in whatever phase it is; both peers see a reset. The first reason counts: False if there
+        was one already."""
         with self._lock:
+            first = self._told_to_end is None and not self._ended
             self._told_to_end = self._told_to_end or outcome
             relay, upstream = self._relay, self._upstream
             if relay is None and upstream is not None and not self._ended:
                 sockets.wake_reader(upstream.sock)
         if relay is not None:
             relay.abort()
+        return first
+
+    @property
+    def moved_at(self) -> float:
+        """When a byte last moved, either way (time.monotonic()); infinity while it is not open yet: that takes no
+        longer than connect-timeout."""
+        relay = self._relay
+        return math.inf if relay is None else relay.moved_at
 
     def overdue(self, now: float) -> Outcome | None:
         """The timeout that has run out for it at `now` (time.monotonic()), if one has."""
         settings, relay = self._context.settings, self._relay
         if relay is None:
             return None
-        rest = now - relay.moved_at
+        rest = now - self.moved_at
         if settings.idle_timeout and rest >= settings.idle_timeout:
             return Outcome.IDLE
         if settings.half_close_timeout and relay.half_closed and rest >= settings.half_close_timeout:
@@ -278,8 +312,8 @@ class Connection:
                 fields[name] = str(value)
         return fields
 
-    def _end(self, outcome: Outcome, error: str | None) -> None:
-        """Close, record, count out. Once; the sockets are nobody else's any more."""
+    def _end(self, outcome: Outcome, error: str | None, threads: int = THREADS) -> None:
+        """Close, record, count out, give so many threads back. Once; the sockets are nobody else's any more."""
         with self._lock:
             if self._ended:
                 return
@@ -291,7 +325,7 @@ class Connection:
         finally:
             self._close(clean=False)  # nothing is left to close unless the lines above failed
             self._context.registry.remove(self, outcome.value)
-            self._context.threads.release(THREADS)
+            self._context.threads.release(threads)
             self._context.ended()
 
     def abandon(self) -> None:

@@ -57,6 +57,8 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
             f"listener (ports {text_of(settings.ports)}, bind {text_of(settings.bind)}), so "
             "every connection would come back: give target another address or port",
         )
+    for network in set(settings.allow) & set(settings.deny):
+        yield Contradiction(("allow", "deny"), f"{network} is allowed and denied: drop one of them")
     for address in () if settings.interface else filter(_is_link_local, settings.bind):
         yield Contradiction(
             ("bind", "interface"),

@@ -65,7 +65,9 @@ class LogPipes:
         self._open = 0
         self._all_closed = threading.Event()
         self._all_closed.set()
-        threading.Thread(target=self._read_all, name="log pipes", daemon=True).start()
+        self._closing = False
+        self._thread = threading.Thread(target=self._read_all, name="log pipes", daemon=True)
+        self._thread.start()
 
     def add(self) -> tuple[int, int, Words]:
         """Pipes for a new worker: the ends that it writes to, for its log and for its last words. They are the
@@ -91,13 +93,22 @@ class LogPipes:
         """Wait until all workers have closed their ends and everything is passed on."""
         self._all_closed.wait(seconds)
 
+    def close(self, seconds: float) -> None:
+        """As `drain`, and the thread ends with the last pipe. A process that ends need not call it."""
+        ends = self.add()[:2]
+        self._closing = True
+        for end in ends:
+            os.close(end)  # which wakes the thread, if all the others were closed before
+        self._thread.join(seconds)
+
     def _read_all(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while True:
+        while self._open or not self._closing:
             # An empty selector waits too; a descriptor that is added meanwhile wakes the epoll behind it.
             for key, _ in self._selector.select():
                 self._read(key.fd, key.data)
             time.sleep(GATHER)
+        self._selector.close()
 
     def _read(self, fd: int, words: Words | None) -> None:
         chunk = os.read(fd, CHUNK)

@@ -229,6 +229,26 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "Where to send connections that were not intercepted. A name is looked up once, at start and reload.",
             unset="they are refused",
         ),
+        Option(
+            "allow",
+            values.NETWORKS,
+            "LIST",
+            "Destinations that connections may have although another rule denies them. The longest prefix wins. Denied "
+            "from the beginning are loopback, link-local (where clouds have their metadata), multicast and reserved "
+            "addresses, also inside of IPv6 addresses, and this host's own, but for servers on it that "
+            "intercept-inbound names.",
+            unset="those that nothing denies",
+            many=True,
+        ),
+        Option(
+            "deny",
+            values.NETWORKS,
+            "LIST",
+            "Destinations that connections may not have: they are reset, and recorded as denied. With 0.0.0.0/0,::/0 "
+            "only those of allow are left.",
+            unset="the special ones only",
+            many=True,
+        ),
     ),
     "Two paths": (
         Option(
@@ -272,13 +292,28 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             values.connections(),
             "NUMBER",
             "Connections at the same time, of all workers together. Past it nothing is accepted, and new ones wait "
-            "in the kernel's backlog. auto: as many as the limit on open files allows.",
+            "in the kernel's backlog, or what when-full says. auto: as many as the limit on open files and the "
+            "memory allow.",
         ),
         Option(
             "max-per-source",
             values.whole(0, values.MOST_CONNECTIONS, "; 0: no limit"),
             "NUMBER",
             "Connections at the same time from one client address. Further ones are refused.",
+        ),
+        Option(
+            "max-rate-per-source",
+            values.whole(0, values.MOST_CONNECTIONS, "; 0: no limit"),
+            "NUMBER",
+            "New connections within a second from one client address. Further ones are refused.",
+        ),
+        Option(
+            "when-full",
+            values.words("wait", "refuse", "evict"),
+            "WHAT",
+            "What becomes of a new connection when there is no room for it. wait: it stays in the kernel's backlog "
+            "until there is. refuse: it is reset. evict: the connection that has rested longest, for a second at "
+            "least, is reset to make room.",
         ),
         Option("connect-timeout", values.seconds(None), "SECONDS", "How long to try to connect upstream."),
         Option(

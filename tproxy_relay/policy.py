@@ -5,15 +5,23 @@ connects to a listener directly (the original destination is then the relay), an
 exempt the relay's own connections (registry.py keeps the flows for that).
 """
 
+import math
+import time
 from dataclasses import dataclass
+from functools import cached_property
 
-from tproxy_relay import sockets
+from tproxy_relay import destinations, sockets
+from tproxy_relay.destinations import Rules
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.record import Outcome
-from tproxy_relay.settings import Settings
+from tproxy_relay.settings import Network, PortRange, Settings
 
 FULL, ADDRESS, RELAY = "full", "address", "relay"
 """Whose address the server sees: the client's with its port, the client's, or our own."""
+
+LIFETIME = 1.0
+"""Seconds for which it is remembered whether an address is this host's."""
+_REMEMBERED = 4096
 
 
 class RefusedError(Exception):
@@ -26,26 +34,76 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Destinations:
-    """Our own ports, and where to send connections that nothing intercepted."""
+    """Where connections may go, and where to send those that nothing intercepted."""
 
     own_ports: frozenset[int]
+    """Of our listeners."""
     target: Endpoint | None
+    allow: tuple[Network, ...] = ()
+    deny: tuple[Network, ...] = ()
+    served: tuple[PortRange, ...] = ()
+    """Ports of servers on this host that may be connected to, for what came by the listener of this port:"""
+    inbound_port: int = 0
+
+    @classmethod
+    def of_settings(cls, settings: Settings, own_ports: frozenset[int], target: Endpoint | None) -> "Destinations":
+        """As configured."""
+        return cls(own_ports, target, settings.allow, settings.deny, settings.intercept_inbound, settings.inbound_port)
+
+    @cached_property
+    def _rules(self) -> Rules:
+        return Rules(self.allow, self.deny)
+
+    @cached_property
+    def _local(self) -> "LocalAddresses":
+        return LocalAddresses()
 
     def choose(self, orig_dst: Endpoint | None, listener_port: int) -> Endpoint:
         """Where this connection goes, or RefusedError."""
         if orig_dst is None or self._is_own(orig_dst, frozenset({listener_port})):
             if self.target is None:
                 raise RefusedError(Outcome.NOT_INTERCEPTED, "connected to the listener itself; no target is set")
-            chosen = self.target
-        else:
-            chosen = orig_dst
-        if self._is_own(chosen, self.own_ports):
-            raise RefusedError(Outcome.SELF_CALL, f"{chosen} is this relay")
-        return chosen
+            if self._is_own(self.target, self.own_ports):
+                raise RefusedError(Outcome.SELF_CALL, f"{self.target} is this relay")
+            return self.target
+        if self._is_own(orig_dst, self.own_ports):
+            raise RefusedError(Outcome.SELF_CALL, f"{orig_dst} is this relay")
+        self._permit(orig_dst, listener_port)
+        return orig_dst
 
-    @staticmethod
-    def _is_own(endpoint: Endpoint, ports: frozenset[int]) -> bool:
-        return endpoint.port in ports and sockets.is_local_address(endpoint)
+    def _permit(self, destination: Endpoint, listener_port: int) -> None:
+        verdict = self._rules.judge(destination.host, destination.port)
+        if verdict.allowed is False:
+            raise RefusedError(Outcome.DENIED, f"{destination} is in {verdict.why}")
+        if verdict.allowed or not self._is_local(destination):
+            return
+        if listener_port != self.inbound_port or not any(ports.covers(destination.port) for ports in self.served):
+            why = "is an address of this host, and neither allow nor intercept-inbound has it"
+            raise RefusedError(Outcome.DENIED, f"{destination} {why}")
+
+    def _is_local(self, destination: Endpoint) -> bool:
+        carried = (Endpoint(str(form), destination.port) for form in destinations.forms(destination.host)[1:])
+        return destination in self._local or any(one in self._local for one in carried)
+
+    def _is_own(self, endpoint: Endpoint, ports: frozenset[int]) -> bool:
+        return endpoint.port in ports and endpoint in self._local
+
+
+class LocalAddresses:
+    """Those of this host, asked for at most once in LIFETIME seconds each."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], tuple[float, bool]] = {}
+
+    def __contains__(self, endpoint: Endpoint) -> bool:
+        key, now = (endpoint.host, endpoint.scope_id), time.monotonic()
+        asked_at, answer = self._known.get(key, (-math.inf, False))
+        if now - asked_at > LIFETIME:
+            answer = sockets.is_local_address(endpoint)
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[key] = (now, answer)
+        return answer
 
 
 def sources(settings: Settings, client: Endpoint, destination: Endpoint) -> tuple[str, ...]:

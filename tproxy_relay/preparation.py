@@ -73,11 +73,12 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
     try:
         own_ports = frozenset(one.endpoint.port for one in ready)
         workers = settings.workers or processors.worth()
+        descriptors, memory = limits.raise_descriptor_limit(), limits.usable_memory()
         assignment = Assignment(
             settings,
             Tuning(settings.keepalive, settings.user_timeout, mark if "net_raw" in keep else 0),
-            Destinations(own_ports, target),
-            limits.of_relay(settings.max_connections, limits.raise_descriptor_limit(), len(ready), workers),
+            Destinations.of_settings(settings, own_ports, target),
+            limits.of_relay(settings.max_connections, descriptors, len(ready), workers, memory),
         )
         wanted = _plan(settings, assignment.tuning.mark, own_ports)
     except BaseException:
@@ -162,7 +163,7 @@ def warn_of_nonlocal_bind() -> None:
             continue  # no such family here
         if on:
             log.warning(
-                "every address looks like this host's own: no source is preserved, and destinations "
-                "with the relay's port numbers are refused",
+                "this host's own addresses are hard to tell from others: of several in the same network, all but the "
+                "first count as others, and connections to services there are not denied",
                 extra={"sysctl": f"{name}=1"},
             )

@@ -13,11 +13,8 @@ new connections do not wait behind others' work.
 import logging
 import math
 import os
-from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUP = Path("/proc/self/cgroup")
-"""cgroups(7)."""
+from tproxy_relay import cgroup
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +32,15 @@ def worth() -> int:
 
 def _quota() -> float:
     """Processors' worth of time; infinite without a limit, or where cgroup v2 is not in use."""
-    try:
-        own = next(line for line in OWN_CGROUP.read_text("utf-8").splitlines() if line.startswith("0::/"))
-    except (OSError, StopIteration, UnicodeError):
-        return math.inf
-    folder = CGROUPS / own.removeprefix("0::/")
-    return min((_limit(one / "cpu.max") for one in (folder, *folder.parents) if one.is_relative_to(CGROUPS)))
+    return min(map(_worth_of, cgroup.texts("cpu", "cpu.max")), default=math.inf)
 
 
-def _limit(file: Path) -> float:
+def _worth_of(limit: str) -> float:
     try:
-        quota, period = file.read_text("ascii").split()
+        quota, period = limit.split()
         return int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return math.inf  # no such file in the root cgroup; `max`
+    except (ValueError, ZeroDivisionError):
+        return math.inf  # `max`
 
 
 def homes(affinity: str, workers: int) -> tuple[int, ...]:

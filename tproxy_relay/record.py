@@ -29,10 +29,14 @@ class Outcome(str, enum.Enum):
     """The destination was one of our own listeners."""
     NOT_INTERCEPTED = "not-intercepted"
     """Somebody connected to the listener itself, and there is no target for such connections."""
+    DENIED = "denied"
+    """The destination is not allowed."""
     LOOP = "loop"
     """The client was one of our own upstream sockets: the ruleset intercepts the relay itself."""
     OVER_LIMIT = "over-limit"
     """A cap, or descriptors, memory or threads, ran out."""
+    EVICTED = "evicted"
+    """It rested when room was needed."""
     IDLE = "idle"
     HALF_CLOSE_TIMEOUT = "half-close-timeout"
     DRAINED = "drained"
@@ -55,6 +59,7 @@ _ORDINARY = frozenset(
         Outcome.COMPLETED,
         Outcome.CLIENT_RESET,
         Outcome.UPSTREAM_RESET,
+        Outcome.EVICTED,
         Outcome.IDLE,
         Outcome.HALF_CLOSE_TIMEOUT,
         Outcome.DRAINED,

@@ -70,6 +70,20 @@ class HangupWatch(Protocol):
 class Relay:
     """The two legs and the state that both pumps share."""
 
+    __slots__ = (
+        "client",
+        "upstream",
+        "failed",
+        "bug",
+        "_watch",
+        "_processors",
+        "_lock",
+        "_pumps",
+        "_stopped",
+        "_aborted",
+        "_hangup_patience",
+    )
+
     def __init__(self, client: Leg, upstream: Leg, watch: HangupWatch, processors: Processors) -> None:
         self.client = client
         self.upstream = upstream
@@ -192,6 +206,8 @@ class Relay:
 class Patience:
     """Waiting for a peer to acknowledge what is queued for it, as long as it gets on with it."""
 
+    __slots__ = ("_left", "_progress_at")
+
     def __init__(self) -> None:
         self._left = -1
         self._progress_at = 0.0
@@ -271,6 +287,8 @@ class Reader:
 
     For one thread, in a `with`: at its end the thread is again as it was.
     """
+
+    __slots__ = ("_sock", "_processors", "_size", "_bulk", "_small_reads", "_reads_left", "_waits")
 
     def __init__(self, sock: socket.socket, processors: Processors) -> None:
         self._sock = sock

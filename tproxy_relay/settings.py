@@ -43,6 +43,21 @@ class PortRange(NamedTuple):
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
+class Network(NamedTuple):
+    """Addresses, and some of their ports (None: all), as destinations.py matches them."""
+
+    address: str
+    """With the length of its prefix: 192.0.2.0/24."""
+    ports: PortRange | None = None
+
+    def __str__(self) -> str:
+        whole = "/128" if ":" in self.address else "/32"
+        address = self.address.removesuffix(whole)
+        if self.ports is None:
+            return address
+        return f"[{address}]:{self.ports}" if ":" in address else f"{address}:{self.ports}"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Every setting with its default. The meaning of each is in options.OPTIONS, once."""
@@ -68,9 +83,14 @@ class Settings:
     stall_timeout: float = 10.0
     preserve_source: str = "no"
     target: HostPort | None = None
+    allow: tuple[Network, ...] = ()
+    deny: tuple[Network, ...] = ()
     max_connections: int | None = None
     """None: as many as the descriptor limit allows."""
     max_per_source: int = 0
+    max_rate_per_source: int = 0
+    """New connections a second."""
+    when_full: str = "wait"
     connect_timeout: float = 10.0
     idle_timeout: float = 0.0
     half_close_timeout: float = 0.0

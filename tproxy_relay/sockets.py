@@ -91,8 +91,8 @@ class PathTuning:
 
 def tune(sock: socket.socket, tuning: Tuning | PathTuning) -> None:
     """Set it."""
-    for option in tuning.options:
-        sock.setsockopt(*option)
+    for level, name, value in tuning.options:
+        sock.setsockopt(level, name, value)
 
 
 def untune(sock: socket.socket) -> None:
@@ -216,11 +216,20 @@ def is_dead(sock: socket.socket) -> bool:
     return tcp_info(sock).state == linux.TCP_CLOSE
 
 
+_NOBODYS = {socket.AF_INET: Endpoint("240.0.0.1", 0), socket.AF_INET6: Endpoint("100::1", 0)}
+"""Addresses that no host has (RFC 1112, RFC 6666)."""
+
+
 def is_local_address(endpoint: Endpoint) -> bool:
     """True if the address is one of this host's: only then may an ordinary socket bind to it.
 
-    (With net.ipv4.ip_nonlocal_bind=1 every address looks local.)
+    With net.ipv4.ip_nonlocal_bind=1 it may bind to all. Then an own address is one that the kernel would also take as
+    the source towards itself, which further addresses of an interface in the same network are not.
     """
+    return _may_bind(endpoint) and (not _may_bind(_NOBODYS[endpoint.family]) or _is_own_source(endpoint))
+
+
+def _may_bind(endpoint: Endpoint) -> bool:
     with socket.socket(endpoint.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         probe.setsockopt(socket.SOL_IP, linux.IP_BIND_ADDRESS_NO_PORT, 1)
         try:
@@ -228,3 +237,13 @@ def is_local_address(endpoint: Endpoint) -> bool:
         except OSError:
             return False
     return True
+
+
+def _is_own_source(endpoint: Endpoint) -> bool:
+    with socket.socket(endpoint.family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.connect(endpoint.with_port(9).sockaddr)  # sends nothing
+        except OSError:
+            return False
+        source = probe.getsockname()[0]
+    return source in (endpoint.host, "127.0.0.1", "::1")

@@ -40,6 +40,8 @@ class _Start:
     would hold on to those of thousands that have ended.
     """
 
+    __slots__ = ("generation", "cancelled")
+
     def __init__(self, generation: int) -> None:
         self.generation = generation
         self.cancelled = False

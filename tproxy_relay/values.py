@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, HostPort, PortRange
+from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, HostPort, Network, PortRange
 
 # poll(2), TCP_USER_TIMEOUT and the like take milliseconds in a C int: a little under 25 days.
 MOST_SECONDS = 2147483
@@ -40,6 +40,11 @@ _CONGESTION = re.compile(r"[A-Za-z0-9_-]{1,15}")
 """linux/net/tcp.h: TCP_CA_NAME_MAX is 16 with the final zero."""
 _ACCOUNT = re.compile(r"0|[1-9][0-9]{0,9}|[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[^][]*)]|(?P<host>[^][:]*)):(?P<port>[^:]*)")
+_NETWORK = re.compile(
+    r"\[(?P<ipv6>[^][]*)](?::(?P<ports6>.*))?|(?P<bare>[^][:]*:[^][:]*:[^][]*)|(?P<ipv4>[^][:]*)(?::(?P<ports4>.*))?"
+)
+"""An IPv6 network is in brackets if ports follow."""
+_PREFIXED = re.compile(r"[0-9A-Fa-f:.]+(/(0|[1-9][0-9]{0,2}))?")
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 # inet_aton() takes '127.1' and '0x7f.1' for addresses, so a name must not end like one.
 _ENDS_LIKE_AN_ADDRESS = re.compile(r"(.*\.)?([0-9]+|0[xX][0-9a-fA-F]*)")
@@ -264,6 +269,45 @@ def _port_ranges(text: str) -> tuple[PortRange, ...]:
     return tuple(ranges)
 
 
+def _port_range(text: str) -> PortRange:
+    first, dash, last = text.partition("-")
+    ports = PortRange(_port(first), _port(last if dash else first))
+    if ports.first > ports.last:
+        raise BadValue(f"{text} runs backwards: write {ports.last}-{ports.first}")
+    return ports
+
+
+def _network(text: str) -> Network:
+    match = _NETWORK.fullmatch(text)
+    named = match and (match["ipv6"] if match["ipv6"] is not None else match["bare"] or match["ipv4"])
+    if not match or not named or not _PREFIXED.fullmatch(named):
+        raise BadValue(
+            f"{shown(text)} is not a network, such as 10.0.0.0/8, 10.0.0.0/8:443 or [2001:db8::/32]:8000-8100"
+        )
+    try:
+        network = ipaddress.ip_network(named, strict=False)
+    except ValueError:
+        raise BadValue(f"{shown(text)} is not an IPv4 or IPv6 network") from None
+    if network.network_address != ipaddress.ip_address(named.partition("/")[0]):
+        raise BadValue(f"{shown(text)}: an address has bits behind its prefix; write {network}")
+    if getattr(network.network_address, "ipv4_mapped", None) and network.prefixlen >= 96:
+        inner = ipaddress.ip_network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
+        raise BadValue(f"{shown(text)} is an IPv4 network in disguise: write {inner}")
+    ports = match["ports6"] if match["ports6"] is not None else match["ports4"]
+    try:
+        return Network(str(network), None if ports is None else _port_range(ports))
+    except BadValue as error:
+        raise BadValue(f"{error} in {shown(text)}") from None
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    if not text:
+        return ()
+    networks = tuple(map(_network, _items(text)))
+    _no_twins(networks, text)
+    return networks
+
+
 def _route_table(text: str) -> int:
     number = whole(1, MOST_ROUTE_TABLE).parse(text)
     if number in KERNEL_ROUTE_TABLES:
@@ -288,6 +332,11 @@ def _account(text: str) -> str:
 
 PORT = Kind(_port, "a TCP port, 1-65535")
 PORT_RANGES = Kind(_port_ranges, f"ports and ranges such as 8000-8100, up to {MOST_ITEMS} of them, with commas between")
+NETWORKS = Kind(
+    _networks,
+    "networks or addresses, each with a port or a range of ports if not all are meant, such as 10.0.0.0/8, "
+    f"192.0.2.1:443 or [2001:db8::/32]:8000-8100; up to {MOST_ITEMS} of them, with commas between",
+)
 ACCOUNT = Kind(_account, "the name or number of an account")
 CONGESTION = Kind(_congestion, "a name that net.ipv4.tcp_allowed_congestion_control has, such as bbr or cubic")
 ROUTE_TABLE = Kind(_route_table, f"1 to {MOST_ROUTE_TABLE}, but for 253 to 255")

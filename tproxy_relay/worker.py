@@ -16,15 +16,17 @@ from typing import NamedTuple
 
 from tproxy_relay import sockets
 from tproxy_relay.acceptor import Acceptor
+from tproxy_relay.arrivals import Arrivals
 from tproxy_relay.board import Place
 from tproxy_relay.channel import Channel, Message
 from tproxy_relay.connection import THREADS, Connection, Context
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import ConfigError
+from tproxy_relay.eviction import Eviction
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.limits import Limits
 from tproxy_relay.listeners import Listener
-from tproxy_relay.policy import Destinations, RefusedError
+from tproxy_relay.policy import Destinations
 from tproxy_relay.processors import Processors
 from tproxy_relay.record import Outcome
 from tproxy_relay.registry import Registry
@@ -79,6 +81,8 @@ class Worker:
         self._wakeup = Wakeup()
         self._epoll = select.epoll()
         self._registry: Registry[Connection] = Registry(place, share_sources=settings.max_per_source > 0)
+        self._arrivals = Arrivals(place)
+        self._eviction = Eviction(self._registry)
         self._threads = RelayThreads(THREADS * limits.room)
         self._hangups = Hangups(self._epoll)
         self._acceptor = Acceptor(
@@ -89,6 +93,9 @@ class Worker:
             most=limits.most,
             room=limits.room,
             admit=self._admit,
+            when_full=settings.when_full,
+            refuse=self._refuse,
+            make_room=self._eviction.make_room,
         )
         self._context = Context(
             settings,
@@ -157,19 +164,38 @@ class Worker:
         return max(0.0, min(due) - now) if due else None
 
     def _admit(self, sock: socket.socket, client: Endpoint, listener: Listener) -> None:
-        connection = Connection(f"{self._prefix}-{next(self._numbers):x}", sock, client, listener, self._context)
-        cap = self._settings.max_per_source
-        if not cap:
-            self._registry.add(connection)
-        else:
-            with self._place.board.turn():  # two workers would otherwise each refuse the last one under the cap
-                if self._registry.add(connection) > cap:
-                    why = f"{client.host} has {cap} connections (max-per-source)"
-                    connection.refuse(RefusedError(Outcome.OVER_LIMIT, why))
-                    return
+        connection = self._connection(sock, client, listener)
+        if why := self._count_in(connection):
+            connection.refuse(why)
+            self._threads.release(THREADS)
+            return
         self._threads.run(connection.run)
         if not self._trim_at:
             self._trim_at = time.monotonic() + TRIM_INTERVAL
+
+    def _refuse(self, lack: str, sock: socket.socket, client: Endpoint, listener: Listener) -> None:
+        """There is no room for it, and no threads are set aside."""
+        connection = self._connection(sock, client, listener)
+        self._registry.add(connection)
+        connection.refuse(f"no room: {lack} (when-full)")
+
+    def _connection(self, sock: socket.socket, client: Endpoint, listener: Listener) -> Connection:
+        return Connection(f"{self._prefix}-{next(self._numbers):x}", sock, client, listener, self._context)
+
+    def _count_in(self, connection: Connection) -> str | None:
+        """Why its client may not have it, if so."""
+        most, rate = self._settings.max_per_source, self._settings.max_rate_per_source
+        if not most and not rate:
+            self._registry.add(connection)
+            return None
+        host = connection.client.host
+        with self._place.board.turn():  # two workers would otherwise each refuse, or admit, the last one under the cap
+            count = self._registry.add(connection)
+            if most and count > most:
+                return f"{host} has {most} connections (max-per-source)"
+            if rate and not self._arrivals.admit(host, rate):
+                return f"{host} has opened {rate} connections within a second (max-rate-per-source)"
+        return None
 
     def _one_has_ended(self) -> None:
         """In the thread of the connection that ended."""

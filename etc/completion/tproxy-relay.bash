@@ -14,10 +14,11 @@ _tproxy_relay() {
                 case $option in
                     ports | bind | interface | mode | intercept-inbound | intercept-outbound | inbound-port | \
                     outbound-port | backend | on-failure | mark-mask | route-table | route-priority | workers \
-                    | cpu-affinity | user | stall-timeout | preserve-source | target | client-congestion | \
-                    upstream-congestion | client-pacing | upstream-pacing | socket-buffer | max-connections | \
-                    max-per-source | connect-timeout | idle-timeout | half-close-timeout | drain-timeout | \
-                    keepalive | user-timeout | log-level | log-format | log-file | config | root) ;;
+                    | cpu-affinity | user | stall-timeout | preserve-source | target | allow | deny | \
+                    client-congestion | upstream-congestion | client-pacing | upstream-pacing | socket-buffer \
+                    | max-connections | max-per-source | max-rate-per-source | when-full | connect-timeout | \
+                    idle-timeout | half-close-timeout | drain-timeout | keepalive | user-timeout | log-level | \
+                    log-format | log-file | config | root) ;;
                     *) option= ;;
                 esac
                 if [[ -n $option ]] && ((i + 1 < COMP_CWORD)); then
@@ -41,6 +42,7 @@ _tproxy_relay() {
         user) mapfile -t COMPREPLY < <(compgen -u -- "$word") ;;
         preserve-source) _tproxy_relay_words no address full ;;
         max-connections) _tproxy_relay_words auto ;;
+        when-full) _tproxy_relay_words wait refuse evict ;;
         log-level) _tproxy_relay_words debug info warning error ;;
         log-format) _tproxy_relay_words console json ;;
         log-file) compopt -o default ;;
@@ -55,11 +57,12 @@ _tproxy_relay() {
             else
                 _tproxy_relay_words --ports --bind --interface --mode --intercept-inbound --intercept-outbound --inbound-port \
                     --outbound-port --backend --on-failure --mark-mask --route-table --route-priority \
-                    --workers --cpu-affinity --user --stall-timeout --preserve-source --target \
+                    --workers --cpu-affinity --user --stall-timeout --preserve-source --target --allow --deny \
                     --client-congestion --upstream-congestion --client-pacing --upstream-pacing \
-                    --socket-buffer --max-connections --max-per-source --connect-timeout --idle-timeout \
-                    --half-close-timeout --drain-timeout --keepalive --user-timeout --log-level --log-format \
-                    --log-file --config --print-config --take-over --root --keep --json --version --help
+                    --socket-buffer --max-connections --max-per-source --max-rate-per-source --when-full \
+                    --connect-timeout --idle-timeout --half-close-timeout --drain-timeout --keepalive \
+                    --user-timeout --log-level --log-format --log-file --config --print-config --take-over \
+                    --root --keep --json --version --help
             fi
             ;;
     esac

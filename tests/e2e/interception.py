@@ -13,6 +13,8 @@ from tproxy_relay.lab import Host, Lab, RelayProcess
 PORT = 8000
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 BACKENDS = ("nft", "iptables-nft", "iptables-legacy")
+OWN_SERVERS = ("--allow", "10.81.1.1,10.81.2.1,fd81:1::1,fd81:2::1")
+"""For a relay that others steer to: it does not know that servers on its own host are meant."""
 BOTH_WAYS = ("--intercept-inbound", str(PORT), "--intercept-outbound", str(PORT))
 PATIENCE = 20.0
 """Seconds after which an event that a test waits for has not come."""

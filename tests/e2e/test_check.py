@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, for_all_accounts
+from rows import Seen
 
 import tproxy_relay
 from tproxy_relay.lab import Host, Lab, LabError, RelayProcess
@@ -234,7 +235,8 @@ class Doctor:
 
 
 @pytest.mark.parametrize("bad", WAYS, ids=lambda bad: bad.name)
-def test_a_bad_way_is_found_and_mended(doctor: Doctor, bad: Bad) -> None:
+@pytest.mark.row("B15", "bad sysctls, rules and tools, one by one", "check names each with the command that mends it")
+def test_a_bad_way_is_found_and_mended(doctor: Doctor, bad: Bad, seen: Seen) -> None:
     healthy = doctor.check(*bad.options)
     assert not healthy.problems and healthy.code == 0
     assert not healthy.named(bad.finding)
@@ -252,6 +254,7 @@ def test_a_bad_way_is_found_and_mended(doctor: Doctor, bad: Bad) -> None:
             return
     mended = doctor.check(*bad.options)
     assert mended.code == 0 and not mended.named(bad.finding)
+    seen("named; mended by it")
 
 
 def test_a_port_that_somebody_has(fresh_lab: Lab, doctor: Doctor) -> None:

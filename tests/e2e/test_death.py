@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from exchanges import Ends, read_to_end
+from rows import Seen
 
 from tproxy_relay.lab import Lab, RelayProcess
 
@@ -29,8 +30,9 @@ def relay(lab: Lab) -> Iterator[RelayProcess]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=["SIGKILL", "SIGSEGV"])
 @pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.row("H2", "SIGKILL and SIGSEGV of supervisor and worker", "both ends ECONNRESET, never EOF")
 def test_a_relay_that_dies_in_mid_transfer_resets_both_ends(
-    lab: Lab, relay: RelayProcess, family: int, victim: str, number: int
+    lab: Lab, relay: RelayProcess, family: int, victim: str, number: int, seen: Seen
 ) -> None:
     ends = Ends(lab, family, PORT)
     ends.client.sendall(b"request")
@@ -42,6 +44,7 @@ def test_a_relay_that_dies_in_mid_transfer_resets_both_ends(
     assert read_to_end(ends.client)[-1] == "ECONNRESET"
     assert read_to_end(ends.server)[-1] == "ECONNRESET"
     ends.close()
+    seen("ECONNRESET, ECONNRESET")
 
 
 @pytest.mark.parametrize("victim", VICTIMS)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, for_all_accounts
 from exchanges import see_reset
+from rows import Seen
 
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, Line, RelayProcess
@@ -30,8 +31,11 @@ def descriptors(relay: RelayProcess) -> int:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("port", [INBOUND, OUTBOUND])
 @pytest.mark.parametrize("origin", ["client", "relay"])
+@pytest.mark.row(
+    "S4", "a direct connection to a listener, each address and family", "reset, not-intercepted, nothing upstream"
+)
 def test_a_direct_connection_to_a_listener_is_reset(
-    lab: Lab, relay: RelayProcess, origin: str, port: int, family: int
+    lab: Lab, relay: RelayProcess, origin: str, port: int, family: int, seen: Seen
 ) -> None:
     before, took = descriptors(relay), []
     for number in range(1, 6):
@@ -45,6 +49,7 @@ def test_a_direct_connection_to_a_listener_is_reset(
         client.close()
         took.append(seconds)
     assert min(took) < 0.05
+    seen("reset")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -105,8 +110,9 @@ UNKNOWN_TO_THE_RULES = {
 @pytest.mark.parametrize("options", UNKNOWN_TO_THE_RULES.values(), ids=UNKNOWN_TO_THE_RULES)
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.row("S5", "the relay's own connection comes back", "seen at the first round, reset, the rule named")
 def test_the_relays_own_connection_coming_back_is_a_loop(
-    lab: Lab, family: int, workers: int, options: Sequence[str]
+    lab: Lab, family: int, workers: int, options: Sequence[str], seen: Seen
 ) -> None:
     """A ruleset that forgets to let the relay's own packets pass: here, one for the wrong mark. Another worker than the
     one that has opened the connection may be the one that it comes back to."""
@@ -126,6 +132,7 @@ def test_the_relays_own_connection_coming_back_is_a_loop(
         assert sum(record["outcome"] == "loop" for record in records) >= clients
         assert workers == 1 or seen_across_workers(records), "each worker sees only its own"
     lab.stop_intercepting()
+    seen("reset, loop")
 
 
 def seen_across_workers(records: list[Line]) -> bool:

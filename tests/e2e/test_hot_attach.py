@@ -24,6 +24,7 @@ from interception import (
     wait_until,
     ways,
 )
+from rows import Seen
 
 from tproxy_relay.lab import Lab
 
@@ -143,7 +144,10 @@ def test_transfers_under_way_are_completed(fresh_lab: Lab, way: str) -> None:
     assert outcomes == ["completed"] * count
 
 
-def test_nothing_is_reset_before_the_drain_timeout(lab: Lab) -> None:
+@pytest.mark.row(
+    "H6", "TERM with live connections", "those that end in time are clean, the others reset at drain-timeout"
+)
+def test_nothing_is_reset_before_the_drain_timeout(lab: Lab, seen: Seen) -> None:
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS, "--drain-timeout", "2") as relay:
         with lab.client.connect(lab.server.ipv4, PORT) as sock:
             assert ping(sock) == ""
@@ -156,3 +160,4 @@ def test_nothing_is_reset_before_the_drain_timeout(lab: Lab) -> None:
             assert time.monotonic() - began > 1.8 and "ConnectionResetError" in fault
         wait_until(lambda: not processes(lab, "intercept.guard"), "the guard ends too")
         assert relay.records()[0]["outcome"] == "drained"
+    seen("as wanted")

@@ -16,6 +16,7 @@ from flows import echo_server, steady, streams, wait_until
 from init_host import InitHost, gone, stranger
 from interception import PORT, look, ping
 from machine import NAME, SCRIPT
+from rows import Seen
 
 from tproxy_relay.lab import Lab, LabError
 
@@ -145,7 +146,8 @@ def test_it_stops_a_relay_whose_program_has_been_removed(running: InitHost) -> N
 
 
 @CALLS
-def test_a_bad_configuration_makes_start_fail_at_once(lab: Lab, machine: InitHost, service: bool) -> None:
+@pytest.mark.row("H25", "init script with a bad file", "exit code 6 within 1 s")
+def test_a_bad_configuration_makes_start_fail_at_once(lab: Lab, machine: InitHost, service: bool, seen: Seen) -> None:
     rules = look(lab)
     machine.config.write_text(WRONG)
     best = 60.0
@@ -155,6 +157,7 @@ def test_a_bad_configuration_makes_start_fail_at_once(lab: Lab, machine: InitHos
         best = min(best, done.seconds)
     assert best < 1.0
     assert machine.left() == [] and look(lab) == rules
+    seen("6, at once")
 
 
 def test_a_bad_configuration_leaves_the_running_relay_alone(lab: Lab, running: InitHost) -> None:
@@ -266,7 +269,8 @@ STALE = {"start": 0, "stop": 0, "restart": 0, "try-restart": 0, "reload": 7, "fo
 
 
 @pytest.mark.parametrize("name", ["stranger", NAME])
-def test_a_pidfile_that_names_somebody_else(machine: InitHost, name: str) -> None:
+@pytest.mark.row("H26", "a pidfile that names somebody else", "never signalled")
+def test_a_pidfile_that_names_somebody_else(machine: InitHost, name: str, seen: Seen) -> None:
     """Also one who has the relay's name, if the relay that had the number began at another time."""
     folder = machine.root / "run" / NAME
     folder.mkdir()
@@ -280,6 +284,7 @@ def test_a_pidfile_that_names_somebody_else(machine: InitHost, name: str) -> Non
                 assert machine.pid != pid and machine.pid in machine.relays(), verb
                 machine.must("stop")
             assert pid in machine.processes(), verb
+    seen("not signalled")
 
 
 def test_former_relays_whose_numbers_others_have_now(running: InitHost) -> None:

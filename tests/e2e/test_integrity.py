@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import bulk
 import pytest
+from rows import Seen
 
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab
@@ -91,5 +92,7 @@ def test_readers_that_rest_for_a_while_get_it_all(lab: Lab) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_gib_each_way_arrives_unchanged(lab: Lab, family: int) -> None:
+@pytest.mark.row("L5", "1 GiB each way at once", "equal hashes, exact counts")
+def test_a_gib_each_way_arrives_unchanged(lab: Lab, family: int, seen: Seen) -> None:
     check(lab, family, 1024 * MIB)
+    seen("equal, exact")

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import pytest
 from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, echo_servers, opened, ping, wait_until, ways
+from rows import Seen
 from test_topologies import HOSTILE
 
 from tproxy_relay.endpoint import from_sockaddr
@@ -235,7 +236,8 @@ def test_bits_of_others_in_the_mark_stay(lab: Lab, backend: str) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_can_dial_a_relay_on_loopback_and_anybody_else_can(lab: Lab) -> None:
+@pytest.mark.row("S3", "a direct connection from the network, listeners on loopback", "refused")
+def test_nobody_can_dial_a_relay_on_loopback_and_anybody_else_can(lab: Lab, seen: Seen) -> None:
     """With the control: a relay on all addresses answers there, if only with a reset."""
     for bind, answer in (("127.0.0.1,::1", ConnectionRefusedError), ("0.0.0.0,::", None)):
         with lab.relay_process(*BOTH_WAYS, "--bind", bind) as relay:
@@ -248,3 +250,4 @@ def test_nobody_can_dial_a_relay_on_loopback_and_anybody_else_can(lab: Lab) -> N
                         got = type(error)
                     assert got is answer or (answer is None and got is ConnectionResetError), (bind, port)
             relay.stop()
+    seen("refused")

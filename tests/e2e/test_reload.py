@@ -23,6 +23,7 @@ from accounts import for_all_accounts
 from configured import OTHER, Configured, merged, text_of
 from flows import Flow, echo_server, steady, streams, wait_until
 from interception import FAMILIES, PORT, attempt, look, ping, processes, ways
+from rows import Seen
 from service_manager import ServiceManager
 
 import tproxy_relay
@@ -75,6 +76,7 @@ def module_site(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         site = Site(lab, configured, transfers, relay.worker)
         site.go_on("at first")
         assert len([line for line in relay.lines() if line["message"] == "connection open"]) == len(transfers)
+        configured.reload()  # so that the transfers are those of a worker that leaves
         yield site
         for way, transfer in transfers.items():
             last = transfer.finish()
@@ -398,10 +400,12 @@ BROKEN: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_leaves_everything_as_it_is(module_site: Site, name: str) -> None:
+@pytest.mark.row("H19", "reload with a broken file", "the old settings stay; one error with its line")
+def test_a_broken_file_leaves_everything_as_it_is(module_site: Site, name: str, seen: Seen) -> None:
     changes, why = BROKEN[name]
     site = module_site  # whatever is in force
     check_refusal(site, text_of(merged(site.configured.base, changes)), why)
+    seen("as before; one error")
 
 
 def check_refusal(site: Site, text: str, why: str) -> None:
@@ -641,7 +645,8 @@ def test_a_hundred_reloads_in_ten_seconds(fresh_lab: Lab, tmp_path: Path) -> Non
         check_last_one(configured, fresh_lab, 20, number + 1)
 
 
-def test_five_thousand_hups_in_three_seconds(fresh_lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.row("H18", "5,000 HUPs in 3 s beside 500 streams", "no connection lost, the last file in force")
+def test_five_thousand_hups_in_three_seconds(fresh_lab: Lab, tmp_path: Path, seen: Seen) -> None:
     configured = Configured(fresh_lab, tmp_path, intercept_outbound=None, workers=2, max_per_source=1000)
     with crowd(fresh_lab, configured):
         began = time.monotonic()
@@ -651,3 +656,4 @@ def test_five_thousand_hups_in_three_seconds(fresh_lab: Lab, tmp_path: Path) -> 
             configured.relay.signal(signal.SIGHUP)
             wait_until(lambda: time.monotonic() > began + number * 3 / 5000, "its moment")
         check_last_one(configured, fresh_lab, 2, 5000)
+    seen("500 of 500 whole; the last one")

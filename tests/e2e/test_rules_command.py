@@ -19,6 +19,7 @@ from interception import (
     BACKENDS,
     BOTH_WAYS,
     FAMILIES,
+    OWN_SERVERS,
     PORT,
     attempt,
     echo_servers,
@@ -29,6 +30,7 @@ from interception import (
     wait_until,
     ways,
 )
+from rows import Seen
 
 import tproxy_relay
 from tproxy_relay.intercept import programs
@@ -107,7 +109,8 @@ def is_one_line(done: Done) -> bool:
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
-def test_twice_is_like_once(lab: Lab, backend: str) -> None:
+@pytest.mark.row("H10", "rules apply twice", "the same ruleset as once")
+def test_twice_is_like_once(lab: Lab, backend: str, seen: Seen) -> None:
     before = rulesets(lab)
     done = rules(lab, "apply", "--backend", backend)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"applied with {backend}")
@@ -120,12 +123,15 @@ def test_twice_is_like_once(lab: Lab, backend: str) -> None:
         done = rules(lab, "remove")
         assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
         assert rulesets(lab) == before
+    seen("the same")
 
 
-def test_nothing_to_remove_is_no_error(lab: Lab) -> None:
+@pytest.mark.row("H9", "rules remove, and again", "code 0; as before")
+def test_nothing_to_remove_is_no_error(lab: Lab, seen: Seen) -> None:
     before = rulesets(lab)
     assert json.loads(rules(lab, "remove", "--json").stdout)["done"] == "there was nothing to remove"
     assert rulesets(lab) == before
+    seen("code 0; as before")
 
 
 @pytest.mark.slow
@@ -333,13 +339,15 @@ def test_auto_takes_iptables_where_there_is_no_nft(lab: Lab, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("action", ["apply", "remove", "status"])
-def test_without_the_right_to_it(lab: Lab, action: str) -> None:
+@pytest.mark.row("B14", "rules without CAP_NET_ADMIN", "exit code 77")
+def test_without_the_right_to_it(lab: Lab, action: str, seen: Seen) -> None:
     there = applied(lab)
     options = ("--intercept-inbound", "9000") if action == "apply" else ()
     done = rules(lab, action, *options, wrapper=("setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"))
     assert done.returncode == NOT_PERMITTED and is_one_line(done), done
     assert "CAP_NET_ADMIN" in done.stderr
     assert rulesets(lab) == there
+    seen("77")
 
 
 # --- what is there, against the plan ---
@@ -378,7 +386,7 @@ def test_status_tells_what_there_is(lab: Lab, backend: str) -> None:
     applied(lab, "--backend", backend)
     code, answer = status(lab)
     assert code == 1 and answer["problems"] == [f"nothing listens on port {port}" for port in (15002, 15006)]
-    with echo_servers(lab), lab.relay_process() as relay:
+    with echo_servers(lab), lab.relay_process(*OWN_SERVERS) as relay:
         assert not [way for way, ends in ways(lab).items() for f in FAMILIES.values() if attempt(*ends, f)]
         wait_until(lambda: opened(relay) == 6, "all are intercepted")
         code, answer = status(lab)
@@ -479,7 +487,10 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("name", "command"), NAMES)
-def test_a_name_that_no_interface_has(bare_lab: Lab, traced: Path, name: str, command: tuple[str, ...]) -> None:
+@pytest.mark.row("B9", "an interface name with nft or shell in it", "refused; no shell anywhere")
+def test_a_name_that_no_interface_has(
+    bare_lab: Lab, traced: Path, name: str, command: tuple[str, ...], seen: Seen
+) -> None:
     without_file = [*command, "--config", os.devnull]
     refused(bare_lab, own(*without_file, f"--interface={name}", path=traced), 2, traced)
     refused(bare_lab, own(*without_file, path=traced, TPROXY_RELAY_INTERFACE=name), 78, traced)
@@ -489,6 +500,7 @@ def test_a_name_that_no_interface_has(bare_lab: Lab, traced: Path, name: str, co
     file.write_text(f"interface = {name}\n")
     done = bare_lab.relay.run(own(*command, "--config", str(file), path=traced), check=False)
     assert done.returncode == 78 and is_one_line(done) and not (traced / "ran").exists(), done
+    seen("refused; no shell")
 
 
 def refused(lab: Lab, command: list[str], code: int, folder: Path) -> None:

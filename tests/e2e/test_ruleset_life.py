@@ -21,6 +21,7 @@ from interception import (
     wait_until,
     ways,
 )
+from rows import Seen
 
 from tproxy_relay.lab import Lab, LabError, RelayProcess
 
@@ -66,7 +67,10 @@ def some_backends(quick: str = "nft") -> list[object]:
 
 @pytest.mark.parametrize("mode", ["tproxy", pytest.param("redirect", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", some_backends())
-def test_killed_and_open_all_goes_direct_and_nothing_is_left(furnished: Lab, backend: str, mode: str) -> None:
+@pytest.mark.row("H8", "all killed, on-failure open", "new connections go direct; nothing is left")
+def test_killed_and_open_all_goes_direct_and_nothing_is_left(
+    furnished: Lab, backend: str, mode: str, seen: Seen
+) -> None:
     lab, before = furnished, look(furnished)
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS, "--backend", backend, "--mode", mode) as relay:
         with lab.client.connect(lab.server.ipv4, PORT) as carried:
@@ -78,12 +82,14 @@ def test_killed_and_open_all_goes_direct_and_nothing_is_left(furnished: Lab, bac
             time.sleep(max(0.0, killed + GONE_DIRECT[backend] - time.monotonic()))
             assert all_ways(lab) == [], "by now all new ones go direct"
             wait_until(lambda: look(lab) == before, "everything is as before", 2)
+    seen("direct; nothing left")
 
 
 @pytest.mark.parametrize("mode", ["tproxy", pytest.param("redirect", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", some_backends())
+@pytest.mark.row("H8", "all killed, on-failure closed", "new connections refused at once")
 def test_killed_and_closed_all_is_refused_at_once(
-    furnished: Lab, backend: str, mode: str, rules: Callable[..., str]
+    furnished: Lab, backend: str, mode: str, rules: Callable[..., str], seen: Seen
 ) -> None:
     lab, before = furnished, look(furnished)
     options = (*BOTH_WAYS, "--backend", backend, "--mode", mode, "--on-failure", "closed")
@@ -102,6 +108,7 @@ def test_killed_and_closed_all_is_refused_at_once(
         rules(lab, "remove")
         assert all_ways(lab) == []
         assert look(lab) == before
+    seen("refused at once")
 
 
 def refusal(connect: Callable[[], str]) -> float:
@@ -202,7 +209,8 @@ INTERFERENCE = {
 
 
 @pytest.mark.parametrize("backend", some_backends())
-def test_what_somebody_takes_away_comes_back_with_one_warning_each(fresh_lab: Lab, backend: str) -> None:
+@pytest.mark.row("H11", "the ruleset is flushed under a live relay", "put back, one warning")
+def test_what_somebody_takes_away_comes_back_with_one_warning_each(fresh_lab: Lab, backend: str, seen: Seen) -> None:
     lab = fresh_lab
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS, "--backend", backend) as relay:
         rules = sorted(look(lab).splitlines())  # tables that were flushed come back in another order
@@ -214,6 +222,7 @@ def test_what_somebody_takes_away_comes_back_with_one_warning_each(fresh_lab: La
         check_intercepted(lab, relay, 6)
         assert restored(relay) == len(INTERFERENCE[backend])
         relay.stop()
+    seen("put back, one warning")
 
 
 def restored(relay: RelayProcess) -> int:

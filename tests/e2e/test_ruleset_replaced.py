@@ -19,6 +19,7 @@ import pytest
 from interception import (
     BACKENDS,
     FAMILIES,
+    OWN_SERVERS,
     PATIENCE,
     PORT,
     EchoServer,
@@ -265,7 +266,7 @@ def new_ones(lab: Lab, port: int) -> Iterator[str]:
 def test_ports_come_and_go_under_live_transfers(furnished: Lab, backend: str, mode: str) -> None:
     lab = furnished
     plan, more, moved = (replace(one, mode=mode) for one in (PLAN, MORE, MOVED))
-    with lab.relay_process("--mode", mode) as relay, supervising(lab, plan, backend) as supervisor:
+    with lab.relay_process("--mode", mode, *OWN_SERVERS) as relay, supervising(lab, plan, backend) as supervisor:
         transfers = Transfers(lab)
         wait_until(lambda: opened(relay) == 3, "they are intercepted")
         for now, intercepted in ((more, (PORT, OTHER)), (moved, (OTHER,)), (more, (PORT, OTHER)), (plan, (PORT,))):
@@ -283,7 +284,7 @@ def test_ports_come_and_go_under_live_transfers(furnished: Lab, backend: str, mo
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_would_end_connections_is_refused_and_they_go_on(furnished: Lab, backend: str) -> None:
     lab = furnished
-    with lab.relay_process(), supervising(lab, MORE, backend) as supervisor:
+    with lab.relay_process(*OWN_SERVERS), supervising(lab, MORE, backend) as supervisor:
         transfers, rules = Transfers(lab), look(lab)
         for plan in (
             replace(MORE, outbound=()),
@@ -303,7 +304,7 @@ def test_what_would_end_connections_is_refused_and_they_go_on(furnished: Lab, ba
 def test_on_failure_can_change_under_live_transfers(furnished: Lab, backend: str) -> None:
     lab, before = furnished, look(furnished)
     closed = replace(MORE, on_failure="closed")
-    with lab.relay_process() as relay:
+    with lab.relay_process(*OWN_SERVERS) as relay:
         with supervising(lab, PLAN, backend) as supervisor:
             transfers = Transfers(lab)
             for plan in (closed, PLAN) * 10:
@@ -318,7 +319,7 @@ def test_on_failure_can_change_under_live_transfers(furnished: Lab, backend: str
         for source, destination in ways(lab).values():
             for family in FAMILIES.values():
                 assert attempt(source, destination, family) == "ConnectionRefusedError"
-    with lab.relay_process() as relay, supervising(lab, closed, backend) as supervisor:
+    with lab.relay_process(*OWN_SERVERS) as relay, supervising(lab, closed, backend) as supervisor:
         transfers = Transfers(lab)
         supervisor.replace(PLAN)
         transfers.finish()
@@ -332,7 +333,7 @@ def test_a_guard_that_is_handed_over_belongs_to_the_second(furnished: Lab, backe
     lab, before = furnished, look(furnished)
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with (
-        lab.relay_process() as relay,
+        lab.relay_process(*OWN_SERVERS) as relay,
         supervising(lab, PLAN, backend, given=ends[0].fileno()) as first,
     ):
         transfers = Transfers(lab)

@@ -17,7 +17,8 @@ from typing import NoReturn
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, becoming, for_all_accounts
 from activation import passing
-from interception import BOTH_WAYS, FAMILIES, PATIENCE, PORT, EchoServer, opened, ping, wait_until, ways
+from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PATIENCE, PORT, EchoServer, opened, ping, wait_until, ways
+from rows import Seen
 
 from tproxy_relay import config, listeners, supervisor
 from tproxy_relay.lab import Lab, RelayProcess
@@ -89,9 +90,11 @@ def test_systemd_makes_the_account_and_the_folder(tmp_path: Path, require_or_ski
     assert made.st_mode & 0o7777 == int(service["LogsDirectoryMode"][0], 8)
 
 
-def test_the_service_can_do_little_else(installed: Path) -> None:
+@pytest.mark.row("S15", "systemd-analyze security", "at most 2.0")
+def test_the_service_can_do_little_else(installed: Path, seen: Seen) -> None:
     told = analyze("security", "--offline=true", f"--threshold={MOST_EXPOSED}", installed / "tproxy-relay.service")
     assert told.returncode == 0, told.stdout[-200:]
+    seen("within")
 
 
 def test_there_is_time_to_drain_and_room_for_threads() -> None:
@@ -187,7 +190,10 @@ def test_the_relay_works_within_the_limits_of_the_service(lab: Lab) -> None:
 
 
 @pytest.mark.usefixtures("accounts")
-def test_it_makes_no_system_call_that_the_service_forbids(lab: Lab, tmp_path: Path, require_or_skip: Need) -> None:
+@pytest.mark.row("S16", "strace of a whole life under the unit's filter", "no forbidden call")
+def test_it_makes_no_system_call_that_the_service_forbids(
+    lab: Lab, tmp_path: Path, require_or_skip: Need, seen: Seen
+) -> None:
     """From its start over a death of a worker and a reload to its end, all processes of it."""
     for tool in ("strace", "systemd-analyze"):
         if shutil.which(tool) is None:
@@ -209,6 +215,7 @@ def test_it_makes_no_system_call_that_the_service_forbids(lab: Lab, tmp_path: Pa
     made = set(re.findall(r"^\d+ +(\w+)\(", of_the_relay, re.MULTILINE))
     assert {"accept4", "recvfrom", "sendto", "capset"} <= made
     assert made <= allowed_calls(), made - allowed_calls()
+    seen("none")
 
 
 # --- the socket unit
@@ -239,7 +246,7 @@ def test_with_the_sockets_of_the_unit_it_needs_no_capability(lab: Lab) -> None:
     sockets = passing(*(f"{address},{port},transparent" for address, port in unit_sockets()))
     wrapper = (*for_all_accounts(), *sockets, *becoming(ACCOUNT))
     bind = ",".join(dict.fromkeys(address for address, _ in unit_sockets()))
-    with ruled(lab, "--bind", bind), lab.relay_process("--user", ACCOUNT, wrapper=wrapper) as relay:
+    with ruled(lab, "--bind", bind), lab.relay_process("--user", ACCOUNT, *OWN_SERVERS, wrapper=wrapper) as relay:
         serves(lab, relay)
         assert capabilities_of(relay.pid) == {"CapEff": 0, "CapPrm": 0}
         relay.stop()
@@ -263,7 +270,7 @@ def test_what_systemd_itself_passes_on(lab: Lab, require_or_skip: Need) -> None:
         *environment,
         *becoming(ACCOUNT),
     )
-    relay = lab.relay_process("--user", ACCOUNT, "--mode", "redirect", wrapper=wrapper)
+    relay = lab.relay_process("--user", ACCOUNT, "--mode", "redirect", *OWN_SERVERS, wrapper=wrapper)
     with ruled(lab, "--mode", "redirect"), contextlib.ExitStack() as stack:
         with first_client(lab):
             stack.enter_context(relay)

@@ -17,7 +17,8 @@ from typing import NoReturn
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, NUMBER, OTHER, becoming, for_all_accounts, gid_of, uid_of
 from activation import passing
-from interception import BOTH_WAYS, FAMILIES, PORT, processes, wait_until
+from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PORT, processes, wait_until
+from rows import Seen
 from test_topologies import PLACES, Place, ends
 
 from tproxy_relay import privileges
@@ -165,7 +166,7 @@ def started(lab: Lab, start: Start, ways: Sequence[str] = BOTH_WAYS) -> Iterator
         return
     rules = (sys.executable, "-m", "tproxy_relay", "rules")
     lab.relay.run([*rules, "apply", "--config", os.devnull, *start.options, *ways])
-    with lab.relay_process(*options, wrapper=wrapper) as relay:
+    with lab.relay_process(*options, *OWN_SERVERS, wrapper=wrapper) as relay:
         yield Stage(lab, relay, start)
     lab.relay.run([*rules, "remove", "--config", os.devnull])
 
@@ -192,8 +193,12 @@ def check_sum(stage: Stage) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.topology)
-def test_workers_have_what_they_need_and_no_more(stage: Stage, place: Place, family: int) -> None:
+@pytest.mark.row(
+    "S1", "every thread of every worker, in 14 ways to start", "no capability but what is needed; no new privileges"
+)
+def test_workers_have_what_they_need_and_no_more(stage: Stage, place: Place, family: int, seen: Seen) -> None:
     check_exchange(stage, place, family)
+    seen("none")
 
 
 def test_inherited_listeners_need_no_capability_at_all(lab: Lab) -> None:

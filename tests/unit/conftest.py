@@ -9,6 +9,14 @@ from typing import NoReturn
 import networks
 import pytest
 from deadlines import wait_until
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+
+# A machine that is busy is no reason to fail, and what CI tries must be the same at every run.
+_PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+hypothesis_settings.register_profile("home", **_PATIENT)
+hypothesis_settings.register_profile("repeatable", derandomize=True, database=None, **_PATIENT)
+hypothesis_settings.load_profile("repeatable" if os.environ.get("CI") else "home")
 
 
 def _descriptors() -> set[str]:

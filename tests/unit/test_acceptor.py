@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import resource
 import signal
@@ -19,7 +20,8 @@ from lines import fields
 from loopback import FIN, RST
 from workers import Running, Several
 
-from tproxy_relay import acceptor, board
+from tproxy_relay import acceptor, board, eviction
+from tproxy_relay.connection import THREADS
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -65,6 +67,85 @@ def test_beyond_the_limit_clients_wait_in_the_backlog_and_are_served_afterwards(
         upstream.close()
         wait_until(lambda: running.lines.of("accepting again"), "there is room and nobody waits")
         assert len(running.lines.of("not accepting")) == 1, "a line for each client that left"
+
+
+def test_when_full_refuse_resets_whoever_there_is_no_room_for() -> None:
+    with Running(max_connections=2, when_full="refuse") as running:
+        served = [running.connect() for _ in range(2)]
+        for number in range(1, 6):
+            assert is_reset(running)
+            line = running.lines.closed(number)[-1]
+            assert (line["outcome"], line["error"]) == ("over-limit", "no room: max-connections (when-full)")
+        assert not running.full and not running.lines.of("not accepting")
+        for end in served[0]:
+            end.close()
+        running.lines.closed(6)
+        running.connect()
+        assert running.place.numbers.live == 2
+
+
+def test_when_full_refuse_holds_for_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Running(when_full="refuse") as running:
+        running.connect()
+        threads = running.worker._threads
+        monkeypatch.setattr(threads, "reserve", lambda count: False)
+        if running.worker._acceptor._pair_reserved:
+            running.worker._acceptor._pair_reserved = False
+            threads.release(THREADS)
+        assert is_reset(running)
+        assert running.lines.closed(1)[0]["error"] == "no room: no more threads (when-full)"
+        monkeypatch.undo()
+        running.connect()
+
+
+def is_reset(running: Running) -> bool:
+    try:
+        return loopback.read_to_end(running.dial()) == (b"", RST)
+    except ConnectionResetError:
+        return True
+
+
+def test_when_full_evict_resets_the_one_that_has_rested_longest() -> None:
+    with Running(max_connections=3, when_full="evict") as running:
+        served = [running.connect() for _ in range(3)]
+        idlest = served[1]
+        for client, server in (served[0], served[2]):
+            client.sendall(b"busy")
+            assert loopback.read_exactly(server, 4) == b"busy"
+        fresh, _ = running.connect()  # it waits until somebody has rested for long enough
+        assert loopback.read_to_end(idlest[0]) == loopback.read_to_end(idlest[1]) == (b"", RST)
+        (line,) = running.lines.closed()
+        assert line["outcome"] == "evicted"
+        assert float(str(line["seconds"])) >= eviction.REST
+        for client, server in (served[0], served[2]):
+            client.sendall(b"still")
+            assert loopback.read_exactly(server, 5) == b"still"
+        fresh.close()
+
+
+def test_when_full_evict_leaves_busy_connections_alone() -> None:
+    with Running(max_connections=2, when_full="evict") as running:
+        served = [running.connect() for _ in range(2)]
+        waiting = running.dial()
+        waiting.sendall(b"me")
+        until = time.monotonic() + 2 * eviction.REST
+        while time.monotonic() < until:
+            for client, server in served:
+                client.sendall(b"busy")
+                assert loopback.read_exactly(server, 4) == b"busy"
+        assert not running.lines.of("connection closed")
+        assert loopback.read_exactly(running.serve(), 2) == b"me", "now they rest"
+        assert [line["outcome"] for line in running.lines.closed()] == ["evicted"]
+
+
+def test_nobody_is_evicted_for_nobody() -> None:
+    with Running(max_connections=2, when_full="evict") as running:
+        served = [running.connect() for _ in range(2)]
+        for client, _ in served:
+            client.settimeout(2 * eviction.REST)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+        assert not running.lines.of("connection closed")
 
 
 def test_a_place_that_comes_free_is_given_away_at_once() -> None:
@@ -218,11 +299,19 @@ def test_a_worker_without_descriptors_says_so_and_leaves_clients_to_the_others()
         assert running.place.state == board.WAITING
 
 
+def settled(several: Several) -> bool:
+    """True if no worker rests that has clearly fewer than the busiest: they have been rung for, and need their turn."""
+    most = max(several.live)
+    clearly_fewer = most - math.isqrt(most - 1)
+    return not any(state == board.RESTING and live < clearly_fewer for state, live in zip(several.states, several.live))
+
+
 def test_workers_share_the_clients_evenly() -> None:
     with Several(3) as several:
         for count in range(1, 61):
             several.connect()
             assert sum(several.live) == count
+            wait_until(lambda: settled(several), "those that have fewer look for clients")
         assert min(several.live) >= 10 and max(several.live) <= 30, several.live
 
 
@@ -255,6 +344,7 @@ def test_a_worker_that_rested_takes_its_share_again_when_the_others_have_caught_
         bring_to_rest(several)
         for _ in range(60):
             several.connect()
+            wait_until(lambda: settled(several), "those that have fewer look for clients")
         assert abs(several.live[0] - several.live[1]) <= 12, several.live
         assert sum(several.live) == 77
 

@@ -13,7 +13,7 @@ from tproxy_relay.assignment import Assignment
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.limits import Limits
 from tproxy_relay.policy import Destinations
-from tproxy_relay.settings import HostPort, PortRange, Settings
+from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 from tproxy_relay.sockets import Tuning
 
 finite = st.floats(allow_nan=False)  # which is not equal to itself
@@ -21,13 +21,19 @@ ports = st.integers(0, 65535)
 st.register_type_strategy(float, finite)
 
 
+def assigned(
+    settings: Settings, tuning: Tuning, own_ports: frozenset[int], target: Endpoint | None, limits: Limits
+) -> Assignment:
+    """What preparation.py makes of these."""
+    return Assignment(settings, tuning, Destinations.of_settings(settings, own_ports, target), limits)
+
+
 assignments = st.builds(
-    Assignment,
+    assigned,
     settings=st.from_type(Settings),  # every field by its type: a new option is tried without a word here
     tuning=st.builds(Tuning, st.integers(0), finite, st.integers(0, 1 << 31)),
-    destinations=st.builds(
-        Destinations, st.frozensets(ports, max_size=5), st.none() | st.builds(Endpoint, st.text(), ports, ports)
-    ),
+    own_ports=st.frozensets(ports, max_size=5),
+    target=st.none() | st.builds(Endpoint, st.text(), ports, ports),
     limits=st.builds(Limits, st.integers(1), st.integers(1)),
 )
 
@@ -62,6 +68,8 @@ RICH = Settings(
     intercept_inbound=(PortRange(80, 80), PortRange(8000, 8100)),
     intercept_outbound=(PortRange(443, 443),),
     target=HostPort("server.example", 80),
+    allow=(Network("192.0.2.0/24"), Network("2001:db8::/32", PortRange(80, 81))),
+    deny=(Network("0.0.0.0/0"),),
     user="nobody",
     workers=3,
 )
@@ -69,9 +77,8 @@ RICH = Settings(
 
 def test_through_a_channel() -> None:
     one, other = channel.pair()
-    order = Assignment(
-        RICH, Tuning(60, 1.5, 4), Destinations(frozenset({1, 2}), Endpoint("fe80::1", 80, 3)), Limits(10, 5)
-    )
+    destinations = Destinations.of_settings(RICH, frozenset({1, 2}), Endpoint("fe80::1", 80, 3))
+    order = Assignment(RICH, Tuning(60, 1.5, 4), destinations, Limits(10, 5))
     one.send(order.to_message(7, None))
     told = other.receive(1)
     assert told is not None
@@ -79,6 +86,7 @@ def test_through_a_channel() -> None:
     assert (there, told[0]["place"]) == (order, 7)
     assert str(there.settings.target) == "server.example:80"
     assert [str(one) for one in there.settings.intercept_inbound] == ["80", "8000-8100"]
+    assert list(map(str, there.settings.allow)) == ["192.0.2.0/24", "[2001:db8::/32]:80-81"]
     assert str(there.destinations.target) == "[fe80::1%3]:80"
     one.close()
     other.close()

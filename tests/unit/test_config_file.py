@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import Seen
 
 from tproxy_relay import config_file
 from tproxy_relay.errors import ConfigError
@@ -220,8 +221,10 @@ def test_a_list_may_stand_in_brackets(written: str, value: str) -> None:
         ),
     ],
 )
-def test_what_a_file_must_not_say(text: str, message: str) -> None:
+@pytest.mark.row("B3", "duplicates, abbreviations, negations, config =", "refused with the line")
+def test_what_a_file_must_not_say(text: str, message: str, seen: Seen) -> None:
     assert complaint(text) == message
+    seen("refused")
 
 
 def test_one_line_that_fills_the_file() -> None:

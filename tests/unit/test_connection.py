@@ -21,6 +21,7 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from lines import Lines
 from loopback import FIN, RST
+from rows import Seen
 
 from tproxy_relay import connection as connection_module
 from tproxy_relay import endpoint, orig_dst, policy
@@ -34,7 +35,7 @@ from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.processors import Processors
 from tproxy_relay.record import Outcome
 from tproxy_relay.registry import Flow, Registry
-from tproxy_relay.settings import Settings
+from tproxy_relay.settings import Network, Settings
 from tproxy_relay.sockets import PathTuning
 from tproxy_relay.threads import RelayThreads
 
@@ -62,8 +63,9 @@ class Desk:
         self._epoll = select.epoll()
         self._hangups = Hangups(self._epoll)
         ports = frozenset({self.listener.endpoint.port}) if own_ports is None else own_ports
+        destinations = Destinations.of_settings(settings, ports, target)
         self.context = Context(
-            settings, loopback.UNTUNED, PLAIN, PLAIN, Destinations(ports, target), self.registry, self.threads,
+            settings, loopback.UNTUNED, PLAIN, PLAIN, destinations, self.registry, self.threads,
             self._hangups, Processors(None), self.ended.release,
         )  # fmt: skip
         self._closing = threading.Event()
@@ -202,7 +204,7 @@ def test_a_completed_connection_and_every_field_of_its_line(
 
 def test_the_original_destination_is_where_it_goes(desks: DeskMaker, lines: Lines) -> None:
     """The listener makes room for a server on the address that the client had asked for."""
-    desk = desks(own_ports=frozenset())
+    desk = desks(own_ports=frozenset(), allow=(Network("127.0.0.0/8"),))
     with desk.dial() as client:
         accepted = desk.accept()
         wanted = desk.listener.endpoint
@@ -221,6 +223,18 @@ def test_the_original_destination_is_where_it_goes(desks: DeskMaker, lines: Line
     (line,) = lines.closed()
     assert line["orig_dst"] == str(wanted)
     assert "destination" not in line, "said once only"
+
+
+def test_a_destination_that_is_not_allowed(desks: DeskMaker, lines: Lines) -> None:
+    desk = desks(own_ports=frozenset())
+    with desk.dial() as client:
+        accepted = desk.accept()
+        wanted = desk.listener.endpoint
+        desk.listener.endpoint = Endpoint("127.0.0.1", 1)
+        desk.threads.run(accepted.run)
+        line = assert_refused(desk, client, lines, "denied", logging.WARNING)
+    assert line["error"] == f"{wanted} is in 127.0.0.0/8 (loopback)"
+    assert (line["orig_dst"], "upstream_local" in line) == (str(wanted), False)
 
 
 def test_redirect_mode_without_interception_goes_to_the_target(desks: DeskMaker, server: socket.socket) -> None:
@@ -472,7 +486,8 @@ def test_out_of_descriptors(desks: DeskMaker, server: socket.socket, lines: Line
 def test_refuse_resets_without_a_thread(desks: DeskMaker, server: socket.socket, lines: Lines) -> None:
     desk = desks(target_of(server))
     with desk.dial() as client:
-        desk.accept().refuse(RefusedError(Outcome.OVER_LIMIT, "too many"))
+        desk.accept().refuse("too many")
+        desk.threads.release(THREADS)
         line = assert_refused(desk, client, lines, "over-limit", logging.WARNING)
     assert line["error"] == "too many"
 
@@ -483,8 +498,15 @@ def test_refuse_resets_without_a_thread(desks: DeskMaker, server: socket.socket,
 @pytest.mark.parametrize(
     ("module", "leaf"), [(orig_dst, "original_destination"), (sockets, "upstream_socket"), (endpoint, "from_sockaddr")]
 )
+@pytest.mark.row("H29", "an exception at each step before the relay", "reset, recorded, nothing left")
 def test_a_bug_before_the_relay_is_recorded_and_resets(
-    desks: DeskMaker, server: socket.socket, lines: Lines, monkeypatch: pytest.MonkeyPatch, module: object, leaf: str
+    desks: DeskMaker,
+    server: socket.socket,
+    lines: Lines,
+    monkeypatch: pytest.MonkeyPatch,
+    module: object,
+    leaf: str,
+    seen: Seen,
 ) -> None:
     def bug(*_args: object) -> None:
         raise ValueError("the kernel said nonsense")
@@ -501,10 +523,12 @@ def test_a_bug_before_the_relay_is_recorded_and_resets(
     assert lines.closed()[0]["error"] == "ValueError('the kernel said nonsense')"
     (line,) = lines.of("a connection met a bug")
     assert line.exc_info and line.exc_info[1] is not None
+    seen("reset, internal-error")
 
 
+@pytest.mark.row("H29", "an exception in a pump", "both ends reset, recorded, nothing left")
 def test_a_bug_in_the_relay_is_recorded_and_resets(
-    desks: DeskMaker, server: socket.socket, lines: Lines, monkeypatch: pytest.MonkeyPatch
+    desks: DeskMaker, server: socket.socket, lines: Lines, monkeypatch: pytest.MonkeyPatch, seen: Seen
 ) -> None:
     def bug(*_args: object) -> None:
         raise ValueError("no")
@@ -522,6 +546,7 @@ def test_a_bug_in_the_relay_is_recorded_and_resets(
     assert lines.outcomes() == ["internal-error"]
     assert len(lines.of("a relay met a bug")) == 1
     desk.await_end()
+    seen("reset, internal-error")
 
 
 def test_what_fails_at_the_very_end_gives_everything_back_all_the_same(

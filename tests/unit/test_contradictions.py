@@ -5,7 +5,7 @@ import pytest
 from tproxy_relay import contradictions
 from tproxy_relay.errors import ConfigError, RelayError, UsageError
 from tproxy_relay.options import OPTIONS
-from tproxy_relay.settings import HostPort, PortRange, Settings
+from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 
 HTTP = (PortRange(80, 80),)
 EVERYTHING = (PortRange(1, 65535),)
@@ -38,6 +38,14 @@ def test_take_over_is_for_run() -> None:
     assert isinstance(error, UsageError)
     assert str(error).startswith("--take-over is for 'run', and the command is 'demo': drop --take-over or say run")
     assert is_accepted(Settings(take_over=True))
+
+
+def test_a_network_that_is_allowed_and_denied() -> None:
+    web, everything = Network("10.0.0.0/8", PortRange(80, 80)), Network("10.0.0.0/8")
+    error = refusal(Settings(allow=(everything, web), deny=(web,)))
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("10.0.0.0/8:80 is allowed and denied: drop one of them")
+    assert is_accepted(Settings(allow=(web,), deny=(everything,)))
 
 
 @pytest.mark.parametrize(

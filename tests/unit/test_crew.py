@@ -78,7 +78,7 @@ class Hands:
         """Whatever is left."""
         self.crew.dismiss(self.crew)
         self.turn_until(lambda: not len(self.crew), "all are gone")
-        self.pipes.drain(PATIENCE)
+        self.pipes.close(PATIENCE)
         self._stack.close()
 
     def turn_until(self, happened: Callable[[], object], what: str) -> None:

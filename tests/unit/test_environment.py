@@ -1,6 +1,7 @@
 """What the environment can set, and what is only worth a warning."""
 
 import pytest
+from rows import Seen
 
 from tproxy_relay import environment
 from tproxy_relay.errors import ConfigError
@@ -25,7 +26,8 @@ def test_the_usual_names_of_log_settings_work_and_the_prefixed_ones_win() -> Non
     assert environment.gather({"LOG_FORMAT": "json"})["log-format"].text == "json"
 
 
-def test_an_empty_variable_is_not_set() -> None:
+@pytest.mark.row("B5", "an empty variable", "as if it were not there")
+def test_an_empty_variable_is_not_set(seen: Seen) -> None:
     environ = {
         "TPROXY_RELAY_PORTS": "",
         "TPROXY_RELAY_LOG_LEVEL": "",
@@ -34,6 +36,7 @@ def test_an_empty_variable_is_not_set() -> None:
     }
     assert list(environment.gather(environ)) == ["log-level"]
     assert not list(environment.warnings(environ))
+    seen("not set")
 
 
 @pytest.mark.parametrize(
@@ -68,9 +71,11 @@ def test_brackets_are_for_the_file_only() -> None:
         ("TPROXY_RELAY_COMMAND", "'command' is for the command line"),
     ],
 )
-def test_a_variable_that_looks_like_ours_and_is_not(variable: str, warning: str) -> None:
+@pytest.mark.row("B6", "an unknown TPROXY_RELAY_ variable", "a warning")
+def test_a_variable_that_looks_like_ours_and_is_not(variable: str, warning: str, seen: Seen) -> None:
     assert environment.gather({variable: "1"}) == {}
     assert list(environment.warnings({variable: "1"})) == [f"{variable} in the environment is ignored: {warning}"]
+    seen("warned")
 
 
 def test_other_programs_variables_are_theirs() -> None:

@@ -32,13 +32,15 @@ for name in os.listdir("/proc/self/fd"):
         fds[name] = os.readlink(f"/proc/self/fd/{name}")
     except FileNotFoundError:
         pass  # the one that listed them
-asked = {name: os.environ.get(name) for name in ("LISTEN_FDS", "LISTEN_PID", "KEPT")}
+asked = {name: os.environ.get(name) for name in ("LISTEN_FDS", "LISTEN_PID", "GLIBC_TUNABLES", "KEPT")}
 inheritable = all(map(os.get_inheritable, range(3, len(fds))))
 print(json.dumps({"fds": fds, "pid": os.getpid(), "inheritable": inheritable, **asked}))
 """
 
 
-def launched(descriptors: Sequence[int], *becoming: str, also: Sequence[int] = ()) -> subprocess.Popen[str]:
+def launched(
+    descriptors: Sequence[int], *becoming: str, also: Sequence[int] = (), **environment: str
+) -> subprocess.Popen[str]:
     """The launcher, given these descriptors of its parent (and others that it was not told of)."""
     numbers = ",".join(map(str, (*descriptors, *also)))
     command = [sys.executable, "-I", "-S", str(launch.__file__), ",".join(map(str, descriptors)), *becoming]
@@ -48,13 +50,13 @@ def launched(descriptors: Sequence[int], *becoming: str, also: Sequence[int] = (
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=children.environment(KEPT="yes"),
+        env=children.environment(KEPT="yes", **environment),
     )
 
 
-def report(descriptors: Sequence[int], *prefix: str) -> dict[str, object]:
+def report(descriptors: Sequence[int], *prefix: str, **environment: str) -> dict[str, object]:
     """What the next program finds."""
-    child = launched(descriptors, *prefix, sys.executable, "-c", REPORT)
+    child = launched(descriptors, *prefix, sys.executable, "-c", REPORT, **environment)
     out, err = child.communicate(timeout=20)
     assert (child.returncode, err) == (0, "")
     said: dict[str, object] = json.loads(out)
@@ -85,6 +87,12 @@ def test_they_land_in_order_and_nothing_else_is_open(order: list[int]) -> None:
     assert said["inheritable"], "setpriv hands them on"
     assert (said["LISTEN_FDS"], said["LISTEN_PID"]) == (str(len(order)), str(said["pid"]))
     assert said["KEPT"] == "yes"
+
+
+def test_small_stacks_are_asked_for_beside_what_the_operator_asks_for() -> None:
+    assert report([3])["GLIBC_TUNABLES"] == launch.SMALL_STACKS
+    said = report([3], GLIBC_TUNABLES="glibc.malloc.arena_max=1")
+    assert said["GLIBC_TUNABLES"] == f"glibc.malloc.arena_max=1:{launch.SMALL_STACKS}"
 
 
 def test_other_programs_in_between_keep_the_process() -> None:

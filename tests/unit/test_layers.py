@@ -27,14 +27,14 @@ LAYERS = (
     ("options",),
     ("values",),
     ("assignment", "worker"),
-    ("acceptor",),
+    ("acceptor", "eviction"),
     ("connection", "intercept"),
-    ("hangups", "limits", "listeners", "logs", "policy", "privileges", "registry", "threads"),
+    ("arrivals", "hangups", "limits", "listeners", "logs", "policy", "privileges", "registry", "threads"),
     ("relay",),
     ("board", "orig_dst", "sockets"),
-    ("channel", "launch", "notify", "record", "shared_counts", "wakeup"),
+    ("channel", "destinations", "launch", "notify", "record", "shared_counts", "wakeup"),
     ("endpoint", "linux", "process_name", "processors", "settings"),
-    ("errors",),
+    ("cgroup", "errors"),
     ("__init__",),
 )
 

@@ -16,6 +16,7 @@ import loopback
 import pytest
 from deadlines import PATIENCE
 from lines import Lines
+from rows import Seen
 
 from tproxy_relay import endpoint, linux, listeners, sockets
 from tproxy_relay.errors import CapabilityMissingError, KernelUnsupportedError, SystemRefusedError
@@ -281,13 +282,17 @@ def test_a_kernel_without_tproxy(number: str, require_or_skip: Callable[[str], N
     assert os.strerror(getattr(errno, number)) in str(answer["error"])
 
 
-def test_a_host_without_ipv6_listens_on_ipv4_and_says_so_once(require_or_skip: Callable[[str], NoReturn]) -> None:
+@pytest.mark.row("H23", "no IPv6 on the host", "listens on IPv4, one warning")
+def test_a_host_without_ipv6_listens_on_ipv4_and_says_so_once(
+    require_or_skip: Callable[[str], NoReturn], seen: Seen
+) -> None:
     """As after a boot with ipv6.disable=1. (With the sysctl disable_ipv6=1 the wildcard can still be bound.)"""
     prefix = traced("socket", "EAFNOSUPPORT:when=3+", "trace=socket", require_or_skip)
     for address in ("::", "::1"):
         answer = open_in_child(prefix, bind=["127.0.0.1", address], ports=[0, 0], mode="redirect")
         assert len(answer["names"]) == 2  # type: ignore[arg-type]
         assert answer["said"] == [["WARNING", "no IPv6 on this host, listening on IPv4 only"]]
+    seen("IPv4, one warning")
 
 
 def test_with_the_ipv6_sysctl_off_everything_works_as_ever(require_or_skip: Callable[[str], NoReturn]) -> None:
@@ -412,9 +417,11 @@ def test_inherited_transparent_listeners(require_or_skip: Callable[[str], NoRetu
         ),
     ],
 )
-def test_an_unfit_descriptor_stops_the_start(kinds: str, mode: str, complaint: str) -> None:
+@pytest.mark.row("B16", "LISTEN_FDS with what will not do", "a clear error")
+def test_an_unfit_descriptor_stops_the_start(kinds: str, mode: str, complaint: str, seen: Seen) -> None:
     answer = inherit(kinds, mode)
     assert (answer.get("error"), answer.get("code")) == (complaint, 71)
+    seen("named")
 
 
 def test_a_count_that_is_none_stops_the_start() -> None:

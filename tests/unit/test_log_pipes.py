@@ -44,12 +44,13 @@ def log() -> Collector:
 
 @pytest.fixture
 def pipes(log: Collector) -> Iterator[LogPipes]:
-    """Its thread lasts as long as the process; nothing is left in it."""
+    """Nothing is left in them at the end."""
     made = LogPipes(log)  # type: ignore[arg-type]
     yield made
     log.free.set()
     made.drain(PATIENCE)
     assert made._open == 0, "a test has left a pipe open"
+    made.close(PATIENCE)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -279,6 +280,7 @@ def test_a_log_that_nobody_reads_costs_no_memory() -> None:
         pipes.drain(PATIENCE)
         assert (got, writer.dropped) == (count, 0)
     finally:
+        pipes.close(PATIENCE)
         writer._stopping.set()
         writer._records.put(None)
         writer._thread.join(PATIENCE)

@@ -11,6 +11,7 @@ from typing import NoReturn
 import pytest
 from deadlines import wait_until
 from relays import Relay
+from rows import Seen
 
 SHIPPED = Path(__file__).parents[2] / "etc" / "logrotate.d" / "tproxy-relay"
 ROTATIONS = 10
@@ -23,7 +24,8 @@ def closed(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_no_line_is_lost(tmp_path: Path, require_or_skip: Callable[[str], NoReturn]) -> None:
+@pytest.mark.row("H17", "logrotate", "no line lost, none in the old file")
+def test_no_line_is_lost(tmp_path: Path, require_or_skip: Callable[[str], NoReturn], seen: Seen) -> None:
     if shutil.which("logrotate", path="/usr/sbin:/usr/bin:/sbin:/bin") is None:
         require_or_skip("logrotate is not installed")
     folder = tmp_path / "logs"
@@ -56,3 +58,4 @@ def test_no_line_is_lost(tmp_path: Path, require_or_skip: Callable[[str], NoRetu
             assert (folder / "relay.log").stat().st_size
     assert len(list(folder.glob("relay.log.*"))) == ROTATIONS
     assert set(Counter(closed(folder)).values()) == {1} and len(closed(folder)) == count
+    seen("none")

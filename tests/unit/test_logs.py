@@ -17,6 +17,7 @@ import children
 import lines
 import pytest
 from deadlines import PATIENCE, wait_until
+from rows import Seen
 
 from tproxy_relay import logs
 from tproxy_relay.errors import SystemRefusedError
@@ -114,11 +115,13 @@ def test_a_value(value: object, shown: str) -> None:
     assert line("m", field=value) == f"m field={shown}"
 
 
-def test_every_character_stays_on_one_line_and_off_the_terminal() -> None:
+@pytest.mark.row("S11", "control characters in names", "one physical line")
+def test_every_character_stays_on_one_line_and_off_the_terminal(seen: Seen) -> None:
     every = "".join(map(chr, range(0x3000))) + "\ud800\udfff\U000e0001\U0010ffff"
     text = line(every, field=every)
     assert len(text.splitlines()) == 1
     assert text.isprintable()
+    seen("one line")
 
 
 def test_a_value_cannot_forge_a_field() -> None:
@@ -177,7 +180,8 @@ class Writing:
         return [json.loads(one) for one in self.text().splitlines()]
 
 
-def test_json_lines_give_back_what_went_in(tmp_path: Path) -> None:
+@pytest.mark.row("S11", "the same as JSON", "parses back equal")
+def test_json_lines_give_back_what_went_in(tmp_path: Path, seen: Seen) -> None:
     hostile = 'a\n\x1b[31m\u2028"=\\ \x00 \udc80 ü'
     with Writing(tmp_path / "log") as writing:
         log.info("connection closed", extra={"host": hostile, "n": 5, "x": 1.5, "closed": {"idle": 1}, "no": None})
@@ -191,6 +195,7 @@ def test_json_lines_give_back_what_went_in(tmp_path: Path) -> None:
         "host": hostile, "n": 5, "x": 1.5, "closed": {"idle": 1}, "no": None,
     }  # fmt: skip
     assert (second["message"], second["levelname"]) == (hostile, "WARNING")
+    seen("equal")
 
 
 def test_a_json_traceback_is_a_member(tmp_path: Path) -> None:

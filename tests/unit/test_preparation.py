@@ -138,7 +138,8 @@ def test_what_the_workers_will_need() -> None:
         (listener,) = made
         assert prepared.assignment.settings is prepared.settings is settings
         own_ports = frozenset({listener.endpoint.port})
-        assert prepared.assignment.destinations == Destinations(own_ports, Endpoint("127.0.0.1", 80))
+        target = Endpoint("127.0.0.1", 80)
+        assert prepared.assignment.destinations == Destinations.of_settings(settings, own_ports, target)
         assert (prepared.tuning.keepalive, prepared.tuning.user_timeout) == (7, 2.0)
         assert replace(prepared.assignment.tuning, mark=prepared.tuning.mark) == prepared.tuning
         assert prepared.assignment.limits.most == 50

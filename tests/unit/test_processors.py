@@ -9,7 +9,7 @@ from typing import TypeVar
 import children
 import pytest
 
-from tproxy_relay import processors
+from tproxy_relay import cgroup, processors
 from tproxy_relay.processors import Processors
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ def test_those_that_it_may_use() -> None:
     """A container or a unit often gives it fewer than the host has."""
     ran = children.run_python(
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from tproxy_relay import processors; print(processors.allowed(), processors.worth())"
+        "from tproxy_relay import cgroup, processors; print(processors.allowed(), processors.worth())"
     )
     assert ran.stdout == f"[{min(ALL)}] 1\n"
     assert processors.allowed() == sorted(ALL)
@@ -39,8 +39,8 @@ def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, t
     """The smallest one on the way up counts; a part of a processor is one."""
     own, folder = tmp_path / "own", tmp_path / "system.slice" / "relay.service"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(processors, "CGROUPS", tmp_path)
-    monkeypatch.setattr(processors, "OWN_CGROUP", own)
+    monkeypatch.setattr(cgroup, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroup, "OWN_CGROUP", own)
     monkeypatch.setattr(processors, "allowed", lambda: list(range(64)))
     assert processors.worth() == 64
     own.write_text("1:name=systemd:/x\n")

@@ -26,15 +26,15 @@ FULL = ConnectionRecord(
 def test_the_outcomes_are_a_promise() -> None:
     assert {str(outcome) for outcome in Outcome} == {
         "completed", "client-reset", "upstream-reset", "connect-refused", "connect-timeout", "connect-unreachable",
-        "no-local-port", "self-call", "not-intercepted", "loop", "over-limit", "idle", "half-close-timeout",
-        "drained", "aborted", "internal-error",
+        "no-local-port", "self-call", "not-intercepted", "denied", "loop", "over-limit", "evicted", "idle",
+        "half-close-timeout", "drained", "aborted", "internal-error",
     }  # fmt: skip
     assert f"{Outcome.CLIENT_RESET}" == "client-reset", "in every Python"
 
 
 def test_what_is_ordinary() -> None:
     assert {outcome.value for outcome in Outcome if outcome.ordinary} == {
-        "completed", "client-reset", "upstream-reset", "idle", "half-close-timeout", "drained", "aborted",
+        "completed", "client-reset", "upstream-reset", "evicted", "idle", "half-close-timeout", "drained", "aborted",
     }  # fmt: skip
 
 

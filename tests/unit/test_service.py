@@ -17,6 +17,7 @@ import loopback
 import pytest
 from deadlines import PATIENCE, wait_until
 from loopback import RST
+from rows import Seen
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -142,7 +143,8 @@ def test_a_life(tmp_path: Path) -> None:
         assert relay.log[-1]["log_dropped"] == 0
 
 
-def test_a_second_term_ends_the_drain(tmp_path: Path) -> None:
+@pytest.mark.row("H7", "TERM twice", "the second one ends it at once")
+def test_a_second_term_ends_the_drain(tmp_path: Path, seen: Seen) -> None:
     with serving(tmp_path) as relay:
         client, server = relay.connect()
         with client, server:
@@ -152,6 +154,7 @@ def test_a_second_term_ends_the_drain(tmp_path: Path) -> None:
             assert relay.exit_code(3) == 0
             assert relay.lines("connection closed")[0]["outcome"] == "aborted"
             assert loopback.read_to_end(client)[1] == loopback.read_to_end(server)[1] == RST
+    seen("at once")
 
 
 @pytest.mark.parametrize("stuck_in", ["recv", "send"])
@@ -224,7 +227,8 @@ def test_a_relay_that_dies_resets_both_sides(tmp_path: Path, number: signal.Sign
                 end.close()
 
 
-def test_as_pid_1_it_obeys_and_reaps(tmp_path: Path, require_or_skip: Callable[[str], NoReturn]) -> None:
+@pytest.mark.row("H24", "as process 1", "TERM ends it; children are reaped")
+def test_as_pid_1_it_obeys_and_reaps(tmp_path: Path, require_or_skip: Callable[[str], NoReturn], seen: Seen) -> None:
     """A process ignores the signals that it has no handler for when it is PID 1, and inherits everybody's children."""
     prefix = children.need(("unshare", "-Ur", "--pid", "--fork", "--kill-child", "--mount-proc"), require_or_skip)
     orphan = 'import subprocess\nsubprocess.run(["sh", "-c", "sleep 0.7 >/dev/null 2>&1 &"])\n'
@@ -238,6 +242,7 @@ def test_as_pid_1_it_obeys_and_reaps(tmp_path: Path, require_or_skip: Callable[[
             relay.lines("draining")
             os.kill(pid, signal.SIGTERM)
             assert relay.exit_code() == 0
+    seen("ended; reaped")
 
 
 def test_it_sleeps_when_there_is_nothing_to_do(tmp_path: Path) -> None:

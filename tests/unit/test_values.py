@@ -1,9 +1,10 @@
 """Each kind of value: what it takes, what it becomes, and what it refuses in which words."""
 
 import pytest
+from rows import Seen
 
 from tproxy_relay import values
-from tproxy_relay.settings import HostPort, PortRange
+from tproxy_relay.settings import HostPort, Network, PortRange
 from tproxy_relay.values import BadValue
 
 TIMEOUT = values.seconds("never")
@@ -61,8 +62,10 @@ def test_ports(text: str, ports: tuple[int, ...]) -> None:
         "9" * 5000,
     ],
 )
-def test_what_is_no_list_of_ports(text: str) -> None:
+@pytest.mark.row("B7", "ports that are none: ranges, signs, foreign digits", "refused")
+def test_what_is_no_list_of_ports(text: str, seen: Seen) -> None:
     assert "\n" not in reason(values.PORTS, text)
+    seen("refused")
 
 
 def test_a_bad_port_is_named_with_its_list() -> None:
@@ -71,10 +74,12 @@ def test_a_bad_port_is_named_with_its_list() -> None:
     assert reason(values.PORTS, "15002,15006,15002") == "15002 is there twice in '15002,15006,15002'"
 
 
-def test_the_number_of_ports_has_a_limit() -> None:
+@pytest.mark.row("B7", "65,535 ports", "refused")
+def test_the_number_of_ports_has_a_limit(seen: Seen) -> None:
     assert values.PORTS.parse(",".join(map(str, range(1, 65))))
     assert reason(values.PORTS, ",".join(map(str, range(1, 66)))) == "65 items are too many: at most 64"
     assert reason(values.PORTS, ",".join(map(str, range(1, 65536)))) == "65535 items are too many: at most 64"
+    seen("refused")
 
 
 def test_a_long_value_is_cut_in_the_message() -> None:
@@ -327,6 +332,68 @@ def test_port_ranges(text: str, ranges: tuple[tuple[int, int], ...]) -> None:
 )
 def test_what_are_no_port_ranges(text: str, why: str) -> None:
     assert why in reason(values.PORT_RANGES, text)
+
+
+@pytest.mark.parametrize(
+    "text, networks",
+    [
+        ("", ()),
+        ("10.0.0.0/8", (Network("10.0.0.0/8"),)),
+        ("10.1.2.3", (Network("10.1.2.3/32"),)),
+        ("10.1.2.3:443", (Network("10.1.2.3/32", PortRange(443, 443)),)),
+        ("10.0.0.0/8:1-65535", (Network("10.0.0.0/8", PortRange(1, 65535)),)),
+        ("0.0.0.0/0,::/0", (Network("0.0.0.0/0"), Network("::/0"))),
+        ("2001:db8::1", (Network("2001:db8::1/128"),)),
+        ("2001:DB8::/32 , [::1]:80", (Network("2001:db8::/32"), Network("::1/128", PortRange(80, 80)))),
+        ("[2001:db8::/32]:8000-8100", (Network("2001:db8::/32", PortRange(8000, 8100)),)),
+        ("[2001:db8::/32]", (Network("2001:db8::/32"),)),
+        ("64:ff9b::10.0.0.1", (Network("64:ff9b::a00:1/128"),)),
+        ("::/90", (Network("::/90"),)),
+    ],
+)
+def test_networks(text: str, networks: tuple[Network, ...]) -> None:
+    parsed = values.NETWORKS.parse(text)
+    assert parsed == networks
+    assert values.NETWORKS.parse(values.NETWORKS.write(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (",", "empty"),
+        ("10.0.0.0/8,", "empty"),
+        ("10.0.0.0/8,10.0.0.0/8", "10.0.0.0/8 is there twice"),
+        ("10.0.0.1/8", "an address has bits behind its prefix; write 10.0.0.0/8"),
+        ("2001:db8::1/32", "write 2001:db8::/32"),
+        ("10.0.0.0/33", "not an IPv4 or IPv6 network"),
+        ("2001:db8::/129", "not an IPv4 or IPv6 network"),
+        ("10.0.0.0/255.0.0.0", "not a network"),
+        ("10.0.0.0/08", "not a network"),
+        ("10.0.0.0/", "not a network"),
+        ("/8", "not a network"),
+        ("10.0.0", "not an IPv4 or IPv6 network"),
+        ("010.0.0.0/8", "not an IPv4 or IPv6 network"),
+        ("example.org", "not a network"),
+        ("localhost", "not a network"),
+        ("fe80::1%eth0", "not a network"),
+        ("::ffff:10.0.0.0/104", "an IPv4 network in disguise: write 10.0.0.0/8"),
+        ("::ffff:10.0.0.1", "an IPv4 network in disguise: write 10.0.0.1/32"),
+        ("10.0.0.0/8:", "'' is not a TCP port (1-65535) in '10.0.0.0/8:'"),
+        ("10.0.0.0/8:0", "'0' is not a TCP port"),
+        ("10.0.0.0/8:http", "'http' is not a TCP port"),
+        ("10.0.0.0/8:90-80", "90-80 runs backwards: write 80-90 in '10.0.0.0/8:90-80'"),
+        ("[2001:db8::/32]80", "not a network"),
+        ("[10.0.0.0/8", "not a network"),
+        ("[]:80", "not a network"),
+        ("１0.0.0.0/8", "not a network"),
+        ("10.0.0.0/８", "not a network"),
+        ("10.0.0.0/8\n", "not a network"),
+        ("10.0.0.0/8; accept", "not a network"),
+        (",".join(f"10.0.0.{number}" for number in range(values.MOST_ITEMS + 1)), "65 items are too many"),
+    ],
+)
+def test_what_are_no_networks(text: str, why: str) -> None:
+    assert why in reason(values.NETWORKS, text)
 
 
 def test_one_port() -> None:

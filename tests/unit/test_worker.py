@@ -6,12 +6,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import loopback
 import pytest
 from deadlines import PATIENCE, wait_until
 from lines import fields
 from loopback import FIN, RST
+from rows import Seen
 from workers import Running
 
 from tproxy_relay import board, endpoint, orig_dst
@@ -78,6 +80,33 @@ def test_one_source_gets_so_many_and_others_are_still_served() -> None:
         server.close()
         running.lines.closed(2)
         running.connect()
+
+
+def test_one_source_gets_so_many_within_a_second_and_others_are_still_served() -> None:
+    with Running(max_connections=100, max_rate_per_source=5) as running:
+        began = time.monotonic()
+        refused = 0
+        while refused < 3 and time.monotonic() - began < PATIENCE:
+            before = len(running.lines.of("connection closed"))
+            with suppress(ConnectionResetError):  # the relay may be quicker
+                loopback.reset(running.dial())
+            refused += running.lines.closed(before + 1)[-1]["outcome"] == "over-limit"
+        accepted = running.place.numbers.accepted
+        seconds = time.monotonic() - began
+        assert 5 <= accepted - refused <= 5 * (seconds + 1)
+        line = next(line for line in running.lines.closed() if line["outcome"] == "over-limit")
+        assert line["error"] == "127.0.0.1 has opened 5 connections within a second (max-rate-per-source)"
+        other = running.dial(source="127.0.0.2")
+        other.sendall(b"hi")
+        while not is_greeted(running.serve()):
+            pass  # those of the first source that were served
+
+
+def is_greeted(server: socket.socket) -> bool:
+    try:
+        return server.recv(2) == b"hi"
+    except ConnectionResetError:
+        return False
 
 
 # --- orders to end
@@ -363,7 +392,8 @@ def test_idle_connections_are_reset_and_busy_ones_are_not() -> None:
         assert 0.4 <= float(str(line["seconds"])) < 0.9
 
 
-def test_half_closed_connections_have_their_own_timeout() -> None:
+@pytest.mark.row("F6", "half-closed and then silent", "both reset after half-close-timeout")
+def test_half_closed_connections_have_their_own_timeout(seen: Seen) -> None:
     with Running(half_close_timeout=0.3) as running:
         open_client, _open_server = running.connect()
         client, server = running.connect()
@@ -373,6 +403,7 @@ def test_half_closed_connections_have_their_own_timeout() -> None:
         assert loopback.read_to_end(client)[1] == RST
         open_client.send(b"x")
         wait_until(lambda: len(running.worker._registry) == 1, "the other one is left")
+    seen("both reset, half-close-timeout")
 
 
 def test_idle_connections_are_reset_while_draining_too() -> None:

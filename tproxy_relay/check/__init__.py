@@ -28,6 +28,7 @@ PROBES: tuple[Probe, ...] = (
     limits.probe_ephemeral_ports,
     limits.probe_descriptors,
     limits.probe_threads,
+    limits.probe_memory,
     limits.probe_backlog,
     limits.probe_conntrack,
     sysctls.probe_harmless,

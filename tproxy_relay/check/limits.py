@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from tproxy_relay import limits
+from tproxy_relay import cgroup, limits
 from tproxy_relay.check import host
 from tproxy_relay.check.case import Case, is_relay
 from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
@@ -72,7 +72,7 @@ def probe_descriptors(case: Case) -> Iterator[Finding]:
     """Two descriptors a connection, of the worker that has it (limits.py)."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     listening = len(case.settings.ports) * len(case.settings.bind)
-    room = limits.of_relay(None, hard, listening, case.workers).most
+    room = limits.of_relay(None, hard, listening, case.workers, limits.usable_memory()).most
     wanted = case.settings.max_connections
     if wanted is None or wanted <= room:
         yield ok("descriptors", f"descriptors for {room} connections")
@@ -101,6 +101,24 @@ def probe_threads(case: Case) -> Iterator[Finding]:
         f"max-connections is {wanted}, and {what} is enough for {room}",
         "the rest waits in the backlog",
         remedy or case.command(max_connections=room),
+    )
+
+
+def probe_memory(case: Case) -> Iterator[Finding]:
+    """What connections take while they rest, against what there is."""
+    settings, each = case.settings, limits.MEMORY_EACH // 1024
+    memory = limits.usable_memory()
+    room = memory // limits.MEMORY_EACH
+    wanted = settings.max_connections
+    has = f"memory for {room} connections at rest ({memory >> 20} MiB, {each} KiB each)"
+    if wanted is None or wanted <= room:
+        yield ok("memory", f"{has}; max-connections = {wanted or 'auto'}")
+        return
+    yield warning(
+        "memory",
+        f"{has}, and max-connections is {wanted}",
+        "with more of them the kernel kills a worker, and its connections are reset",
+        case.command(max_connections=room),
     )
 
 
@@ -173,40 +191,13 @@ def _thread_limits(case: Case) -> Iterator[tuple[int, str, str]]:
     # It does not hold for root, but for an account that root has become.
     if processes != resource.RLIM_INFINITY and (os.geteuid() or case.settings.user):
         yield _pairs(processes), f"the limit of {processes} processes (ulimit -u)", ""
-    group = _pids_of_group()
+    group = cgroup.least("pids", "pids.max")
     if group is not None:
         yield _pairs(group), f"pids.max={group} of this control group", ""
 
 
 def _pairs(threads: int) -> int:
     return max(0, (threads - OTHER_THREADS) // THREADS_EACH)
-
-
-def _pids_of_group() -> int | None:
-    """The least pids.max on the way up from our own control group (cgroups(7)); None without a limit."""
-    try:
-        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
-            lines = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return None
-    limits_found = []
-    for _, controllers, path in lines:
-        root = "/sys/fs/cgroup/pids" if controllers == "pids" else "/sys/fs/cgroup"
-        if controllers not in ("", "pids"):
-            continue
-        while path not in ("", "/"):
-            limits_found.append(_number_in(f"{root}{path}/pids.max"))
-            path = path.rpartition("/")[0]
-    return min((limit for limit in limits_found if limit is not None), default=None)
-
-
-def _number_in(path: str) -> int | None:
-    try:
-        with open(path, encoding="ascii") as file:
-            text = file.read().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _try_to_bind(address: Endpoint, interface: str | None) -> OSError | None:

@@ -23,14 +23,12 @@ def probe_harmless(case: Case) -> Iterator[Finding]:
 
 
 def probe_nonlocal_bind(case: Case) -> Iterator[Finding]:
-    """With ip_nonlocal_bind every address looks like one of this host."""
+    """With ip_nonlocal_bind the usual way to know this host's own addresses fails."""
     for family in case.plan.families:
         name = f"net.ipv{family}.ip_nonlocal_bind"
         if host.number(name) != 1:
             continue
-        why = "every address looks like our own, so connections to the relay's port numbers elsewhere are refused"
-        if case.plan.keeps_source:
-            why = f"every address looks like our own, so preserve-source {case.plan.preserve_source} does nothing"
+        why = "own addresses are hard to tell: of several in the same network, all but the first count as others'"
         yield problem("nonlocal-bind", f"{name} is 1", why, set_sysctl(name, 0))
 
 

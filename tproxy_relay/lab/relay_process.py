@@ -33,7 +33,7 @@ STOP_TIMEOUT = 10.0
 
 _PASSED_ON = (
     *("HOME", "LANG", "LC_ALL", "TMPDIR"),
-    *("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PYTHONOPTIMIZE", "PYTHONWARNINGS"),
     *("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"),
 )
 """Of our environment; above all no TPROXY_RELAY_*, LOG_LEVEL or LISTEN_FDS of whoever runs the tests."""
@@ -192,12 +192,16 @@ class RelayProcess:
             raise LabError(f"the relay exited with {ended}, not {code}; last: {self._last_words()}")
 
     def kill(self) -> None:
-        """kill -9 for it and its workers, and wait; nothing happens if it has ended."""
+        """kill -9 for it and its workers, and wait: then nobody listens any more. Nothing happens if it has ended."""
         if self._process is None:
             return
+        ends = _ends_of_group(self._process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        for end in ends:
+            select.select([end], [], [], STOP_TIMEOUT)
+            os.close(end)
         self._join_reader()
 
     def _start(self, folder: Path) -> None:
@@ -264,6 +268,17 @@ class RelayProcess:
     def _last_words(self) -> str:
         lines = self.log.strip().splitlines()
         return lines[-1] if lines else "(it wrote nothing)"
+
+
+def _ends_of_group(leader: int) -> list[int]:
+    """Descriptors that become readable when the processes of the group have ended (pidfd_open(2))."""
+    ends = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            group = stat.read_text("utf-8", "replace").rpartition(")")[2].split()[2]  # proc(5): pgrp
+            if int(group) == leader:
+                ends.append(os.pidfd_open(int(stat.parent.name)))
+    return ends
 
 
 def _environment(notify: Path) -> dict[str, str]:

@@ -53,6 +53,7 @@ def test_the_first_rule_of_a_chain_knows_the_plan(plan: Plan, state: State) -> N
 
 
 @every_plan
+@pytest.mark.row("B12", "TPROXY rules", "in prerouting only")
 def test_tproxy_is_for_prerouting(plan: Plan, state: State) -> None:
     """nft_tproxy.c has no other hook, and refuses the whole table."""
     assert all("tproxy" not in rule.text for chain, rule in rules(plan, state) if "output" in chain.hook)

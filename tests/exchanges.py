@@ -12,6 +12,8 @@ import hashlib
 import select
 import socket
 import struct
+import subprocess
+import sys
 import termios
 import threading
 import time
@@ -329,6 +331,41 @@ def _resets(sock: socket.socket) -> Saw:
     return []
 
 
+_CRASHING = """
+import select, socket, sys
+sock = socket.socket(fileno=int(sys.argv[1]))
+sock.sendall(bytes(int(sys.argv[2])))
+if int(sys.argv[3]):
+    select.select([sock], [], [])
+print("sent", flush=True)
+select.select([], [], [])
+"""
+
+
+def _is_killed(size: int, *, unread: bool) -> End:
+    """The end is a process, and is killed when it has sent so much; with something unread, or not."""
+
+    def end(sock: socket.socket) -> Saw:
+        command = [sys.executable, "-c", _CRASHING, str(sock.fileno()), str(size), str(int(unread))]
+        sock.setblocking(True)  # of the file description, which the process shares
+        with subprocess.Popen(command, pass_fds=[sock.fileno()], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"sent\n"
+            await_acknowledged(sock)
+            sock.close()
+            process.kill()
+        return ["killed"]
+
+    return end
+
+
+def _sends_and_reads(size: int) -> End:
+    def end(sock: socket.socket) -> Saw:
+        sock.sendall(data(size))
+        return read_to_end(sock)
+
+    return end
+
+
 READER = _reads_and_closes(read_to_end)
 SLOW_READER = _reads_and_closes(read_slowly)
 
@@ -386,6 +423,20 @@ EXCHANGES = (
     ),
     Exchange(
         "client half-closes and vanishes", _half_closes_then_vanishes, _answers_somebody_who_vanished, "client-reset"
+    ),
+    Exchange("the server's process is killed", READER, _is_killed(50_000, unread=False)),
+    Exchange(
+        "the server's process is killed, a request unread",
+        _sends_and_reads(10_000),
+        _is_killed(50_000, unread=True),
+        "upstream-reset",
+    ),
+    Exchange("the client's process is killed", _is_killed(50_000, unread=False), READER),
+    Exchange(
+        "the client's process is killed, an answer unread",
+        _is_killed(50_000, unread=True),
+        _sends_and_reads(10_000),
+        "client-reset",
     ),
     Exchange("an urgent byte to the client", _listens_in_line, _speaks_urgently),
     Exchange("an urgent byte to the server", _speaks_urgently, _listens_in_line),
