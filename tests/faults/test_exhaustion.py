@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from clients import Clients, EchoServer
+from rows import Seen
 
 from tproxy_relay.lab import Lab, RelayProcess
 
@@ -69,7 +70,8 @@ def check_full_service(lab: Lab) -> None:
         assert len(clients.served) == 70
 
 
-def test_more_clients_than_the_descriptor_limit_allows(lab: Lab) -> None:
+@pytest.mark.row("H12", "ulimit -n 200, 300 clients", "as many as fit are served, then the others; CPU < 10 %")
+def test_more_clients_than_the_descriptor_limit_allows(lab: Lab, seen: Seen) -> None:
     """ulimit -n 200: the relay knows how many it can hold, and the others wait in the backlog."""
     lab.intercept((PORT,))
     with lab.relay_process(wrapper=("prlimit", "--nofile=200:200")) as relay:
@@ -79,9 +81,11 @@ def test_more_clients_than_the_descriptor_limit_allows(lab: Lab) -> None:
         check_full_service(lab)
         relay.stop()
     lab.stop_intercepting()
+    seen("all served; CPU < 10 %")
 
 
-def test_descriptors_run_out_all_the_same(lab: Lab, relay: RelayProcess) -> None:
+@pytest.mark.row("H12", "the limit falls under a running worker", "nobody forgotten; CPU < 10 %; recovers")
+def test_descriptors_run_out_all_the_same(lab: Lab, relay: RelayProcess, seen: Seen) -> None:
     """The limit falls under a running worker, which counted on more: accept and socket fail with EMFILE."""
     worker = relay.worker
     in_use = len(os.listdir(f"/proc/{worker}/fd"))
@@ -93,15 +97,18 @@ def test_descriptors_run_out_all_the_same(lab: Lab, relay: RelayProcess) -> None
     check_full_service(lab)
     edges = [line for line in relay.lines() if line["message"] in ("not accepting", "accepting again")]
     assert len(edges) < CLIENTS, "a line for each try"
+    seen("nobody forgotten; recovers")
 
 
-def test_no_more_threads(lab: Lab, relay: RelayProcess) -> None:
+@pytest.mark.row("H13", "no more threads, 300 clients", "nobody sees EOF or is served twice; recovers")
+def test_no_more_threads(lab: Lab, relay: RelayProcess, seen: Seen) -> None:
     worker = relay.worker
     with at_most_threads(worker, threads(worker) + 150):
         check_full_and_back(lab, relay, fewest_served=60)
     check_full_service(lab)
     assert relay.worker == worker, "it has died of it"
     assert "no more threads" in {line.get("reason") for line in relay.lines()}
+    seen("none; recovers")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from rows import Seen
 from swarm import Script, come_and_go, echo_server
 
 from tproxy_relay.endpoint import from_sockaddr
@@ -106,27 +107,38 @@ def test_hundreds_of_connections_leave_nothing_behind(fresh_lab: Lab, family: in
 
 
 @pytest.mark.slow
-def test_two_thousand_connections_five_times(fresh_lab: Lab, require_or_skip: Callable[[str], NoReturn]) -> None:
+@pytest.mark.row("L1", "2,000 connections, echo, rest, echo", "2,000 of 2,000; 64 KiB each")
+@pytest.mark.row(
+    "L2",
+    "the same five times",
+    "descriptors and threads back at the start +-2; memory of the 5th at most 1.1 of the 2nd",
+)
+def test_two_thousand_connections_five_times(
+    fresh_lab: Lab, require_or_skip: Callable[[str], NoReturn], seen: Seen
+) -> None:
     lab, count, rounds = fresh_lab, 2000, 5
     require_descriptors(2 * count + 100, require_or_skip)
     lab.intercept((PORT,))
     with echo_server(lab.server, PORT), lab.relay_process() as relay:
         start = Footprint.of(relay.worker)
-        afterwards = []
+        afterwards, each = [], []
         with Script(lab.client, "hold", lab.server.ipv4, PORT) as clients:
             for number in range(1, rounds + 1):
                 resting = serve_all(lab, relay, clients, count, start)
                 afterwards.append(wait_for_rest(relay, start))
                 check_intercepted(lab, relay, socket.AF_INET, count * number)
-                each = (resting.rss_kib - start.rss_kib) / count
-                print(f"round {number}: {each:.1f} KiB each while resting; afterwards {afterwards[-1]}")
-                assert each <= KIB_EACH
+                each.append((resting.rss_kib - start.rss_kib) / count)
+                print(f"round {number}: {each[-1]:.1f} KiB each while resting; afterwards {afterwards[-1]}")
+                assert each[-1] <= KIB_EACH
         assert afterwards[4].rss_kib <= 1.1 * afterwards[1].rss_kib, f"memory grows: {afterwards}"
         check_sum(relay, count * rounds)
+    seen(f"2,000 of 2,000, at most {max(each):.0f} KiB each", "L1")
+    seen(f"back each time; memory {afterwards[4].rss_kib / afterwards[1].rss_kib:.2f}", "L2")
 
 
 @pytest.mark.slow
-def test_twenty_thousand_connections_one_after_the_other(fresh_lab: Lab) -> None:
+@pytest.mark.row("L3", "20,000 connections come and go", "no error; accepted = closed = 20,000")
+def test_twenty_thousand_connections_one_after_the_other(fresh_lab: Lab, seen: Seen) -> None:
     lab, count = fresh_lab, 20_000
     lab.intercept((PORT,))
     with echo_server(lab.server, PORT), lab.relay_process() as relay:
@@ -137,3 +149,4 @@ def test_twenty_thousand_connections_one_after_the_other(fresh_lab: Lab) -> None
         wait_for_rest(relay, start)
         check_intercepted(lab, relay, socket.AF_INET, count)
         check_sum(relay, count)
+    seen("20,000 = 20,000, no error")

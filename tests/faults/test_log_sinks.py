@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from rows import Seen
 from swarm import Script, come_and_go, echo_server
 
 from tproxy_relay.lab import Lab, RelayProcess
@@ -176,7 +177,8 @@ def cpu_seconds_of(relay: RelayProcess) -> float:
 # --- a pipe
 
 
-def test_nobody_reads_the_log(fresh_lab: Lab, clients: Script, pipe: Pipe) -> None:
+@pytest.mark.row("H15", "nobody reads the log", "50 of 50 finish; what is missing is counted")
+def test_nobody_reads_the_log(fresh_lab: Lab, clients: Script, pipe: Pipe, seen: Seen) -> None:
     """50 connections while the queue runs over; then the pipe is read: what is not there was counted."""
     lab = fresh_lab
     passers_by = QUEUE_LENGTH // 2 + 3000  # the supervisor, too, holds some lines: a MiB
@@ -204,6 +206,7 @@ def test_nobody_reads_the_log(fresh_lab: Lab, clients: Script, pipe: Pipe) -> No
     assert stopped["message"] == "stopped"
     assert stopped["accepted"] == stopped["closed"]["completed"] == passers_by + 2 * CLIENTS
     check_drops(pipe.lines, made)
+    seen("50 of 50; every line accounted for")
 
 
 def test_the_relay_stops_though_nobody_reads_its_log(fresh_lab: Lab, clients: Script, pipe: Pipe) -> None:
@@ -216,7 +219,8 @@ def test_the_relay_stops_though_nobody_reads_its_log(fresh_lab: Lab, clients: Sc
     check_intercepted(fresh_lab, pipe.lines[-1])
 
 
-def test_the_reader_of_the_log_is_gone(fresh_lab: Lab, clients: Script, pipe: Pipe) -> None:
+@pytest.mark.row("H16", "the reader of the log is gone", "50 of 50 finish; the relay lives")
+def test_the_reader_of_the_log_is_gone(fresh_lab: Lab, clients: Script, pipe: Pipe, seen: Seen) -> None:
     with fresh_lab.relay_process(wrapper=pipe.wrapper) as relay:
         ask_all(clients, "open 1")
         ask_all(clients, "close")
@@ -226,6 +230,7 @@ def test_the_reader_of_the_log_is_gone(fresh_lab: Lab, clients: Script, pipe: Pi
         check_idle(relay)
         serve_all(clients)
         relay.stop()
+    seen("50 of 50, twice")
 
 
 # --- a file
@@ -242,8 +247,9 @@ def test_the_log_file_takes_nothing(fresh_lab: Lab, clients: Script) -> None:
         assert relay.log == "", "noise on standard error"
 
 
+@pytest.mark.row("H14", "the disk of the log is full", "relaying goes on; drops counted; no noise")
 def test_the_disk_of_the_log_file_is_full(
-    fresh_lab: Lab, clients: Script, tmp_path: Path, require_or_skip: Callable[[str], NoReturn]
+    fresh_lab: Lab, clients: Script, tmp_path: Path, require_or_skip: Callable[[str], NoReturn], seen: Seen
 ) -> None:
     """A file system of 192 KiB of the relay's own; later there is room again, also for lines that still wait then."""
     lab = fresh_lab
@@ -275,6 +281,7 @@ def test_the_disk_of_the_log_file_is_full(
         check_drops(lines, made)
         relay.stop()
         assert relay.log == "", "noise on standard error"
+    seen("goes on; every line accounted for")
 
 
 def read_log(path: Path) -> list[Line]:

@@ -16,6 +16,7 @@ from datetime import datetime
 
 import pytest
 from pairs import PATIENCE, Pair, Pairs, Rhythm
+from rows import Seen
 
 from tproxy_relay.lab import Lab, Line, RelayProcess
 
@@ -166,7 +167,8 @@ def gone_within(pids: Iterable[int], patience: float) -> float:
 # --- one worker dies
 
 
-def test_a_killed_worker_takes_only_its_own_connections_with_it(steered: Lab) -> None:
+@pytest.mark.row("H4", "a worker of four is killed", "replaced within 1 s; others untouched")
+def test_a_killed_worker_takes_only_its_own_connections_with_it(steered: Lab, seen: Seen) -> None:
     lab = steered
     with lab.relay_process(*FOUR) as relay, Pairs(lab, PORT, pause=0.6) as pairs:
         everybody = pairs.open_served(500)
@@ -197,6 +199,7 @@ def test_a_killed_worker_takes_only_its_own_connections_with_it(steered: Lab) ->
         told = said(relay, "stopped")[0]
         assert told["accepted"] == len(pairs.all)
         assert told["closed"] == {"aborted": len(lost), "completed": len(going)}
+    seen("replaced; the others go on")
 
 
 def test_clients_in_the_backlog_are_served_when_a_worker_dies(steered: Lab) -> None:
@@ -223,7 +226,10 @@ def test_clients_in_the_backlog_are_served_when_a_worker_dies(steered: Lab) -> N
 
 
 @pytest.mark.parametrize("on_failure", ["open", "closed"])
-def test_a_killed_supervisor_leaves_nothing_in_the_way_of_the_next_one(fresh_lab: Lab, on_failure: str) -> None:
+@pytest.mark.row("H5", "the supervisor is killed", "workers gone within 1 s; the next one binds at once")
+def test_a_killed_supervisor_leaves_nothing_in_the_way_of_the_next_one(
+    fresh_lab: Lab, on_failure: str, seen: Seen
+) -> None:
     lab, before = fresh_lab, look(fresh_lab)
     options = (*FOUR, *INTERCEPT, "--on-failure", on_failure)
     with lab.relay_process(*options) as relay:
@@ -248,6 +254,7 @@ def test_a_killed_supervisor_leaves_nothing_in_the_way_of_the_next_one(fresh_lab
             pairs.finish(fresh)
             third.stop()
     assert look(lab) == before
+    seen("gone; bound at once")
 
 
 def kill_supervisor(relay: RelayProcess, pairs: Pairs, carried: list[Pair]) -> None:
@@ -297,7 +304,8 @@ def test_four_deaths_are_made_good_after_growing_pauses(steered: Lab) -> None:
 
 
 @pytest.mark.parametrize("on_failure", ["open", "closed"])
-def test_five_deaths_within_a_minute_end_the_relay_in_good_order(fresh_lab: Lab, on_failure: str) -> None:
+@pytest.mark.row("H4", "five workers die within a minute", "the relay ends, exit code 1")
+def test_five_deaths_within_a_minute_end_the_relay_in_good_order(fresh_lab: Lab, on_failure: str, seen: Seen) -> None:
     lab, before = fresh_lab, look(fresh_lab)
     options = (*FOUR, *INTERCEPT, "--on-failure", on_failure)
     met = {"open": "direct", "closed": "ConnectionRefusedError"}[on_failure]
@@ -316,6 +324,7 @@ def test_five_deaths_within_a_minute_end_the_relay_in_good_order(fresh_lab: Lab,
         lab.relay.run([sys.executable, "-m", "tproxy_relay", "rules", "remove", "--config", os.devnull, *INTERCEPT])
     assert look(lab) == before
     assert attempt(lab) == "direct"
+    seen("ends in good order, 1")
 
 
 @pytest.mark.parametrize("on_failure", ["open", "closed"])
