@@ -55,7 +55,7 @@ def test_a_round(lab: Lab, tmp_path: Path, require_or_skip: Callable[[str], NoRe
             assert 0 <= found.get("p50", 0) <= found.get("p99", 0) <= 1.001 * found.get("max", 0)
     (requests,) = run["rounds"]["rr32"]
     assert requests["relay"]["cpu_per_item"] > 0 == requests["direct"]["cpu_per_item"]
-    same = bench("compare.py", str(file), str(file))
+    same = bench("compare.py", "--baseline", str(file), str(file))
     assert (same.returncode, "0 better, 0 worse" in same.stdout) == (0, True), same.stdout + same.stderr
 
 

@@ -14,6 +14,8 @@ from rows import Seen
 
 from tproxy_relay.lab import Lab, RelayProcess
 
+pytestmark = pytest.mark.alone
+
 PORT = 8000
 OTHER = "10.81.1.3"
 """Another address of the client's host."""
@@ -38,7 +40,9 @@ def wait_for_outcomes(relay: RelayProcess, outcome: str, count: int) -> None:
 
 
 @pytest.mark.row(
-    "L7", "max-connections 100, 150 clients; wait", "100 served, 50 in the backlog and served later; 1 line"
+    "L7",
+    "max-connections 100, 150 clients; wait",
+    "100 served, 50 in the backlog and served later; a line of each worker at most",
 )
 def test_above_the_limit_clients_wait(steered: Lab, seen: Seen) -> None:
     options = ("--max-connections", "100", "--workers", "2")
@@ -51,9 +55,9 @@ def test_above_the_limit_clients_wait(steered: Lab, seen: Seen) -> None:
         pairs.finish(first)
         pairs.wait(lambda: all(pair.served for pair in clients), "the others")
         lines = [line for line in relay.lines() if line["message"] == "not accepting"]
-        assert len(lines) == 1 and pairs.most_at_server <= 100
+        assert 1 <= len(lines) <= 2 and pairs.most_at_server <= 100
         assert outcomes(relay)["completed"] <= 100 + 50
-    seen("100 served, 50 waited and were served, 1 line")
+    seen("100 served, 50 waited and were served")
 
 
 @pytest.mark.row("L7", "the same; when-full = refuse", "100 served, 50 reset within 1 s, 50 recorded")

@@ -1,5 +1,7 @@
-"""Small messages among large streams, and many at once: nobody waits for somebody else's bulk. Measured with the load
-generator of tests/bench, which has a process and a clock of its own."""
+"""Streams in full flow, small messages among them, and many at once: nobody waits for somebody else's bulk.
+
+Measured with the load generator of tests/bench, which has a process and a clock of its own.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from company import Company  # noqa: E402
 from peers import Peer  # noqa: E402
 from stage import Stage  # noqa: E402
-from work import Work, beside_bulk, requests  # noqa: E402
+from work import Work, beside_bulk, bulk, requests  # noqa: E402
 
 from tproxy_relay.lab import LabError  # noqa: E402
 
 SECONDS, TRIES = 2.0, 4
 """Of a measurement; the best of some counts, for the machine has other things to do."""
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def peers(require_or_skip: Callable[[str], NoReturn]) -> Iterator[dict[str, Peer
         stage = Stage()
     except LabError as error:
         require_or_skip(str(error))
-    with stage, Company(stage, ["relay", "direct"]) as company:
+    with stage, Company(stage, ["relay", "c", "direct"]) as company:
         yield {peer.name: peer for peer in company.peers}
 
 
@@ -43,6 +45,22 @@ def best_p99(peer: Peer, work: Work, enough: float) -> float:
         if found[-1] <= enough:
             break
     return min(found)
+
+
+@pytest.mark.row("L4", "a stream, down and up", "at least 70 % of a C relay of the same shape, in the same run")
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_a_stream(peers: dict[str, Peer], direction: str, seen: Seen) -> None:
+    work, found = bulk(1, direction), []
+    for _ in range(TRIES):
+        rates = {}
+        for name in ("c", "relay"):
+            with peers[name].witnessed():
+                rates[name] = work(peers[name], SECONDS)["throughput"]
+        found.append(rates["relay"] / rates["c"])
+        if found[-1] >= 0.7:
+            break
+    assert max(found) >= 0.7, found
+    seen(f"{direction}: {100 * max(found):.0f} %")
 
 
 @pytest.mark.row("L9", "100 clients send something small every 10 ms", "p99 at most 10 ms more than directly")

@@ -17,6 +17,8 @@ from swarm import Script, come_and_go, echo_server
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, RelayProcess
 
+pytestmark = pytest.mark.alone
+
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 PORT = 8000
 REST = 15.0

@@ -317,10 +317,15 @@ def test_a_turn_is_waited_for_as_long_as_it_takes_a_worker() -> None:
         with ours.board.turn() as mine:
             assert not mine
         assert TURN_PATIENCE <= time.monotonic() - began < PATIENCE
-        remote.begin(f"import time; time.sleep({TURN_PATIENCE / 5}); {LEAVE}")
-        with ours.board.turn() as mine:
-            assert mine
-        remote.said()
+        for _ in range(20):  # on a busy machine it may end its turn too late
+            remote.begin(f"import time; time.sleep({TURN_PATIENCE / 5}); {LEAVE}")
+            with ours.board.turn() as mine:
+                pass
+            remote.said()
+            if mine:
+                break
+            assert remote.does(TAKE) == ["True"]
+        assert mine
 
 
 def test_a_bug_during_a_turn_ends_it() -> None:

@@ -71,7 +71,7 @@ def test_brackets_are_for_the_file_only() -> None:
         ("TPROXY_RELAY_COMMAND", "'command' is for the command line"),
     ],
 )
-@pytest.mark.row("B6", "an unknown TPROXY_RELAY_ variable", "a warning")
+@pytest.mark.row("B6", "an unknown variable with our prefix", "a warning")
 def test_a_variable_that_looks_like_ours_and_is_not(variable: str, warning: str, seen: Seen) -> None:
     assert environment.gather({variable: "1"}) == {}
     assert list(environment.warnings({variable: "1"})) == [f"{variable} in the environment is ignored: {warning}"]
