@@ -133,8 +133,9 @@ class Hands:
         return found
 
     def age(self, worker: WorkerHandle, seconds: float) -> None:
-        """Its last sign of life was so much longer ago."""
-        self.board._places[worker.place * board_module._WORDS + board_module._BEAT] -= int(seconds * 10**9)
+        """Its last sign of life was so much longer ago; if the host was not up yet then, as long ago as that."""
+        beat = worker.place * board_module._WORDS + board_module._BEAT
+        self.board._places[beat] = max(1, self.board._places[beat] - int(seconds * 10**9))
 
     def logged(self, message: str) -> list[Message]:
         """Our own lines with this message."""
