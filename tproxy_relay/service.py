@@ -8,6 +8,7 @@ before READY.
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, MutableMapping
 from typing import NoReturn
 
@@ -42,6 +43,7 @@ def run(settings: Settings, reread: Callable[[], Settings], environ: MutableMapp
         code = supervisor.run() if supervisor.start() else 0
     except BaseException:
         writer.stop(LOG_FLUSH)
+        warnings.simplefilter("ignore", ResourceWarning)  # the end of the process closes everything
         raise
     writer.stop(LOG_FLUSH)
     os._exit(code)  # the interpreter would wait for a log that nobody reads

@@ -233,7 +233,7 @@ from tproxy_relay import privileges
 privileges.shed(os.environ)
 assert "_TPROXY_RELAY_SHED" not in os.environ
 print(sys.argv[1:], file=sys.stderr)
-print(open("/proc/self/status").read(), end="")
+with open("/proc/self/status") as status: print(status.read(), end="")
 """
 
 
