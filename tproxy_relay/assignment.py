@@ -47,7 +47,7 @@ def of_message(message: Message) -> Assignment:
 
 
 def _settings(values: Message) -> Settings:
-    target = values["target"]
+    target, admin = values["target"], values["admin"]
     return Settings(
         **{
             **values,
@@ -56,6 +56,8 @@ def _settings(values: Message) -> Settings:
             "intercept_inbound": tuple(PortRange(*ports) for ports in values["intercept_inbound"]),
             "intercept_outbound": tuple(PortRange(*ports) for ports in values["intercept_outbound"]),
             "target": None if target is None else HostPort(*target),
+            "show": tuple((name, text) for name, text in values["show"]),
+            "admin": HostPort(*admin) if isinstance(admin, list) else admin,
             "allow": tuple(map(_network, values["allow"])),
             "deny": tuple(map(_network, values["deny"])),
         }

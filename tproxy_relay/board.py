@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from tproxy_relay import shared_counts
+from tproxy_relay import histogram, shared_counts
+from tproxy_relay.histogram import CONNECT, DURATION, Histogram
 from tproxy_relay.record import Outcome
 from tproxy_relay.shared_counts import Table
 
@@ -30,9 +31,12 @@ TURN_PATIENCE = 0.05
 """Seconds to wait for one's turn: it takes a worker some microseconds, but one that is stopped has it for ever."""
 
 # A place is so many words of 8 bytes.
-_STATE, _LIVE, _RESERVED, _BEAT, _ACCEPTED, _CLOSED = 0, 1, 2, 3, 4, 8
-_WORDS = 32
+_STATE, _LIVE, _RESERVED, _BEAT, _ACCEPTED, _UP, _DOWN, _LOG_DROPPED, _CLOSED = range(9)
 _OUTCOMES = tuple(Outcome)
+# Of each histogram: microseconds, and the counts.
+_CONNECT = _CLOSED + len(_OUTCOMES)
+_DURATION = _CONNECT + 1 + len(CONNECT) + 1
+_WORDS = _DURATION + 1 + len(DURATION) + 1
 
 # In the first page: words 0 and 1, and a key of 16 bytes.
 _USED, _ENTRIES, _HASH_KEY = 0, 1, slice(64, 80)
@@ -52,6 +56,24 @@ class Numbers(NamedTuple):
     live: int
     closed: dict[str, int]
     """By outcome."""
+
+
+class Traffic(NamedTuple):
+    """What the connections of one worker, or of several, have carried, and how long that took."""
+
+    bytes_up: int
+    """Passed to servers."""
+    bytes_down: int
+    """Passed to clients."""
+    connect: Histogram
+    """Of those upstream connections that came about."""
+    duration: Histogram
+    """Of connections that have ended."""
+    log_dropped: int
+    """Log records that were lost in the worker."""
+
+
+NO_TRAFFIC = Traffic(0, 0, histogram.empty(CONNECT), histogram.empty(DURATION), 0)
 
 
 class Board:
@@ -118,9 +140,9 @@ class Board:
             self._places[number * _WORDS + _BEAT] = time.monotonic_ns()
         return number
 
-    def clear(self, number: int) -> Numbers:
+    def clear(self, number: int) -> tuple[Numbers, Traffic]:
         """Give a place back whose worker is gone. Returns what it had counted."""
-        final = self.numbers(number)
+        final = self.numbers(number), self.traffic(number)
         start = number * _WORDS
         for word in range(start, start + _WORDS):
             self._places[word] = 0
@@ -133,9 +155,21 @@ class Board:
     def numbers(self, number: int) -> Numbers:
         """What the worker of that place has counted so far."""
         start = number * _WORDS
+        # In this order: one that ends meanwhile is still live here, and none is there that was not accepted.
         counts = self._places[start + _CLOSED : start + _CLOSED + len(_OUTCOMES)].tolist()
+        accepted = self._places[start + _ACCEPTED]
         closed = {outcome.value: count for outcome, count in zip(_OUTCOMES, counts) if count}
-        return Numbers(self._places[start + _ACCEPTED], self._places[start + _LIVE], closed)
+        return Numbers(accepted, accepted - sum(counts), closed)
+
+    def traffic(self, number: int) -> Traffic:
+        """What the connections of that worker have carried so far."""
+        start = number * _WORDS
+        words = self._places[start : start + _WORDS].tolist()
+        connect, duration = (
+            Histogram(bounds, tuple(words[at + 1 : at + 2 + len(bounds)]), words[at] / 1e6)
+            for at, bounds in ((_CONNECT, CONNECT), (_DURATION, DURATION))
+        )
+        return Traffic(words[_UP], words[_DOWN], connect, duration, words[_LOG_DROPPED])
 
     def silence(self, number: int) -> float:
         """Seconds since the worker of that place last showed a sign of life."""
@@ -250,6 +284,32 @@ class Place:
         """One has ended."""
         self._row[self._closed_words[outcome]] += 1
         self._row[_LIVE] -= 1
+
+    def carried(self, up: int, down: int) -> None:
+        """So many bytes more were passed on, each way."""
+        self._row[_UP] += up
+        self._row[_DOWN] += down
+
+    def connected(self, seconds: float) -> None:
+        """A connect() to a server took so long."""
+        self._time(_CONNECT, CONNECT, seconds)
+
+    def lasted(self, seconds: float) -> None:
+        """So long did a connection last."""
+        self._time(_DURATION, DURATION, seconds)
+
+    def _time(self, at: int, bounds: tuple[float, ...], seconds: float) -> None:
+        self._row[at] += int(seconds * 1e6)
+        self._row[at + 1 + histogram.bucket(bounds, seconds)] += 1
+
+    def log_dropped(self, count: int) -> None:
+        """So many log records were lost so far."""
+        self._row[_LOG_DROPPED] = count
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the connections of this worker have carried."""
+        return self._board.traffic(self._number)
 
     @property
     def numbers(self) -> Numbers:

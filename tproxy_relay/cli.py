@@ -46,6 +46,14 @@ def _perform(settings: Settings, argv: Sequence[str]) -> int:
         from tproxy_relay import install
 
         return install.run(settings)
+    if settings.command in ("status", "sessions"):
+        from tproxy_relay import ask
+
+        return ask.run(settings)
+    if settings.command == "top":
+        from tproxy_relay import top
+
+        return top.run(settings)
     if settings.command == "check":
         from tproxy_relay import check
 

@@ -24,8 +24,9 @@ _tproxy_relay() {{
     for ((i = 1; i < COMP_CWORD; i++)); do
         option=
         case ${{COMP_WORDS[i]}} in
-            {commands}) command=${{command:-${{COMP_WORDS[i]}}}} ;;
-            {actions}) action=${{COMP_WORDS[i]}} ;;
+            {words})
+                if [[ -z $command ]]; then command=${{COMP_WORDS[i]}}; else action=${{COMP_WORDS[i]}}; fi
+                ;;
             -*)
                 option=${{COMP_WORDS[i]#-}} option=${{option#-}}
                 case $option in
@@ -91,8 +92,7 @@ def bash() -> str:
     """The file for bash."""
     options = [option for option in OPTIONS.values() if option not in POSITIONAL]
     return _MADE.format(name="bash") + _BASH.format(
-        commands=" | ".join(COMMAND.words),
-        actions=" | ".join(ACTION.words),
+        words=_wrapped(" | ".join(dict.fromkeys(COMMAND.words + ACTION.words)), 12),
         with_value=_wrapped(" | ".join(option.name for option in options if option.kind), 20),
         values="\n".join(
             f"        {option.name}) {_bash_value(option)} ;;" for option in options if _bash_value(option)

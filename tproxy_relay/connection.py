@@ -11,7 +11,8 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tproxy_relay import endpoint, logs, orig_dst, policy, sockets
@@ -20,7 +21,7 @@ from tproxy_relay.listeners import Listener
 from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.processors import Processors
 from tproxy_relay.record import ConnectionRecord, Outcome
-from tproxy_relay.registry import Flow, Registry
+from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry
 from tproxy_relay.relay import HangupWatch, Leg, Relay
 from tproxy_relay.settings import Settings
 from tproxy_relay.sockets import PathTuning, Tuning
@@ -63,6 +64,8 @@ class Context:
     threads: RelayThreads
     watch: HangupWatch
     processors: Processors
+    refused: "deque[dict[str, object]]"
+    """The last records of connections that did not end as TCP connections do."""
     ended: Callable[[], None]
     """Called after a connection has given everything back."""
 
@@ -76,9 +79,10 @@ class Connection:
         "orig_dst",
         "destination",
         "flows",
+        "traffic",
         "_context",
         "_listener",
-        "_born_at",
+        "born_at",
         "_client",
         "_upstream",
         "_upstream_local",
@@ -98,9 +102,10 @@ class Connection:
         self.orig_dst: Endpoint | None = None
         self.destination: Endpoint | None = None
         self.flows: list[Flow] = []
+        self.traffic = NO_TRAFFIC
         self._context = context
         self._listener = listener
-        self._born_at = time.monotonic()
+        self.born_at = time.monotonic()
         self._client = Leg("client", sock)
         self._upstream: Leg | None = None
         self._upstream_local: Endpoint | None = None
@@ -169,6 +174,7 @@ class Connection:
                     break
             else:
                 self._connect_seconds = time.monotonic() - began
+                self._context.registry.connected(self._connect_seconds)
                 self._note_upstream(leg, source)
                 return leg
         raise refusal
@@ -279,30 +285,83 @@ class Connection:
         relay = self._relay
         return math.inf if relay is None else relay.moved_at
 
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes passed to the server, and to the client, so far."""
+        upstream = self._upstream
+        return (upstream.sent if upstream else 0), self._client.sent
+
     def overdue(self, now: float) -> Outcome | None:
         """The timeout that has run out for it at `now` (time.monotonic()), if one has."""
-        settings, relay = self._context.settings, self._relay
-        if relay is None:
-            return None
-        rest = now - self.moved_at
-        if settings.idle_timeout and rest >= settings.idle_timeout:
-            return Outcome.IDLE
-        if settings.half_close_timeout and relay.half_closed and rest >= settings.half_close_timeout:
-            return Outcome.HALF_CLOSE_TIMEOUT
+        for outcome, seconds in self._timeouts(now):
+            if seconds <= 0:
+                return outcome
         return None
+
+    def _timeouts(self, now: float) -> Iterator[tuple[Outcome, float]]:
+        """Those that run, and the seconds that are left of each."""
+        settings, relay = self._context.settings, self._relay
+        if relay is not None:
+            rest = now - relay.moved_at
+            if settings.idle_timeout:
+                yield Outcome.IDLE, settings.idle_timeout - rest
+            if settings.half_close_timeout and relay.half_closed:
+                yield Outcome.HALF_CLOSE_TIMEOUT, settings.half_close_timeout - rest
+
+    def ending(self, now: float) -> tuple[str | None, float | None]:
+        """The outcome that it has already, though it is still there, and None; or the one that it will have if nothing
+        moves, and in how many seconds. (None, None): none, as far as it is known."""
+        relay, told = self._relay, self._told_to_end
+        if told is not None:
+            return told.value, None
+        if relay is not None and relay.failed is not None:
+            return (Outcome.CLIENT_RESET if relay.failed is relay.client else Outcome.UPSTREAM_RESET).value, None
+        first = min(self._timeouts(now), key=lambda timeout: timeout[1], default=None)
+        return (None, None) if first is None else (first[0].value, first[1])
+
+    @property
+    def state(self) -> str:
+        """connecting, open or half-closed."""
+        relay = self._relay
+        return "connecting" if relay is None else "half-closed" if relay.half_closed else "open"
+
+    @property
+    def rests_since(self) -> float:
+        """When a byte last moved, or when it was accepted if it is not open yet (time.monotonic())."""
+        relay = self._relay
+        return self.born_at if relay is None else relay.moved_at
 
     def snapshot(self) -> dict[str, object]:
         """The fields of a line that shows it live."""
-        now, relay = time.monotonic(), self._relay
-        state = "connecting" if relay is None else "half-closed" if relay.half_closed else "open"
+        now, (up, down) = time.monotonic(), self.moved
         fields = self._where()
         fields.update(
-            state=state,
-            bytes_up=relay.upstream.sent if relay else 0,
-            bytes_down=relay.client.sent if relay else 0,
-            seconds=round(now - self._born_at, 3),
-            idle_seconds=round(now - (relay.moved_at if relay else self._born_at), 3),
+            state=self.state,
+            bytes_up=up,
+            bytes_down=down,
+            seconds=round(now - self.born_at, 3),
+            idle_seconds=round(now - self.rests_since, 3),
         )
+        return fields
+
+    def session(self) -> dict[str, object]:
+        """Everything that can be said of it now (docs/looking-in.rst has the fields). OSError if it has just ended."""
+        fields, settings = self.snapshot(), self._context.settings
+        port = self._listener.endpoint.port
+        if port in (settings.inbound_port, settings.outbound_port):
+            fields["direction"] = "inbound" if port == settings.inbound_port else "outbound"
+        if self.destination is not None and self.destination != self.orig_dst:
+            fields["destination"] = str(self.destination)
+        fields["rate_up"], fields["rate_down"] = round(self.traffic.up_rate), round(self.traffic.down_rate)
+        outcome, seconds = self.ending(time.monotonic())
+        if outcome is not None:
+            fields["ending"] = outcome
+        if seconds is not None:
+            fields["ending_in_seconds"] = round(max(0.0, seconds), 3)
+        for leg in filter(None, (self._client, self._upstream)):
+            info = sockets.tcp_info(leg.sock)
+            fields[f"{leg.name}_rtt_ms"] = info.rtt_us / 1000
+            fields[f"{leg.name}_retransmits"] = info.retransmits
         return fields
 
     def _where(self) -> dict[str, object]:
@@ -321,7 +380,7 @@ class Connection:
         try:
             record = self._record(outcome, error)
             self._close(clean=outcome is Outcome.COMPLETED)
-            _write(record)
+            self._write(record)
         finally:
             self._close(clean=False)  # nothing is left to close unless the lines above failed
             self._context.registry.remove(self, outcome.value)
@@ -336,7 +395,7 @@ class Connection:
                 return
             self._ended = True
         outcome = self._told_to_end or Outcome.ABORTED
-        _write(self._record(outcome, "its threads did not end in time"))
+        self._write(self._record(outcome, "its threads did not end in time"))
         self._context.registry.remove(self, outcome.value)
 
     def _record(self, outcome: Outcome, error: str | None) -> ConnectionRecord:
@@ -353,7 +412,7 @@ class Connection:
             error=error,
             bytes_up=upstream.sent if upstream else 0,
             bytes_down=self._client.sent,
-            seconds=time.monotonic() - self._born_at,
+            seconds=time.monotonic() - self.born_at,
             connect_seconds=self._connect_seconds,
             client_tcp=sockets.tcp_info(self._client.sock),
             upstream_tcp=sockets.tcp_info(upstream.sock) if upstream else None,
@@ -366,10 +425,12 @@ class Connection:
                     sockets.finish_with_fin(leg.sock)
                 leg.sock.close()
 
-
-def _write(record: ConnectionRecord) -> None:
-    level = logging.INFO if record.outcome.ordinary else logging.WARNING
-    logs.note(access_log, level, "connection closed", record.as_fields())
+    def _write(self, record: ConnectionRecord) -> None:
+        fields = record.as_fields()
+        if not record.outcome.ordinary:
+            self._context.refused.append({"time": time.time(), **fields})
+        level = logging.INFO if record.outcome.ordinary else logging.WARNING
+        logs.note(access_log, level, "connection closed", fields)
 
 
 def _text(error: OSError) -> str:

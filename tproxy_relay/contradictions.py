@@ -78,9 +78,18 @@ def _misplaced_words(settings: Settings) -> Iterator[Contradiction]:
         yield Contradiction(
             ("root", "command"), f"--root is for 'install' and 'uninstall', and the command is '{settings.command}'"
         )
-    if settings.json and settings.command not in ("rules", "check"):
+    if settings.show and settings.command not in ("sessions", "top"):
         yield Contradiction(
-            ("json", "command"), f"--json is for 'rules' and 'check', and the command is '{settings.command}'"
+            ("show", "command"), f"--show is for 'sessions' and 'top', and the command is '{settings.command}'"
+        )
+    if settings.abort and settings.command != "sessions":
+        yield Contradiction(("abort", "command"), f"--abort is for 'sessions', and the command is '{settings.command}'")
+    if settings.show and settings.abort:
+        yield Contradiction(("show", "abort"), "--abort ends one connection, and shows none: drop --show or --abort")
+    if settings.json and settings.command not in ("status", "sessions", "rules", "check"):
+        yield Contradiction(
+            ("json", "command"),
+            f"--json is for 'status', 'sessions', 'rules' and 'check', and the command is '{settings.command}'",
         )
 
 

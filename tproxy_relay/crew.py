@@ -10,7 +10,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from tproxy_relay.board import Board, Numbers
+from tproxy_relay import histogram
+from tproxy_relay.board import NO_TRAFFIC, Board, Numbers, Traffic
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.log_pipes import LogPipes
 from tproxy_relay.preparation import Prepared
@@ -49,9 +50,9 @@ class Crew:
         self._board = board
         self._pipes = pipes
         self._workers: list[WorkerHandle] = []
-        self._past = Numbers(0, 0, {})
-        self.log_dropped = 0
-        """Log records that workers which are gone have dropped."""
+        self._past, self._past_traffic = Numbers(0, 0, {}), NO_TRAFFIC
+        self.deaths = 0
+        """Of workers, and nobody had told them to end."""
         self._looked_at = time.monotonic()
         self._forgiving_until = 0.0
 
@@ -89,10 +90,11 @@ class Crew:
         """After the end of its channel. Returns how it has ended; its last connections were reset by the kernel."""
         self._selector.unregister(worker)
         self._workers.remove(worker)
-        how, numbers = worker.bury(), self._board.clear(worker.place)
+        how, (numbers, traffic) = worker.bury(), self._board.clear(worker.place)
         self._past = added([self._past, with_lost(numbers)])
-        self.log_dropped += worker.log_dropped
+        self._past_traffic = traffic_of([self._past_traffic, traffic])
         expected = worker.unwanted or worker.leaving and how == "exit 0"
+        self.deaths += not expected
         level = logging.DEBUG if expected else logging.ERROR
         log.log(level, "worker ended", extra={"pid": worker.pid, "how": how, "live": numbers.live})
         return how
@@ -101,6 +103,11 @@ class Crew:
     def numbers(self) -> Numbers:
         """Of all workers that there are and were."""
         return added([self._past, *(worker.numbers for worker in self._workers)])
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of all workers that there are and were."""
+        return traffic_of([self._past_traffic, *(worker.traffic for worker in self._workers)])
 
     def kill_stalled(self) -> None:
         """Call it every LOOK_INTERVAL seconds. Their connections are reset, and their clients go to others."""
@@ -135,11 +142,15 @@ class Deaths:
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=MOST_DEATHS)
 
+    def recent(self, now: float) -> int:
+        """Within DEATHS_PERIOD seconds."""
+        return sum(now - death <= DEATHS_PERIOD for death in self._times)
+
     def pause(self, now: float) -> float | None:
         """After one more death: seconds to wait, so that a worker that dies again and again does not take the
         processors; None: stop trying."""
         self._times.append(now)
-        recent = sum(now - death <= DEATHS_PERIOD for death in self._times)
+        recent = self.recent(now)
         if recent >= MOST_DEATHS:
             return None
         return float(FIRST_PAUSE * 2 ** (recent - 2)) if recent > 1 else 0.0
@@ -151,6 +162,17 @@ def added(numbers: Sequence[Numbers]) -> Numbers:
     for one in numbers:
         closed.update(one.closed)
     return Numbers(sum(one.accepted for one in numbers), sum(one.live for one in numbers), dict(closed))
+
+
+def traffic_of(all_of_it: Sequence[Traffic]) -> Traffic:
+    """That of several workers together; at least one."""
+    return Traffic(
+        sum(one.bytes_up for one in all_of_it),
+        sum(one.bytes_down for one in all_of_it),
+        histogram.added([one.connect for one in all_of_it]),
+        histogram.added([one.duration for one in all_of_it]),
+        sum(one.log_dropped for one in all_of_it),
+    )
 
 
 def with_lost(numbers: Numbers) -> Numbers:

@@ -53,6 +53,8 @@ TARGETS = (
     Target("systemd/tproxy-relay.service", "/usr/local/lib/systemd/system/tproxy-relay.service"),
     Target("systemd/tproxy-relay.socket", "/usr/local/lib/systemd/system/tproxy-relay.socket"),
     Target("systemd/tproxy-relay.service.d/socket.conf", "/usr/local/share/doc/tproxy-relay/examples/socket.conf"),
+    Target("prometheus/tproxy-relay.rules.yml", "/usr/local/share/doc/tproxy-relay/examples/tproxy-relay.rules.yml"),
+    Target("grafana/tproxy-relay.json", "/usr/local/share/doc/tproxy-relay/examples/grafana.json"),
     Target("completion/tproxy-relay.bash", "/usr/local/share/bash-completion/completions/tproxy-relay"),
     Target("completion/_tproxy-relay", "/usr/local/share/zsh/site-functions/_tproxy-relay"),
 )

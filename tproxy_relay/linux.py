@@ -53,7 +53,8 @@ TIMEVAL = struct.Struct("@ll")
 TCP_INFO_LENGTH = 104
 """linux/tcp.h, struct tcp_info up to and with tcpi_total_retrans; newer kernels only append."""
 
-_TCPI_RTT = struct.Struct("@I")
+_U32 = struct.Struct("@I")
+_TCPI_UNACKED_OFFSET, _TCPI_SACKED_OFFSET = 24, 28
 _TCPI_RTT_OFFSET = 68
 _TCPI_TOTAL_RETRANS_OFFSET = 100
 
@@ -70,9 +71,17 @@ class TcpInfo(NamedTuple):
 
 def unpack_tcp_info(raw: bytes) -> TcpInfo:
     """The fields that we use of a struct tcp_info (linux/tcp.h); struct.error if it is short."""
-    (rtt,) = _TCPI_RTT.unpack_from(raw, _TCPI_RTT_OFFSET)
-    (retransmits,) = _TCPI_RTT.unpack_from(raw, _TCPI_TOTAL_RETRANS_OFFSET)
+    (rtt,) = _U32.unpack_from(raw, _TCPI_RTT_OFFSET)
+    (retransmits,) = _U32.unpack_from(raw, _TCPI_TOTAL_RETRANS_OFFSET)
     return TcpInfo(raw[0], rtt, retransmits)
+
+
+def unpack_backlog(raw: bytes) -> tuple[int, int]:
+    """Of a listener's struct tcp_info: tcpi_unacked and tcpi_sacked, which are something else there
+    (net/ipv4/tcp.c, tcp_get_info: the connections that wait for accept(), and how many may)."""
+    (waiting,) = _U32.unpack_from(raw, _TCPI_UNACKED_OFFSET)
+    (most,) = _U32.unpack_from(raw, _TCPI_SACKED_OFFSET)
+    return waiting, most
 
 
 @lru_cache(maxsize=64)

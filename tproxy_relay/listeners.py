@@ -281,3 +281,20 @@ def listening_ports() -> set[int]:
         except OSError:
             continue  # no such family here
     return ports
+
+
+def backlog(listener: Listener) -> tuple[int, int]:
+    """Connections that wait there for accept(), and how many may: none if it is closed."""
+    return sockets.backlog(listener.sock) if listener.sock.fileno() >= 0 else (0, 0)
+
+
+def overflows() -> int:
+    """How often a connection was lost in this network namespace because the backlog of its listener was full, whoever's
+    (TcpExtListenOverflows of nstat(8); proc(5), /proc/net/netstat). 0 where the kernel does not tell."""
+    try:
+        with open("/proc/net/netstat", encoding="ascii") as lines:
+            table = [line.split() for line in lines if line.startswith("TcpExt:")]
+        names, numbers = table
+        return int(numbers[names.index("ListenOverflows")])
+    except (OSError, ValueError):
+        return 0

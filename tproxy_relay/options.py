@@ -81,12 +81,14 @@ def _flag(name: str, meaning: str) -> Option:
 
 COMMAND = Option(
     "command",
-    values.words("run", "check", "rules", "install", "uninstall", "demo"),
+    values.words("run", "status", "sessions", "top", "check", "rules", "install", "uninstall", "demo"),
     "COMMAND",
-    "run: relay until told to stop. check: say what this host lacks, with the command that mends it. rules: the "
-    "interception ruleset. install: put the files of the service into /etc, where no package has done it. uninstall: "
-    "take those away that nobody has changed. demo: build a throw-away network of a client, the relay and a server in "
-    "namespaces, run the real relay in it, show what each side sees, and clean up.",
+    "run: relay until told to stop. status: ask a running relay how it does. sessions: ask it for its live "
+    "connections, or to abort one. top: both on a full screen, as they change. check: say what this host lacks, with "
+    "the command that mends it. rules: the interception ruleset. install: put the files of the service into /etc, "
+    "where no package has done it. uninstall: take those away that nobody has changed. demo: build a throw-away "
+    "network of a client, the relay and a server in namespaces, run the real relay in it, show what each side sees, "
+    "and clean up.",
     in_file=False,
     in_environment=False,
 )
@@ -365,6 +367,18 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option("log-file", values.PATH, "FILE", "Write the log to this file.", unset="standard error"),
     ),
+    "Looking in": (
+        Option(
+            "admin",
+            values.ADMIN,
+            "WHERE",
+            "Where else the relay can be asked how it does, beside its own socket, which status, sessions and top find "
+            "by themselves and only root and the account of the relay may use. A port of a loopback address: for "
+            "everybody on this host, to look and not to change anything. The path of a unix socket: for whoever its "
+            "group lets in.",
+            unset="nowhere else",
+        ),
+    ),
     "This program": (
         Option(
             "config",
@@ -388,7 +402,26 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             in_environment=False,
         ),
         _flag("keep", "With demo: leave the network up until Ctrl-C."),
-        _flag("json", "With check and rules: answer in JSON."),
+        Option(
+            "show",
+            values.SHOW,
+            "LIST",
+            "With sessions and top: only those connections for which all of this holds, and in which order.",
+            unset="all of them, oldest first",
+            many=True,
+            in_file=False,
+            in_environment=False,
+        ),
+        Option(
+            "abort",
+            values.SESSION,
+            "ID",
+            "With sessions: reset the connection with this id, at both ends.",
+            unset="none",
+            in_file=False,
+            in_environment=False,
+        ),
+        _flag("json", "With status, sessions, check and rules: answer in JSON."),
         _flag("version", "Print the version and exit."),
         _flag("help", "Print this help and exit. Also -h."),
     ),

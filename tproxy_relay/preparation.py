@@ -77,7 +77,7 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
         assignment = Assignment(
             settings,
             Tuning(settings.keepalive, settings.user_timeout, mark if "net_raw" in keep else 0),
-            Destinations.of_settings(settings, own_ports, target),
+            Destinations.of_settings(settings, own_ports | _admin_port(settings), target),
             limits.of_relay(settings.max_connections, descriptors, len(ready), workers, memory),
         )
         wanted = _plan(settings, assignment.tuning.mark, own_ports)
@@ -86,6 +86,11 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
         raise
     homes = processors.homes(settings.cpu_affinity, workers)
     return Prepared(settings, tuple(ready), tuning, wanted, assignment, tuple(command), workers, homes)
+
+
+def _admin_port(settings: Settings) -> frozenset[int]:
+    """No client is to look into the relay by way of the relay."""
+    return frozenset({settings.admin.port} if isinstance(settings.admin, HostPort) else ())
 
 
 def fixed(settings: Settings) -> dict[str, object]:

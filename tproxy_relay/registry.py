@@ -5,6 +5,7 @@ One lock, held for a few dictionary operations; nothing here blocks or closes an
 """
 
 import threading
+import time
 from collections import Counter
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -22,6 +23,21 @@ class Flow(NamedTuple):
         return f"{self.source} -> {self.destination}"
 
 
+class Traffic(NamedTuple):
+    """Of one connection, and what has been told of it."""
+
+    up: int
+    """Bytes passed to the server."""
+    down: int
+    """Bytes passed to the client."""
+    up_rate: float
+    """Bytes a second, between the last two looks."""
+    down_rate: float
+
+
+NO_TRAFFIC = Traffic(0, 0, 0.0, 0.0)
+
+
 class Member(Protocol):
     """What the registry needs to know of a connection."""
 
@@ -36,6 +52,17 @@ class Member(Protocol):
     @property
     def flows(self) -> list[Flow]:
         """The flows it has noted here."""
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes passed to the server, and to the client, so far."""
+
+    @property
+    def born_at(self) -> float:
+        """When it was accepted (time.monotonic())."""
+
+    traffic: Traffic
+    """As the registry saw it last."""
 
 
 M = TypeVar("M", bound=Member)
@@ -81,7 +108,9 @@ class Registry(Generic[M]):
         with self._lock:
             if self._live.pop(connection.id, None) is None:
                 return
+            self._look_at(connection, 0.0)
             self._place.went(outcome)
+            self._place.lasted(time.monotonic() - connection.born_at)
             host = connection.client.host
             if self._share_sources:
                 self._place.sources.remove(self._place.board.digest(host))
@@ -97,6 +126,29 @@ class Registry(Generic[M]):
                     if noted is not None and noted.connection == connection.id:
                         del flows[flow]
                         shared.remove(noted.key)
+
+    def connected(self, seconds: float) -> None:
+        """One of them has reached its server, and that took so long."""
+        with self._lock:
+            self._place.connected(seconds)
+
+    def look(self, seconds: float) -> None:
+        """Count what all of them have moved since the last look, so many seconds ago."""
+        for connection in self.live():
+            with self._lock:
+                if connection.id in self._live:
+                    self._look_at(connection, seconds)
+
+    def _look_at(self, connection: M, seconds: float) -> None:
+        (up, down), before = connection.moved, connection.traffic
+        if (up, down) == before[:2]:
+            if before.up_rate or before.down_rate:
+                connection.traffic = Traffic(up, down, 0.0, 0.0)
+            return
+        more_up, more_down = up - before.up, down - before.down
+        self._place.carried(more_up, more_down)
+        if seconds:
+            connection.traffic = Traffic(up, down, more_up / seconds, more_down / seconds)
 
     def is_loop_accepted(self, connection: M, flow: Flow) -> bool:
         """Note what was accepted. True if another connection of this relay opened this very flow.

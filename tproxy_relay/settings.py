@@ -114,11 +114,17 @@ class Settings:
     log_format: str = "console"
     log_file: str | None = None
     """None: standard error."""
+    admin: HostPort | str | None = None
+    """A loopback address or the path of a unix socket; None: only the relay's own socket."""
     take_over: bool = False
     """`run` only: from the relay that is there already."""
     keep: bool = False
     """`demo` only: leave the network up until Ctrl-C."""
     root: str = "/"
     """`install` and `uninstall` only."""
+    show: tuple[tuple[str, str], ...] = ()
+    """`sessions` and `top` only: fields of a session_query.Query, and what was written for each."""
+    abort: str | None = None
+    """`sessions` only: the id of a connection."""
     json: bool = False
-    """`check` and `rules` only: answer in JSON."""
+    """`status`, `sessions`, `check` and `rules` only: answer in JSON."""

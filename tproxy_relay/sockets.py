@@ -210,6 +210,11 @@ def tcp_info(sock: socket.socket) -> linux.TcpInfo:
     return linux.unpack_tcp_info(raw)
 
 
+def backlog(sock: socket.socket) -> tuple[int, int]:
+    """Of a listener: connections that wait for accept(), and how many may."""
+    return linux.unpack_backlog(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, linux.TCP_INFO_LENGTH))
+
+
 def is_dead(sock: socket.socket) -> bool:
     """True if TCP has given up this socket: before our own FIN that means a reset or a timeout, whichever
     thread's call the kernel told of it."""

@@ -13,7 +13,11 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import fields
 
-from tproxy_relay import __version__, channel, handover, listeners, notify
+from tproxy_relay import __version__, channel, handover, listeners, notify, status_document
+from tproxy_relay.admin import address
+from tproxy_relay.admin.address import AdminSocket
+from tproxy_relay.admin.history import History, Sample
+from tproxy_relay.admin.problems import Problems
 from tproxy_relay.board import Board
 from tproxy_relay.channel import Channel
 from tproxy_relay.crew import DEATHS_PERIOD, LOOK_INTERVAL, MOST_DEATHS, Crew, Deaths, Generation
@@ -25,8 +29,10 @@ from tproxy_relay.intercept.managed import Interception
 from tproxy_relay.listeners import Listener
 from tproxy_relay.log_pipes import LogPipes
 from tproxy_relay.logs import LogWriter, Sink
+from tproxy_relay.looking_in import LookingIn
 from tproxy_relay.preparation import Prepared, fixed, prepare
 from tproxy_relay.settings import Settings
+from tproxy_relay.status_document import Facts
 from tproxy_relay.wakeup import Wakeup
 from tproxy_relay.worker import ABORT_GRACE
 from tproxy_relay.worker_handle import WorkerHandle
@@ -76,6 +82,13 @@ class Supervisor:
         self._interception: Interception | None = None
         self._offer: Offer | None = None
         self._door: Door | None = None
+        self._looking_in: LookingIn | None = None
+        self._admin: AdminSocket | None = None
+        self._admin_trouble = ""
+        self._started = time.time()
+        self._history, self._problems = History(), Problems()
+        self._overflows_before = listeners.overflows()
+        self._reloads = self._reloads_refused = 0
         self._deaths = Deaths()
         self._replace_at: list[float] = []
         self._look_at = time.monotonic() + LOOK_INTERVAL
@@ -88,6 +101,7 @@ class Supervisor:
     def start(self) -> bool:
         """Everything up to READY. False if told to stop before that. Raises RelayError. In both cases no process and no
         rule is left behind."""
+        logging.getLogger().addHandler(self._problems)
         kept, unfit = listeners.adopt_all(self._settings, self._environ)
         self._inherited = any(not one.stored for one in kept)
         if self._settings.take_over and not kept:
@@ -99,6 +113,8 @@ class Supervisor:
         listeners.close_all(unwanted)
         if self._offer is None:
             self._tune(prepared)
+        if self._settings.admin is not None and self._offer is None:
+            self._admin = address.listen(self._settings.admin)
         self._crew = Crew(self._selector, Board.create(prepared.assignment.limits.room), self._pipes)
         try:
             self._raise(prepared)
@@ -106,15 +122,25 @@ class Supervisor:
                 self._turn()
                 if self._stop_wanted:
                     self._crew.dismiss(self._crew)
+                    self._close_admin()
                     log.info("stopped before it was ready")
                     return False
         except BaseException:
             self._crew.dismiss(self._crew)
+            self._close_admin()
             raise
         self._door = Door(self._selector, self)
+        self._looking_in = LookingIn(self._selector, self, self._history)
+        self._looking_in.also(self._admin)
+        self._sample()
+        self._answer_elsewhere()
         self._say_listening(self._now.prepared)
         self._say_ready(forgotten)
         return True
+
+    def _close_admin(self) -> None:
+        if self._admin is not None:
+            self._admin.close()
 
     def _raise(self, prepared: Prepared) -> None:
         """Start a generation of workers; they wait until all of them are ready."""
@@ -174,6 +200,8 @@ class Supervisor:
                 self._hear(key.data)
             elif isinstance(key.data, Door):
                 key.data.fired(key.fileobj)
+            elif isinstance(key.data, LookingIn):
+                key.data.fired(key.fileobj)
         for number in self._wakeup.signals():
             self._obey(number)
         self._keep_time()
@@ -195,6 +223,8 @@ class Supervisor:
             due.append(self._deadline)
         if self._retiring is not None:
             due.append(self._retired_by)
+        if self._looking_in is not None:
+            due += self._looking_in.due
         return max(0.0, min(due) - time.monotonic())
 
     def _obey(self, number: signal.Signals) -> None:
@@ -314,10 +344,80 @@ class Supervisor:
         self._replace_at = [at for at in self._replace_at if at > now]
         for _ in due:
             self._start_replacement()
+        if self._looking_in is not None:
+            self._looking_in.keep_time()
         if now >= self._look_at:
             self._look_at = now + LOOK_INTERVAL
+            self._sample()
+            self._answer_elsewhere()
             notify.notify("WATCHDOG=1", self._environ)
             self._crew.kill_stalled()
+
+    # --- looking in
+
+    def _sample(self) -> None:
+        numbers, traffic = self._crew.numbers, self._crew.traffic
+        failed = status_document.failed(numbers)
+        self._history.add(
+            Sample(time.time(), numbers.accepted, numbers.live, failed, traffic.bytes_up, traffic.bytes_down)
+        )
+
+    @property
+    def askable(self) -> Sequence[WorkerHandle]:
+        """The workers that may have connections."""
+        return [worker for worker in self._crew if worker.serving]
+
+    @property
+    def ready(self) -> str | None:
+        """Why it takes no new connections; None if it does."""
+        if self._stopping:
+            return f"the relay is {self._state}"
+        return None if any(not worker.leaving for worker in self.askable) else "no worker is at work"
+
+    @property
+    def _state(self) -> str:
+        if self._stopping:
+            return "handed over" if self._handed_over else "draining"
+        return "running" if self.busy is None else "reloading"
+
+    @property
+    def status(self) -> dict[str, object]:
+        """The document of /status, but for what is asked of the workers."""
+        assert self._now is not None
+        traffic = self._crew.traffic
+        facts = Facts(
+            started=self._started,
+            state=self._state,
+            prepared=self._now.prepared,
+            workers=list(self._crew),
+            numbers=self._crew.numbers,
+            traffic=traffic,
+            log_dropped=traffic.log_dropped + self._writer.dropped,
+            deaths=self._crew.deaths,
+            recent_deaths=self._deaths.recent(time.monotonic()),
+            reloads=self._reloads,
+            reloads_refused=self._reloads_refused,
+            overflows=listeners.overflows() - self._overflows_before,
+            health=None if self._interception is None else self._interception.health,
+            history=self._history,
+            problems=self._problems,
+        )
+        return status_document.document(facts)
+
+    def _answer_elsewhere(self) -> None:
+        """Where `admin` says now. If that cannot be, it is tried again every LOOK_INTERVAL seconds: the relay before
+        this one may be there for a moment yet."""
+        wanted = self._settings.admin
+        if self._looking_in is None or self._stopping or wanted == self._looking_in.where:
+            return
+        self._looking_in.also(None)
+        try:
+            self._looking_in.also(None if wanted is None else address.listen(wanted))
+            self._admin_trouble = ""
+        except RelayError as error:
+            if str(error) != self._admin_trouble:
+                log.error("%s", error)
+            self._admin_trouble = str(error)
 
     # --- reload
 
@@ -345,6 +445,7 @@ class Supervisor:
             self._give_up(error)
 
     def _refuse_reload(self, error: RelayError) -> None:
+        self._reloads_refused += 1
         log.error("reload refused", extra={"why": str(error)})
         self._say_ready([])
 
@@ -377,6 +478,8 @@ class Supervisor:
             log.error("%s; the log goes on as before", error)
         if self._inherited and {"bind", "ports"} & set(names):
             log.warning("bind and ports change nothing: the listeners were passed on to this relay")
+        self._answer_elsewhere()
+        self._reloads += 1
         self._say_ready([one.stored_name for one in old.listeners if one not in new.listeners])
         log.info(
             "reloaded",
@@ -451,6 +554,8 @@ class Supervisor:
         for worker in self._crew:
             worker.leave(*self._last_clients([one for one in ours if one.name not in kept]), None)
         listeners.close_all(list(ours))
+        if self._looking_in is not None:
+            self._looking_in.also(None)  # that is the other one's now
         self._stopping = self._handed_over = True
         self._replace_at = []
         log.info("handed over", extra={"pid": pid, "live": self._crew.numbers.live})
@@ -500,10 +605,12 @@ class Supervisor:
         return self._failed and self._settings.on_failure == "closed"
 
     def _end(self) -> None:
+        if self._looking_in is not None:
+            self._looking_in.close()
         self._pipes.drain(LOG_PATIENCE)
         if self._interception is not None and not self._refuses_when_failed:
             self._interception.remove()  # nothing happens if another relay has it now
-        dropped = self._crew.log_dropped + self._writer.dropped
+        dropped = self._crew.traffic.log_dropped + self._writer.dropped
         log.info("stopped", extra={**self._crew.numbers._asdict(), "log_dropped": dropped})
 
 

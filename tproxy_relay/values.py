@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from tproxy_relay import session_query
+from tproxy_relay.errors import UsageError
 from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, HostPort, Network, PortRange
 
 # poll(2), TCP_USER_TIMEOUT and the like take milliseconds in a C int: a little under 25 days.
@@ -30,6 +32,9 @@ MOST_ITEMS = 64
 MOST_ROUTE_TABLE = 0xFFFFFFFF
 # PATH_MAX in linux/limits.h, less the NUL at the end.
 MOST_PATH = 4095
+
+# unix(7): sun_path has 108 bytes, the final zero included.
+MOST_SOCKET_PATH = 107
 
 _BLANKS = " \t"
 _WHOLE = re.compile(r"0|[1-9][0-9]*")
@@ -308,6 +313,48 @@ def _networks(text: str) -> tuple[Network, ...]:
     return networks
 
 
+def _admin(text: str) -> HostPort | str:
+    if text.startswith("/"):
+        path = _path(text)
+        if len(path.encode()) > MOST_SOCKET_PATH or path.endswith("/"):
+            raise BadValue(f"{shown(text)} cannot be the path of a unix socket: at most {MOST_SOCKET_PATH} bytes")
+        return path
+    where = _target(text)
+    host = "127.0.0.1" if where.host.lower().removesuffix(".") == "localhost" else where.host
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise BadValue(f"{shown(text)} is not on the loopback interface, such as 127.0.0.1:{where.port}")
+    return HostPort(host, where.port)
+
+
+def _show(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for item in _items(text) if text else []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise BadValue(
+                f"{shown(item)} is not NAME=VALUE, such as port=443; names: {', '.join(session_query.NAMES)}"
+            )
+        pairs.append((name.strip(_BLANKS), value.strip(_BLANKS)))
+    _no_twins((name for name, _ in pairs), text)
+    try:
+        session_query.parse(dict(pairs))
+    except UsageError as error:
+        raise BadValue(str(error)) from None
+    return tuple(pairs)
+
+
+def _session(text: str) -> str:
+    try:
+        session_query.parse({"id": text})
+    except UsageError:
+        raise BadValue(f"{shown(text)} is not the id of a connection, as `tproxy-relay sessions` shows it") from None
+    return text
+
+
 def _route_table(text: str) -> int:
     number = whole(1, MOST_ROUTE_TABLE).parse(text)
     if number in KERNEL_ROUTE_TABLES:
@@ -345,5 +392,14 @@ ADDRESSES = Kind(_addresses, "numeric IPv4 and IPv6 addresses, with commas betwe
 INTERFACE = Kind(_interface, "the name of an interface, such as eth0")
 TARGET = Kind(_target, "HOST:PORT, or [IPv6 address]:PORT; a host name or an address")
 MASK = Kind(_mask, "32 bits with exactly three of them set, hexadecimal or decimal", lambda value: f"{value:#010x}")
+SHOW = Kind(
+    _show,
+    "text=TEXT, client=NETWORK, destination=NETWORK, port=PORT, state=connecting | open | half-closed, ending=OUTCOME, "
+    "min-age=SECONDS, min-idle=SECONDS, min-rate=BYTES, sort=age | idle | rate | bytes | client | destination, "
+    "reverse=yes, limit=NUMBER; with commas between",
+    lambda value: ",".join("=".join(pair) for pair in value),  # type: ignore[attr-defined]
+)
+SESSION = Kind(_session, "the id of a connection")
+ADMIN = Kind(_admin, "a port of a loopback address, such as 127.0.0.1:9106, or the path of a unix socket")
 PATH = Kind(_path, "the name of a file")
 FOLDER = Kind(_path, "the name of a folder")

@@ -5,16 +5,20 @@ anybody's traffic. In its epoll are the listeners, the wake-up, the channel to t
 that hangups.py watches.
 """
 
+import contextlib
 import errno
 import itertools
+import json
 import logging
 import os
 import select
 import socket
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
-from tproxy_relay import sockets
+from tproxy_relay import session_query, sessions, sockets
 from tproxy_relay.acceptor import Acceptor
 from tproxy_relay.arrivals import Arrivals
 from tproxy_relay.board import Place
@@ -37,6 +41,10 @@ from tproxy_relay.wakeup import Wakeup
 
 TRIM_INTERVAL = 1.0
 """Seconds between two looks at threads that nobody needs any more."""
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks at what the connections have moved, at least."""
+LOOK_SHARE = 200
+"""So many times as long as a look takes is the time between two: with 5,000 connections, a little over a second."""
 HANGUP_INTERVAL = 0.05
 """Seconds between two looks at a reset that must not overtake data."""
 ABORT_GRACE = SEND_TICK + 0.5
@@ -72,8 +80,9 @@ class Worker:
         destinations: Destinations,
         limits: Limits,
         processors: Processors,
+        log_dropped: Callable[[], int],
     ) -> None:
-        """Raises ConfigError for what this process may not set."""
+        """`log_dropped` tells how many log records were lost. Raises ConfigError for what this process may not set."""
         paths = _paths(settings)  # before there are threads
         self._settings = settings
         self._control = control
@@ -82,6 +91,7 @@ class Worker:
         self._epoll = select.epoll()
         self._registry: Registry[Connection] = Registry(place, share_sources=settings.max_per_source > 0)
         self._arrivals = Arrivals(place)
+        self._refused: deque[dict[str, object]] = deque(maxlen=sessions.MOST_REFUSED)
         self._eviction = Eviction(self._registry)
         self._threads = RelayThreads(THREADS * limits.room)
         self._hangups = Hangups(self._epoll)
@@ -106,11 +116,13 @@ class Worker:
             self._threads,
             self._hangups,
             processors,
+            self._refused,
             self._one_has_ended,
         )
         self._numbers = itertools.count(1)
         self._prefix = f"{os.getpid():x}-{int(time.time()):x}"
-        self._sweep_at = self._trim_at = 0.0
+        self._log_dropped = log_dropped
+        self._sweep_at = self._trim_at = self._looked_at = self._look_at = 0.0
         self._beat_interval = settings.stall_timeout / BEATS_IN_STALL
         self._undecided = False
         self._leave: Leave | None = None
@@ -155,6 +167,8 @@ class Worker:
             due.append(self._acceptor.due)
         if self._sweep_interval and len(self._registry):
             due.append(self._sweep_at)
+        if len(self._registry):
+            due.append(self._look_at)
         if self._trim_at:
             due.append(self._trim_at)
         if self._undecided:
@@ -217,8 +231,17 @@ class Worker:
         if self._sweep_interval and now >= self._sweep_at:
             self._sweep_at = now + self._sweep_interval
             self._abort_overdue(now)
+        if now >= self._look_at:
+            self._look(now)
         if self._trim_at and now >= self._trim_at:
             self._trim_at = now + TRIM_INTERVAL if self._threads.trim() or len(self._registry) else 0.0
+
+    def _look(self, now: float) -> None:
+        """Tell the others what has moved, without taking more than a small part of the time for it."""
+        self._registry.look(now - self._looked_at)
+        self._place.log_dropped(self._log_dropped())
+        self._looked_at = now
+        self._look_at = now + max(LOOK_INTERVAL, LOOK_SHARE * (time.monotonic() - now))
 
     def _abort_overdue(self, now: float) -> None:
         for connection in self._registry.live():
@@ -229,18 +252,42 @@ class Worker:
     # --- orders and the end
 
     def _obey(self) -> None:
-        told = self._control.receive()
+        try:
+            told = self._control.receive()
+        except ValueError as error:
+            log.error("an order was lost", extra={"why": str(error)})  # there was no room for its descriptor
+            return
         if told is None:
             log.critical("the supervisor is gone")
             self._at_once = True
             return
-        order = told[0]
+        order, descriptors = told
         if order["order"] == "live":
             self._log_live()
+        elif order["order"] == "sessions":
+            self._tell_sessions(order, descriptors)
+        elif order["order"] == "abort":
+            self._abort(order, descriptors)
         elif order["order"] == "leave":
             self._leave = leave_of(order)
         elif order["order"] == "stop":
             self._at_once = True
+
+    def _tell_sessions(self, order: Message, descriptors: list[int]) -> None:
+        """To the socket that came with the order."""
+        (to,) = descriptors
+        query = None if order["query"] is None else session_query.parse(order["query"])
+        sessions.tell(self._registry.live, lambda: list(self._refused), query, socket.socket(fileno=to))
+
+    def _abort(self, order: Message, descriptors: list[int]) -> None:
+        """The connection with that id, and answer in the same way."""
+        (to,) = descriptors
+        with socket.socket(fileno=to) as answer, contextlib.suppress(OSError):
+            found = [one for one in self._registry.live() if one.id == order["id"]]
+            aborted = any(one.abort(Outcome.ABORTED) for one in found)
+            if aborted:
+                log.warning("aborted by an operator", extra={"id": order["id"], "account": order["account"]})
+            answer.send(json.dumps({"aborted": aborted}).encode() + b"\n")
 
     def _log_live(self) -> None:
         for connection in self._registry.live():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tproxy_relay import channel, errors, launch
-from tproxy_relay.board import Board, Numbers
+from tproxy_relay.board import Board, Numbers, Traffic
 from tproxy_relay.channel import Message
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.log_pipes import LogPipes
@@ -39,7 +39,6 @@ class WorkerHandle:
         self.stall_timeout = prepared.settings.stall_timeout
         """Seconds; 0: it may be silent for as long as it likes."""
         self.ready = self.serving = self.leaving = self.left = self.suspected = self.stalled = self.unwanted = False
-        self.log_dropped = 0
         self._failure: Message | None = None
         self._board = board
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -82,6 +81,11 @@ class WorkerHandle:
         """Have it write its connections to the log."""
         self._order("live")
 
+    def ask(self, order: str, fd: int, **what: object) -> None:
+        """Have it answer on that descriptor, which stays the caller's; it is closed without an answer if the worker is
+        gone, or does not listen."""
+        self._channel.send({"order": order, **what}, [fd])
+
     def _order(self, order: str, **what: object) -> None:
         # One that is gone is noticed by the end of its channel; one that does not read, by its silence.
         self._channel.send({"order": order, **what})
@@ -107,8 +111,6 @@ class WorkerHandle:
             self.left = True
         elif told["event"] == "failed":
             self._failure = {"message": str(told["message"]), "exit_code": int(told["exit_code"])}
-        elif told["event"] == "ended":
-            self.log_dropped = int(told["dropped"])
 
     @property
     def silence(self) -> float:
@@ -119,6 +121,11 @@ class WorkerHandle:
     def numbers(self) -> Numbers:
         """What it has counted."""
         return self._board.numbers(self.place)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What its connections have carried."""
+        return self._board.traffic(self.place)
 
     def kill(self) -> None:
         """At once; its end is heard like any other. Both ends of its connections see a reset."""

@@ -65,16 +65,17 @@ def main() -> int:
             destinations=order.destinations,
             limits=order.limits,
             processors=processors,
+            log_dropped=lambda: writer.dropped,
         )
     except RelayError as error:
         control.send({"event": "failed", "message": str(error), "exit_code": error.exit_code})
         return error.exit_code
     writer.start()
     control.send({"event": "ready"})
-    _serve(worker, control, writer)
+    _serve(worker, control, place, writer)
 
 
-def _serve(worker: Worker, control: Channel, writer: logs.LogWriter) -> NoReturn:
+def _serve(worker: Worker, control: Channel, place: Place, writer: logs.LogWriter) -> NoReturn:
     """It ends by _exit, because the interpreter would wait for every pool thread, and one of them may be blocked in a
     send() for as long as its peer likes; the kernel then resets what is still open."""
     code = 0
@@ -86,7 +87,7 @@ def _serve(worker: Worker, control: Channel, writer: logs.LogWriter) -> NoReturn
         log.critical("the accept loop met a bug", exc_info=True)
         code = 1
     writer.stop(LOG_FLUSH)
-    control.send({"event": "ended", "dropped": writer.dropped})
+    place.log_dropped(writer.dropped)
     os._exit(code)
 
 

@@ -7,8 +7,10 @@ _tproxy_relay() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         option=
         case ${COMP_WORDS[i]} in
-            run | check | rules | install | uninstall | demo) command=${command:-${COMP_WORDS[i]}} ;;
-            show | apply | remove | status) action=${COMP_WORDS[i]} ;;
+            run | status | sessions | top | check | rules | install | uninstall | demo | show | apply \
+            | remove)
+                if [[ -z $command ]]; then command=${COMP_WORDS[i]}; else action=${COMP_WORDS[i]}; fi
+                ;;
             -*)
                 option=${COMP_WORDS[i]#-} option=${option#-}
                 case $option in
@@ -18,7 +20,7 @@ _tproxy_relay() {
                     client-congestion | upstream-congestion | client-pacing | upstream-pacing | socket-buffer \
                     | max-connections | max-per-source | max-rate-per-source | when-full | connect-timeout | \
                     idle-timeout | half-close-timeout | drain-timeout | keepalive | user-timeout | log-level | \
-                    log-format | log-file | config | root) ;;
+                    log-format | log-file | admin | config | root | show | abort) ;;
                     *) option= ;;
                 esac
                 if [[ -n $option ]] && ((i + 1 < COMP_CWORD)); then
@@ -51,7 +53,7 @@ _tproxy_relay() {
         ?*) return ;;
         *)
             if [[ -z $command && $word != -* ]]; then
-                _tproxy_relay_words run check rules install uninstall demo
+                _tproxy_relay_words run status sessions top check rules install uninstall demo
             elif [[ $command == rules && -z $action && $word != -* ]]; then
                 _tproxy_relay_words show apply remove status
             else
@@ -61,8 +63,8 @@ _tproxy_relay() {
                     --client-congestion --upstream-congestion --client-pacing --upstream-pacing \
                     --socket-buffer --max-connections --max-per-source --max-rate-per-source --when-full \
                     --connect-timeout --idle-timeout --half-close-timeout --drain-timeout --keepalive \
-                    --user-timeout --log-level --log-format --log-file --config --print-config --take-over \
-                    --root --keep --json --version --help
+                    --user-timeout --log-level --log-format --log-file --admin --config --print-config \
+                    --take-over --root --keep --show --abort --json --version --help
             fi
             ;;
     esac

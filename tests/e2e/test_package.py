@@ -38,6 +38,8 @@ PLACES = {
     "sysctl.d/10-tproxy-relay.conf": "/usr/lib/sysctl.d/10-tproxy-relay.conf",
     "systemd/tproxy-relay.service": "/lib/systemd/system/tproxy-relay.service",
     "systemd/tproxy-relay.service.d/socket.conf": "/usr/share/doc/tproxy-relay/examples/socket.conf",
+    "prometheus/tproxy-relay.rules.yml": "/usr/share/doc/tproxy-relay/examples/tproxy-relay.rules.yml",
+    "grafana/tproxy-relay.json": "/usr/share/doc/tproxy-relay/examples/grafana.json",
     "systemd/tproxy-relay.socket": "/lib/systemd/system/tproxy-relay.socket",
     "sysusers.d/tproxy-relay.conf": "/usr/lib/sysusers.d/tproxy-relay.conf",
     "tmpfiles.d/tproxy-relay.conf": "/usr/lib/tmpfiles.d/tproxy-relay.conf",

@@ -61,6 +61,7 @@ SAMPLES = {
     "drain-timeout": ("0", "2"),
     "keepalive": ("0", "7"),
     "user-timeout": ("1", "2"),
+    "admin": ("127.0.0.1:9106", "/run/a.sock"),
     "log-level": ("info", "error"),
     "log-format": ("json", "console"),
     "log-file": ("-x # y", "/var/log/relay.log"),
@@ -260,8 +261,8 @@ def test_dev_null_is_no_file(load: Load) -> None:
         (["--log-file=--"], "--log-file: '--' is not the name of a file"),
         (["--ports=--"], "--ports: '--' is not a TCP port (1-65535)"),
         (["--config="], "--config: '' is not the name of a file"),
-        (["walk"], "command: 'walk' is not one of run, check, rules, install, uninstall, demo"),
-        ([""], "command: '' is not one of run, check, rules, install, uninstall, demo"),
+        (["walk"], "command: 'walk' is not one of run, status, sessions, top, check, rules, install, uninstall, demo"),
+        ([""], "command: '' is not one of run, status, sessions, top, check, rules, install, uninstall, demo"),
         (["rules", "show", "apply"], "unexpected argument 'apply'"),
         (["run", "demo"], "action: 'demo' is not one of show, apply, remove, status"),
         (["run", "--", "--ports=1"], "action: '--ports=1' is not one of show, apply, remove, status"),
@@ -273,7 +274,8 @@ def test_dev_null_is_no_file(load: Load) -> None:
         ),
         (
             ["-json", "run"],
-            "--json is for 'rules' and 'check', and the command is 'run' (json: command line, command: command line)",
+            "--json is for 'status', 'sessions', 'rules' and 'check', and the command is 'run' "
+            "(json: command line, command: command line)",
         ),
         (["--keep=yes", "demo"], "--keep: ignored explicit argument 'yes'"),
         (

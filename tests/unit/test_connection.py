@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import lines as lines_module
@@ -60,13 +61,14 @@ class Desk:
         self.registry: Registry[Connection] = Registry(self.place)
         self.threads = RelayThreads(limit=8, spare=2)
         self.ended = threading.Semaphore(0)
+        self.refused: deque[dict[str, object]] = deque(maxlen=3)
         self._epoll = select.epoll()
         self._hangups = Hangups(self._epoll)
         ports = frozenset({self.listener.endpoint.port}) if own_ports is None else own_ports
         destinations = Destinations.of_settings(settings, ports, target)
         self.context = Context(
             settings, loopback.UNTUNED, PLAIN, PLAIN, destinations, self.registry, self.threads,
-            self._hangups, Processors(None), self.ended.release,
+            self._hangups, Processors(None), self.refused, self.ended.release,
         )  # fmt: skip
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watch")

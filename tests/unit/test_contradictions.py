@@ -99,8 +99,16 @@ def test_settings_that_go_well_together() -> None:
         (Settings(action="show"), "'show' goes with 'rules', and the command is 'run'"),
         (Settings(command="check", action="status"), "'status' goes with 'rules', and the command is 'check'"),
         (Settings(root="/mnt"), "--root is for 'install' and 'uninstall', and the command is 'run'"),
-        (Settings(json=True), "--json is for 'rules' and 'check', and the command is 'run'"),
-        (Settings(command="demo", json=True), "--json is for 'rules' and 'check', and the command is 'demo'"),
+        *(
+            (
+                Settings(command=command, json=True),
+                f"--json is for 'status', 'sessions', 'rules' and 'check', and the command is '{command}'",
+            )
+            for command in ("run", "demo", "top")
+        ),
+        (Settings(show=(("port", "1"),)), "--show is for 'sessions' and 'top', and the command is 'run'"),
+        (Settings(command="status", abort="1-1-1"), "--abort is for 'sessions', and the command is 'status'"),
+        (Settings(command="sessions", abort="1-1-1", show=(("port", "1"),)), "--abort ends one connection"),
         *(
             (Settings(command="rules", action=action), f"'rules {action}' needs something to intercept")
             for action in ("show", "apply", "status")

@@ -179,7 +179,7 @@ def test_a_life(hands: Hands) -> None:
     assert loopback.read_to_end(client) == (b"", FIN)
     client.close()
     assert hands.ended(worker) == "exit 0"
-    assert (len(hands.crew), hands.crew.log_dropped) == (0, 0)
+    assert (len(hands.crew), hands.crew.deaths) == (0, 0)
     assert hands.crew.numbers.accepted == sum(hands.crew.numbers.closed.values()) == 2
     (record,) = hands.said.of("worker ended")
     assert fields(record) == {"pid": worker.pid, "how": "exit 0", "live": 0}
@@ -329,8 +329,8 @@ NONSENSE = {
     "no list": b'{"event": "failed", "message": "x", "exit_code": []}',
     "half of it": b'{"event": "failed"}',
     "more than any number": b'{"event": "failed", "message": "x", "exit_code": Infinity}',
-    "not a number": b'{"event": "ended", "dropped": NaN}',
-    "too much": b'{"event": "ended", "dropped": 1e999}',
+    "not a number": b'{"event": "failed", "message": "", "exit_code": NaN}',
+    "too much": b'{"event": "failed", "message": "", "exit_code": 1e999}',
     "too deep": b"[" * 50_000,
 }
 

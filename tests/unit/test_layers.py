@@ -17,8 +17,9 @@ PACKAGE = Path(__file__).parents[2] / "tproxy_relay"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("check", "demo", "install", "rules", "service"),
-    ("supervisor", "worker_process"),
+    ("ask", "check", "demo", "install", "rules", "service", "top"),
+    ("supervisor", "top_view", "worker_process"),
+    ("looking_in", "status_document"),
     ("crew", "handover"),
     ("worker_handle",),
     ("config", "lab", "log_pipes", "preparation"),
@@ -27,14 +28,15 @@ LAYERS = (
     ("options",),
     ("values",),
     ("assignment", "worker"),
+    ("sessions",),
     ("acceptor", "eviction"),
-    ("connection", "intercept"),
+    ("admin", "connection", "intercept"),
     ("arrivals", "hangups", "limits", "listeners", "logs", "policy", "privileges", "registry", "threads"),
     ("relay",),
     ("board", "orig_dst", "sockets"),
-    ("channel", "destinations", "launch", "notify", "record", "shared_counts", "wakeup"),
+    ("channel", "destinations", "launch", "notify", "record", "session_query", "shared_counts", "wakeup"),
     ("endpoint", "linux", "process_name", "processors", "settings"),
-    ("cgroup", "errors"),
+    ("answers", "cgroup", "errors", "histogram"),
     ("__init__",),
 )
 
@@ -53,11 +55,15 @@ CONFIGURATION = {
 }
 NARROW = {
     "lab": {"endpoint", "errors", "intercept", "linux", "settings", "__init__"},
-    **dict.fromkeys(CONFIGURATION, CONFIGURATION | {"errors", "settings", "__init__"}),
+    **dict.fromkeys(CONFIGURATION, CONFIGURATION | {"errors", "session_query", "settings", "__init__"}),
 }
 
 # The only packages that are not Python's own, and the only modules that may know them.
-THIRD_PARTY = {"configargparse": {"config", "options"}, "pythonjsonlogger": {"logs"}}
+THIRD_PARTY = {
+    "configargparse": {"config", "options"},
+    "prometheus_client": {"admin"},
+    "pythonjsonlogger": {"logs"},
+}
 
 # The relay is threads and plain system calls; nothing of it goes through a shell.
 FORBIDDEN_MODULES = {"asyncio", "ctypes"}

@@ -1,6 +1,7 @@
 """Counting in and out, per source and per outcome, and knowing our own flows again."""
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,7 +10,8 @@ import pytest
 
 from tproxy_relay.board import Place
 from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.registry import Flow, Registry
+from tproxy_relay.histogram import CONNECT, DURATION, bucket
+from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry, Traffic
 
 
 @dataclass
@@ -19,6 +21,9 @@ class Someone:
     id: str
     client: Endpoint
     flows: list[Flow] = field(default_factory=list)
+    moved: tuple[int, int] = (0, 0)
+    traffic: Traffic = NO_TRAFFIC
+    born_at: float = field(default_factory=time.monotonic)
 
 
 def someone(number: int, host: str = "192.0.2.1") -> Someone:
@@ -196,3 +201,36 @@ def test_a_flow_that_has_a_new_owner_is_shared_until_that_one_goes(two: Two) -> 
     assert two[1].is_loop_accepted(third, FLOW)
     two[0].remove(new, "completed")
     assert not two[1].is_loop_accepted(third, FLOW)
+
+
+def test_what_connections_carry(place: Place) -> None:
+    registry: Registry[Someone] = Registry(place)
+    one, other = someone(1), someone(2)
+    registry.add(one)
+    registry.add(other)
+    one.moved = (100, 3000)
+    registry.look(0.5)
+    assert place.traffic[:2] == (100, 3000)
+    assert (one.traffic, other.traffic) == ((100, 3000, 200.0, 6000.0), NO_TRAFFIC)
+    registry.look(0.5)
+    assert place.traffic[:2] == (100, 3000), "nothing is counted twice"
+    assert one.traffic == (100, 3000, 0.0, 0.0)
+    one.moved, other.moved = (101, 3000), (0, 7)
+    registry.remove(other, "completed")
+    registry.remove(other, "completed")
+    assert place.traffic[:2] == (100, 3007), "what was moved since the last look"
+    registry.look(1.0)
+    assert place.traffic[:2] == (101, 3007)
+
+
+def test_how_long_they_take(place: Place) -> None:
+    registry: Registry[Someone] = Registry(place)
+    one, other = someone(1), someone(2)
+    one.born_at = time.monotonic() - 30
+    registry.connected(0.004)
+    for connection in (one, other):
+        registry.add(connection)
+        registry.remove(connection, "completed")
+    connect, duration = place.traffic.connect, place.traffic.duration
+    assert (connect.total, connect.counts[bucket(CONNECT, 0.004)]) == (1, 1)
+    assert (duration.total, duration.counts[bucket(DURATION, 30)], duration.counts[0]) == (2, 1, 1)

@@ -103,6 +103,7 @@ class Running(Peers):
         super().__init__()
         self.lines: Lines = self._stack.enter_context(lines_module.collected())
         (self.place,) = self._stack.enter_context(places.places())
+        self.log_dropped = 0
         self.control, theirs = channel.pair()
         self._stack.callback(self.control.close)
         self._stack.callback(theirs.close)
@@ -117,6 +118,7 @@ class Running(Peers):
             destinations=self.destinations,
             limits=Limits(max_connections, room or max_connections),
             processors=Processors(None),
+            log_dropped=lambda: self.log_dropped,
         )
         self._stack.callback(self.worker._wakeup.close)
         self.error: BaseException | None = None

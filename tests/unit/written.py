@@ -87,6 +87,10 @@ ANY: dict[str, st.SearchStrategy[str]] = {
     "max-per-source": _whole(0, 1_000_000),
     "max-rate-per-source": _whole(0, 1_000_000),
     "keepalive": _whole(0, 32767),
+    "admin": st.tuples(st.sampled_from(["127.0.0.1", "[::1]", "localhost", "127.3.2.1"]), PORTS).map(
+        lambda both: f"{both[0]}:{both[1]}"
+    )
+    | _FILE_NAMES.map(lambda name: f"/run/{name.replace('/', '')}"[:40]),
     "log-file": _FILE_NAMES,
 }
 """By name of the option."""

@@ -1,0 +1,79 @@
+"""A terminal of a given size, in which a program runs, with keys to type and a screen to read: tmux."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+PATIENCE = 15.0
+
+
+def program() -> str | None:
+    """Its path, if it is installed."""
+    return shutil.which("tmux")
+
+
+class Terminal:
+    """A server of tmux that is ours alone, with one window. `shell` runs in it, the command is typed into it."""
+
+    def __init__(self, columns: int, rows: int, command: Sequence[str]) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="tproxy-relay-tmux-"))
+        self._socket = str(self._folder / "socket")
+        size = ["-x", str(columns), "-y", str(rows)]
+        (self._folder / "rc").write_text("PS1='PROMPT> '\n")
+        shell = ["bash", "--noprofile", "--rcfile", str(self._folder / "rc")]
+        environment = {**os.environ, "TERM": "screen-256color", "LC_ALL": "C.UTF-8"}
+        self._tmux("-f", os.devnull, "new-session", "-d", *size, *shell, env=environment)
+        self.wait_for("PROMPT>")
+        self.type(shlex.join(command), "Enter")
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        subprocess.run(["tmux", "-S", self._socket, "kill-server"], check=False, capture_output=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _tmux(self, *words: str, env: dict[str, str] | None = None) -> str:
+        done = subprocess.run(["tmux", "-S", self._socket, *words], check=True, capture_output=True, text=True, env=env)
+        return done.stdout
+
+    @property
+    def lines(self) -> list[str]:
+        """What is on the screen."""
+        return self._tmux("capture-pane", "-p").splitlines()
+
+    @property
+    def text(self) -> str:
+        """The same in one piece."""
+        return "\n".join(self.lines)
+
+    def type(self, *keys: str) -> None:
+        """Characters, or keys by tmux' names for them."""
+        self._tmux("send-keys", *keys)
+
+    def resize(self, columns: int, rows: int) -> None:
+        """The window becomes larger or smaller."""
+        self._tmux("resize-window", "-x", str(columns), "-y", str(rows))
+
+    def wait_for(self, *texts: str, gone: Sequence[str] = ()) -> str:
+        """Until all of these are on the screen, and none of those; what is there then."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            shown = self.text
+            if all(text in shown for text in texts) and not any(text in shown for text in gone):
+                return shown
+            assert time.monotonic() < deadline, f"no {texts} (without {gone}) on:\n{shown}"
+            time.sleep(0.02)
+
+    def modes(self) -> set[str]:
+        """What stty(1) says of the terminal, asked for by a shell that can be typed into."""
+        self.type("clear; stty -a; echo END-'OF'-MODES", "Enter")
+        return set(self.wait_for("END-OF-MODES").replace(";", " ").split())

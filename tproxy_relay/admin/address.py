@@ -1,0 +1,183 @@
+"""Where a relay can be asked: a socket of its own that only root and its account may use, and what `admin` names.
+
+The first one has an abstract name (unix(7)) with the process id of the supervisor in it, which exists only in the same
+network namespace, where the listeners are too.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.settings import HostPort
+
+NAME = "tproxy_relay/admin/"
+"""Of the relay's own socket, after the zero byte and before the process id."""
+BACKLOG = 64
+FOLDER_MODE, SOCKET_MODE = 0o750, 0o660
+"""Whoever is in the group of the folder and of the socket may look."""
+
+_UCRED = struct.Struct("@3i")
+"""unix(7), SO_PEERCRED: process, user and group id."""
+
+Where = HostPort | str
+"""A loopback address, or the path of a unix socket."""
+
+
+class AdminSocket:
+    """A socket that listens."""
+
+    def __init__(self, sock: socket.socket, where: Where | None, path: tuple[str, int] | None = None) -> None:
+        """`where` is None for the relay's own; `path`: of the socket in the file system, and its inode."""
+        self.sock = sock
+        self.where = where
+        self._path = path
+
+    @property
+    def is_tcp(self) -> bool:
+        """Anybody on this host may ask there, and a browser in somebody else's name."""
+        return isinstance(self.where, HostPort)
+
+    def admits(self, sock: socket.socket) -> bool:
+        """If whoever has connected there may look. For a socket in a folder, the permissions have said so."""
+        return self.where is not None or self.permits(sock)
+
+    def permits(self, sock: socket.socket) -> bool:
+        """If whoever has connected there may change something: root, and the account of the relay."""
+        return not self.is_tcp and account_of(sock) in (0, os.geteuid())
+
+    def close(self) -> None:
+        """Listen no more. A path that is another relay's by now stays."""
+        self.sock.close()
+        if self._path is not None:
+            path, inode = self._path
+            with contextlib.suppress(OSError):
+                if os.lstat(path).st_ino == inode:
+                    os.unlink(path)
+
+
+def own() -> AdminSocket:
+    """The one that is always there. OSError if a process of another pid namespace has our number."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.bind(f"\0{NAME}{os.getpid()}")
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return AdminSocket(sock, None)
+
+
+def listen(where: Where) -> AdminSocket:
+    """Listen there. Raises SystemRefusedError."""
+    try:
+        if isinstance(where, HostPort):
+            return AdminSocket(_listen_tcp(where), where)
+        return _listen_at(where)
+    except OSError as error:
+        raise SystemRefusedError(f"admin: cannot listen on {where}: {error.strerror or error}") from error
+
+
+def _listen_tcp(where: HostPort) -> socket.socket:
+    family = socket.AF_INET6 if ":" in where.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(tuple(where))
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _listen_at(path: str) -> AdminSocket:
+    """Under another name first: whoever looks there meanwhile meets the old socket or the new one."""
+    folder = Path(path).parent
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(FOLDER_MODE)
+    _refuse_what_is_there(path)
+    # The path of a unix socket has at most 107 bytes (unix(7)), and this one must fit in, too.
+    made = str(folder / f".{os.getpid()}")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made)
+        sock.bind(made)
+        os.chmod(made, SOCKET_MODE)
+        sock.listen(BACKLOG)  # before that nobody can connect
+        inode = os.lstat(made).st_ino
+        os.rename(made, path)
+    except OSError:
+        sock.close()
+        with contextlib.suppress(OSError):
+            os.unlink(made)
+        raise
+    return AdminSocket(sock, path, (path, inode))
+
+
+def _refuse_what_is_there(path: str) -> None:
+    """A socket that nobody listens on any more is replaced; everything else is somebody's."""
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(kind):
+        raise SystemRefusedError(f"admin: {path} is there and is no socket: remove it, or name another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return
+        except BlockingIOError:
+            pass  # its backlog is full
+    raise SystemRefusedError(f"admin: {path}: another program listens there; name another path")
+
+
+def running() -> list[int]:
+    """Process ids of the relays in this network namespace (proc(5), /proc/net/unix): those of root and of our own
+    account first, because anybody can take such a name."""
+    return sorted(_names(), key=lambda pid: (not _is_trusted(pid), pid))
+
+
+def _is_trusted(pid: int) -> bool:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid in (0, os.geteuid())
+    except OSError:
+        return False
+
+
+def _names() -> Iterator[int]:
+    with open("/proc/net/unix", encoding="ascii", errors="replace") as lines:
+        names = {line.split()[-1] for line in lines}
+    for name in names:
+        if found := re.fullmatch(rf"@{re.escape(NAME)}(\d+)", name):
+            yield int(found[1])
+
+
+def dial(where: Where | int, patience: float) -> socket.socket:
+    """Connect to a relay, by its process id or to what its `admin` says; the socket has this timeout. OSError; also for
+    a stranger that has taken the name."""
+    if isinstance(where, HostPort):
+        return socket.create_connection((where.host, where.port), patience)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(patience)
+        sock.connect(f"\0{NAME}{where}" if isinstance(where, int) else where)
+        if isinstance(where, int) and account_of(sock) not in (0, os.geteuid()) and os.geteuid() != 0:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def account_of(sock: socket.socket) -> int:
+    """The user id of the process at the other end of a unix socket."""
+    return int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])

@@ -1,0 +1,55 @@
+"""What happened in the last minutes, second by second, for plots and for rates."""
+
+from collections import deque
+from typing import NamedTuple
+
+SECONDS = 600
+"""Of samples that are kept: ten minutes."""
+RECENT = 10.0
+"""Seconds that a rate is about."""
+
+
+class Sample(NamedTuple):
+    """The counters at one moment."""
+
+    at: float
+    """time.time()"""
+    accepted: int
+    live: int
+    failed: int
+    """Closed with an outcome that is not an ordinary end."""
+    bytes_up: int
+    bytes_down: int
+
+
+class History:
+    """The samples of the last minutes, and what they say of the rates now."""
+
+    def __init__(self) -> None:
+        self._samples: deque[Sample] = deque(maxlen=SECONDS)
+        self.last_accepted: float | None = None
+        """When a connection last came (time.time()), to a second; None: never."""
+
+    def add(self, sample: Sample) -> None:
+        """The newest one."""
+        if sample.accepted > (self._samples[-1].accepted if self._samples else 0):
+            self.last_accepted = sample.at
+        self._samples.append(sample)
+
+    def rates(self) -> dict[str, float]:
+        """In a second, over the last RECENT seconds."""
+        if len(self._samples) < 2:
+            return {"accepted": 0.0, "failed": 0.0, "bytes_up": 0.0, "bytes_down": 0.0}
+        last = self._samples[-1]
+        first = next(one for one in self._samples if last.at - one.at <= RECENT)
+        if first is last:
+            first = self._samples[-2]
+        seconds = max(0.001, last.at - first.at)
+        return {
+            name: round((getattr(last, name) - getattr(first, name)) / seconds, 3)
+            for name in ("accepted", "failed", "bytes_up", "bytes_down")
+        }
+
+    def columns(self) -> dict[str, list[float]]:
+        """All samples, by field."""
+        return {name: [getattr(one, name) for one in self._samples] for name in Sample._fields}

@@ -1,0 +1,142 @@
+"""The live connections of one worker, told to whoever looks in: chosen, put in order and written as JSON.
+
+In a thread of its own, and in small pieces: after each it lets the relaying go on. Only connections that are asked for
+are looked at closely.
+"""
+
+import contextlib
+import heapq
+import ipaddress
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+from tproxy_relay import session_query
+from tproxy_relay.connection import Connection
+from tproxy_relay.session_query import TEXTS, Query
+
+PATIENCE = 5.0
+"""Seconds for the supervisor to take the next piece."""
+PIECE, LARGE_PIECE = 32, 512
+"""Connections that are written, or looked at from far, before others get their turn: about a millisecond."""
+MOST_REFUSED = 20
+"""Records of connections that were refused which are kept."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+def tell(
+    connections: Callable[[], list[Connection]],
+    refused: Callable[[], Sequence[object]],
+    query: Query | None,
+    to: socket.socket,
+) -> None:
+    """In a thread: one line with what there is, then one for each connection, as `merged` takes them; without a query
+    only the first line. Closes the socket in any case."""
+
+    def run() -> None:
+        with to, contextlib.suppress(OSError):  # nobody wants it any more
+            to.settimeout(PATIENCE)
+            for piece in told(connections(), refused(), query):
+                to.sendall(piece)
+
+    try:
+        threading.Thread(target=run, name="sessions", daemon=True).start()
+    except RuntimeError as error:
+        log.warning("the live connections cannot be shown", extra={"why": str(error)})
+        to.close()
+
+
+def told(live: Sequence[Connection], refused: Sequence[object], query: Query | None) -> Iterator[bytes]:
+    """In pieces."""
+    if query is None:
+        yield _head(live, 0, refused)
+        return
+    now, key_of = time.monotonic(), _KEYS[query.sort]
+    found: list[tuple[Any, int, Connection]] = []
+    for start, some in _pieces(live, LARGE_PIECE):
+        chosen = [one for one in some if matches(one, query, now)] if query.chooses else some
+        found += [(key_of(one, now), number, one) for number, one in enumerate(chosen, start)]
+        yield b""  # others get their turn
+    yield _head(live, len(found), refused)
+    largest = query.sort not in TEXTS
+    first = (heapq.nlargest if largest != query.reverse else heapq.nsmallest)(query.limit, found)
+    for _, rows in _pieces(first, PIECE):
+        lines = []
+        for key, _, one in rows:
+            with contextlib.suppress(OSError):  # it has just ended
+                lines.append(f"{json.dumps(key)}\t{json.dumps(one.session(), separators=(',', ':'))}\n")
+        yield "".join(lines).encode()
+
+
+def _head(live: Sequence[Connection], matching: int, refused: Sequence[object]) -> bytes:
+    head = {"live": len(live), "matching": matching, "refused": list(refused)}
+    return json.dumps(head, separators=(",", ":")).encode() + b"\n"
+
+
+def merged(answers: Iterable[bytes], query: Query) -> tuple[int, list[object], list[bytes]]:
+    """What several workers have told: how many match, what was refused, and the connections, each as JSON. Raises
+    ValueError for what is no answer."""
+    matching, refused, columns = 0, [], []
+    for answer in answers:
+        head, *lines = answer.splitlines()
+        found = json.loads(head)
+        matching += int(found["matching"])
+        refused += found["refused"]
+        pairs = (line.split(b"\t", 1) for line in lines)
+        columns.append([(json.loads(key), text) for key, text in pairs])
+    largest = query.sort not in TEXTS
+    rows = heapq.merge(*columns, key=lambda row: row[0], reverse=largest != query.reverse)
+    return matching, refused, [text for _, text in islice(rows, query.limit)]
+
+
+def matches(one: Connection, query: Query, now: float) -> bool:
+    """If it is one of those that were asked for."""
+    if query.id is not None and one.id != query.id:
+        return False
+    if query.text is not None and not any(query.text in str(part) for part in (one.id, one.client, one.orig_dst)):
+        return False
+    if query.client is not None and not _within(one.client.host, query.client):
+        return False
+    asked = one.orig_dst
+    if query.destination is not None and (asked is None or not _within(asked.host, query.destination)):
+        return False
+    if query.port is not None and (asked is None or asked.port != query.port):
+        return False
+    if query.state is not None and one.state != query.state:
+        return False
+    if query.ending is not None and one.ending(now)[0] != query.ending:
+        return False
+    return (
+        now - one.born_at >= query.min_age
+        and now - one.rests_since >= query.min_idle
+        and one.traffic.up_rate + one.traffic.down_rate >= query.min_rate
+    )
+
+
+def _within(host: str, network: session_query.AnyNetwork) -> bool:
+    return ipaddress.ip_address(host) in network
+
+
+_KEYS: dict[str, Callable[[Connection, float], float | str]] = {
+    "age": lambda one, now: now - one.born_at,
+    "idle": lambda one, now: now - one.rests_since,
+    "rate": lambda one, now: one.traffic.up_rate + one.traffic.down_rate,
+    "bytes": lambda one, now: sum(one.moved),
+    "client": lambda one, now: str(one.client),
+    "destination": lambda one, now: str(one.orig_dst or ""),
+}
+"""What each order goes by."""
+
+
+def _pieces(things: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """Each with the number of its first one."""
+    for start in range(0, len(things), size):
+        yield start, things[start : start + size]
