@@ -41,7 +41,7 @@ _WHOLE = re.compile(r"0|[1-9][0-9]*")
 _SECONDS = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _MASK = re.compile(r"0[xX][0-9a-fA-F]{1,8}|[1-9][0-9]{0,9}")
-_CONGESTION = re.compile(r"[A-Za-z0-9_-]{1,15}")
+_CONGESTION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,14}")
 """linux/net/tcp.h: TCP_CA_NAME_MAX is 16 with the final zero."""
 _ACCOUNT = re.compile(r"0|[1-9][0-9]{0,9}|[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 _HOST_PORT = re.compile(r"(?:\[(?P<ipv6>[^][]*)]|(?P<host>[^][:]*)):(?P<port>[^:]*)")

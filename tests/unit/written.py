@@ -41,7 +41,7 @@ def networks(draw: st.DrawFn, addresses: st.SearchStrategy[Any] | None = None) -
 
 
 _SECONDS = st.integers(1, 2147483).map(str) | st.decimals("0.001", 2147483, places=3).map(str)
-_NAMES = st.from_regex(r"[A-Za-z0-9_-]{1,15}", fullmatch=True)
+_NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,14}", fullmatch=True)
 _HOSTS = st.sampled_from(["a.example", "192.0.2.1", "[2001:DB8::1]", "localhost.", "x-1"])
 
 # A list of pieces, for in one alphabet the nasty characters would drown among all of Unicode.
