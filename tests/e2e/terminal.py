@@ -67,10 +67,18 @@ class Terminal:
         """Until all of these are on the screen, and none of those; what is there then."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            shown = self.text
-            if all(text in shown for text in texts) and not any(text in shown for text in gone):
+            lines = self.lines
+            shown, joined = "\n".join(lines), "".join(lines)  # what is typed goes on in the next line
+            if all(text in shown or text in joined for text in texts) and not any(text in shown for text in gone):
                 return shown
             assert time.monotonic() < deadline, f"no {texts} (without {gone}) on:\n{shown}"
+            time.sleep(0.02)
+
+    def wait_for_shell(self) -> None:
+        """Until it can be typed into again."""
+        deadline = time.monotonic() + PATIENCE
+        while [line.strip() for line in self.lines if line.strip()][-1:] != ["PROMPT>"]:
+            assert time.monotonic() < deadline, self.text
             time.sleep(0.02)
 
     def modes(self) -> set[str]:

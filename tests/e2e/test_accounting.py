@@ -3,7 +3,6 @@
 import contextlib
 import re
 import shutil
-import socket
 import subprocess
 import textwrap
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from exchanges import PATIENCE, read_exactly
 
 from tproxy_relay.lab import Lab
 
@@ -41,8 +41,9 @@ def log(lab: Lab, tmp_path: Path, require_or_skip: Callable[[str], NoReturn]) ->
                     assert peer[0] == lab.relay_address(), "it is intercepted"
                     client.sendall(b"x" * number)
                     served.sendall(b"y" * 1000 * number)
-                    assert len(served.recv(number, socket.MSG_WAITALL)) == number
-                    assert len(client.recv(1000 * number, socket.MSG_WAITALL)) == 1000 * number
+                    served.settimeout(PATIENCE)
+                    assert len(read_exactly(served, number)) == number
+                    assert len(read_exactly(client, 1000 * number)) == 1000 * number
         with lab.client.connect(lab.server.ipv4, PORT + 1) as client, contextlib.suppress(ConnectionResetError):
             client.recv(1)
         relay.stop()

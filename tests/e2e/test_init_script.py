@@ -333,7 +333,7 @@ def test_the_state_is_unknown_without_proc(running: InitHost) -> None:
 def test_folders_that_do_not_exist_yet(running: InitHost) -> None:
     assert (running.root / "run" / NAME).stat().st_mode & 0o7777 == 0o755
     assert (running.root / "log" / NAME).stat().st_mode & 0o7777 == 0o750
-    assert '"listening"' in running.log
+    wait_until(lambda: '"listening"' in running.log, "its first line is in the log")
     assert (running.root / "log" / NAME / "stderr.log").read_text() == ""
 
 

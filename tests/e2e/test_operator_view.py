@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from exchanges import read_exactly
 from interception import wait_until
 from looking import ADMIN, PORT, fetch, program, sessions, status
 from prometheus_client.parser import text_string_to_metric_families
@@ -61,7 +62,7 @@ def test_connections_come_move_and_go(lab: Lab, relay: RelayProcess, server: soc
         assert 290 < one["ending_in_seconds"] <= 300 and one["upstream_local"].startswith(lab.relay_address())
         assert one["client_rtt_ms"] > 0 and one["upstream_retransmits"] == 0
         wait_until(lambda: status(lab)["bytes"] == {"up": 1000, "down": 5000}, "it is counted while it lives")
-        assert len(served.recv(1000, socket.MSG_WAITALL)) == 1000 == len(client.recv(5000, socket.MSG_WAITALL)) / 5
+        assert (len(read_exactly(served, 1000)), len(read_exactly(client, 5000))) == (1000, 5000)
         client.shutdown(socket.SHUT_WR)
         wait_until(lambda: sessions(lab)[0]["state"] == "half-closed", "its state is seen")
     wait_until(lambda: not sessions(lab), "it goes")
@@ -152,7 +153,7 @@ def test_numbers_outlive_workers_and_reloads(lab: Lab, relay: RelayProcess, serv
         client, served = connect(lab, server)
         with client, served:
             client.sendall(b"x" * 10)
-            assert served.recv(10, socket.MSG_WAITALL)
+            assert len(read_exactly(served, 10)) == 10
             check()
     relay.signal(signal.SIGHUP)
     relay.wait_for_line(lambda line: line["message"] == "reloaded")

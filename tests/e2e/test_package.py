@@ -91,7 +91,8 @@ def shipped() -> set[str]:
 
 
 def program() -> set[str]:
-    return {str(path.relative_to(PROJECT)) for path in (PROJECT / "tproxy_relay").rglob("*.py")}
+    files = (path for path in (PROJECT / "tproxy_relay").rglob("*") if path.suffix in (".py", ".html"))
+    return {str(path.relative_to(PROJECT)) for path in files}
 
 
 @pytest.fixture

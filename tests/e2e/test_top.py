@@ -73,7 +73,8 @@ def close(both: Ends) -> None:
 
 def is_as_before(screen: Terminal) -> None:
     """The shell's terminal: what was typed there is to be seen again, and so is what is typed now."""
-    screen.wait_for("PROMPT>", "tproxy_relay top", gone=["? help", "asking the relay"])
+    screen.wait_for("tproxy_relay top", gone=["? help", "asking the relay"])
+    screen.wait_for_shell()
     modes = screen.modes()
     assert {"icanon", "echo", "isig", "icrnl", "opost"} <= modes, modes
 
@@ -170,6 +171,7 @@ def test_the_terminal_is_as_before_whatever_happens(lab: Lab, relay: RelayProces
     command = lab.relay.command([sys.executable, "-c", bug, "top", "--config", "/dev/null"])
     with Terminal(80, 24, command) as screen:
         screen.wait_for("TypeError")
+        screen.wait_for_shell()
         assert {"icanon", "echo", "isig"} <= screen.modes()
 
 
