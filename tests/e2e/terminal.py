@@ -67,9 +67,10 @@ class Terminal:
         """Until all of these are on the screen, and none of those; what is there then."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            lines = self.lines
-            shown, joined = "\n".join(lines), "".join(lines)  # what is typed goes on in the next line
-            if all(text in shown or text in joined for text in texts) and not any(text in shown for text in gone):
+            shown = self.text
+            together = "".join(shown.split())  # what is typed goes on in the next line, and a blank may be lost there
+            there = all("".join(text.split()) in together for text in texts)
+            if there and not any(text in shown for text in gone):
                 return shown
             assert time.monotonic() < deadline, f"no {texts} (without {gone}) on:\n{shown}"
             time.sleep(0.02)
