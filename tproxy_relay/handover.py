@@ -8,15 +8,14 @@ and says `commit`. Until then it may end at any time, and nothing has changed.
 import contextlib
 import errno
 import os
-import re
 import selectors
 import socket
-import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from tproxy_relay import listeners
+from tproxy_relay.admin import address
 from tproxy_relay.channel import MOST_DESCRIPTORS, Channel, Message
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import RelayError, SystemRefusedError
@@ -44,9 +43,6 @@ tells of it again and again."""
 
 MOST_REFUSED = 8
 """That may be connected at the same time, before they have asked anything."""
-
-_UCRED = struct.Struct("@3i")
-"""unix(7), SO_PEERCRED: process, user and group id."""
 
 
 class Giver(Protocol):
@@ -221,7 +217,7 @@ def find(settings: Settings) -> Offer | None:
     """The relay of this network namespace that has one of the listeners of these settings; None if there is none.
     Raises SystemRefusedError if it cannot be taken over."""
     refusal = None
-    for pid in _running():
+    for pid in address.named(NAME):
         asking = _connect(pid)
         if asking is None:
             continue
@@ -317,16 +313,6 @@ def _last_answer(asking: Channel) -> tuple[Message, list[int]] | None:
         return answer
 
 
-def _running() -> Iterator[int]:
-    """Process ids of relays in this network namespace (proc(5), /proc/net/unix)."""
-    with open("/proc/net/unix", encoding="ascii", errors="replace") as lines:
-        names = {line.split()[-1] for line in lines}
-    for name in sorted(names):
-        if found := re.fullmatch(rf"@{re.escape(NAME)}(\d+)", name):
-            yield int(found[1])
-
-
 def _is_trusted(sock: socket.socket) -> bool:
     """True for root and for our own account: anybody could have taken the name, or ask for the sockets."""
-    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return uid in (0, os.geteuid())
+    return address.account_of(sock) in (0, os.geteuid())

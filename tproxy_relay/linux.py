@@ -44,6 +44,9 @@ MARK = struct.Struct("@I")
 PACING_RATE = struct.Struct("@I")
 """SO_MAX_PACING_RATE."""
 
+UCRED = struct.Struct("@3i")
+"""unix(7), SO_PEERCRED: process, user and group id."""
+
 LINGER = struct.Struct("@ii")
 """linux/socket.h, struct linger: on or off, seconds."""
 

@@ -119,7 +119,8 @@ class LookingIn:
             with self._bugs_stay_here():
                 question.finish()
         for server in self._servers.values():
-            server.keep_time(now)
+            with self._bugs_stay_here():
+                server.keep_time(now)
 
     def close(self) -> None:
         """Answer nobody any more."""

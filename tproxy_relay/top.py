@@ -68,7 +68,6 @@ class Asker:
         self._view = view
         self._rows = 20
         self._now, self._ended = threading.Event(), threading.Event()
-        self._changed = threading.Lock()
         threading.Thread(target=self._run, name="asker", daemon=True).start()
 
     def look(self, rows: int) -> None:

@@ -1,6 +1,7 @@
 """Look into a relay of the lab, as an operator on its host would."""
 
 import json
+import socket
 import sys
 from typing import Any
 
@@ -8,6 +9,19 @@ from tproxy_relay.lab import Lab
 
 PORT = 8000
 ADMIN = 9106
+PATIENCE = 10.0
+
+Ends = tuple[socket.socket, socket.socket]
+"""Of one connection: the client's, and the server's."""
+
+
+def connect(lab: Lab, server: socket.socket) -> Ends:
+    """One that is intercepted: the server sees the relay."""
+    client = lab.client.connect(lab.server.ipv4, PORT, PATIENCE)
+    served, peer = server.accept()
+    served.settimeout(PATIENCE)
+    assert peer[0] == lab.relay_address()
+    return client, served
 
 
 def program(lab: Lab, *words: str, code: int = 0, before: tuple[str, ...] = ()) -> str:

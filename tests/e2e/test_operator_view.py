@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 from exchanges import read_exactly
 from interception import wait_until
-from looking import ADMIN, PORT, fetch, program, sessions, status
+from looking import ADMIN, PORT, connect, fetch, program, sessions, status
 from prometheus_client.parser import text_string_to_metric_families
 
 from tproxy_relay.lab import Lab, RelayProcess
-
-Ends = tuple[socket.socket, socket.socket]
 
 
 @pytest.fixture
@@ -33,15 +31,6 @@ def relay(lab: Lab) -> Iterator[RelayProcess]:
 def server(lab: Lab) -> Iterator[socket.socket]:
     with lab.server.listen(PORT) as listening:
         yield listening
-
-
-def connect(lab: Lab, server: socket.socket) -> Ends:
-    """An intercepted connection: the server sees the relay."""
-    client = lab.client.connect(lab.server.ipv4, PORT)
-    served, peer = server.accept()
-    served.settimeout(10)
-    assert peer[0] == lab.relay_address()
-    return client, served
 
 
 def name_of(client: socket.socket) -> str:

@@ -11,11 +11,10 @@ from typing import NoReturn
 import browser
 import pytest
 from browser import Browser
-from looking import ADMIN, PORT
+from looking import ADMIN, PORT, Ends, connect
 
 from tproxy_relay.lab import Lab, RelayProcess
 
-Ends = tuple[socket.socket, socket.socket]
 PICTURES = os.environ.get("PICTURES")
 """A folder for pictures of the page, for people to look at."""
 
@@ -46,15 +45,6 @@ def page(lab: Lab, relay: RelayProcess) -> Iterator[Browser]:
     with Browser(lab.relay, ADMIN) as opened:
         opened.wait(lambda: opened.text("#health") == "ok", "the first answer")
         yield opened
-
-
-def connect(lab: Lab, server: socket.socket) -> Ends:
-    """An intercepted connection: the server sees the relay."""
-    client = lab.client.connect(lab.server.ipv4, PORT)
-    served, peer = server.accept()
-    assert peer[0] == lab.relay_address()
-    client.settimeout(10)
-    return client, served
 
 
 def close(*ends: Ends) -> None:

@@ -10,10 +10,10 @@ import os
 import re
 import socket
 import stat
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from tproxy_relay import linux
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.settings import HostPort
 
@@ -23,8 +23,6 @@ BACKLOG = 64
 FOLDER_MODE, SOCKET_MODE = 0o750, 0o660
 """Whoever is in the group of the folder and of the socket may look."""
 
-_UCRED = struct.Struct("@3i")
-"""unix(7), SO_PEERCRED: process, user and group id."""
 
 Where = HostPort | str
 """A loopback address, or the path of a unix socket."""
@@ -143,7 +141,7 @@ def _refuse_what_is_there(path: str) -> None:
 def running() -> list[int]:
     """Process ids of the relays in this network namespace (proc(5), /proc/net/unix): those of root and of our own
     account first, because anybody can take such a name."""
-    return sorted(_names(), key=lambda pid: (not _is_trusted(pid), pid))
+    return sorted(named(NAME), key=lambda pid: (not _is_trusted(pid), pid))
 
 
 def _is_trusted(pid: int) -> bool:
@@ -153,11 +151,12 @@ def _is_trusted(pid: int) -> bool:
         return False
 
 
-def _names() -> Iterator[int]:
+def named(prefix: str) -> Iterator[int]:
+    """The numbers behind that prefix in the abstract names of this network namespace (proc(5), /proc/net/unix)."""
     with open("/proc/net/unix", encoding="ascii", errors="replace") as lines:
         names = {line.split()[-1] for line in lines}
-    for name in names:
-        if found := re.fullmatch(rf"@{re.escape(NAME)}(\d+)", name):
+    for name in sorted(names):
+        if found := re.fullmatch(rf"@{re.escape(prefix)}(\d+)", name):
             yield int(found[1])
 
 
@@ -180,4 +179,4 @@ def dial(where: Where | int, patience: float) -> socket.socket:
 
 def account_of(sock: socket.socket) -> int:
     """The user id of the process at the other end of a unix socket."""
-    return int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
+    return int(linux.UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, linux.UCRED.size))[1])

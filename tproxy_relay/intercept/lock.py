@@ -7,9 +7,9 @@ may take one, so who asks learns whose it is. A guard that lingers for the last 
 
 import os
 import socket
-import struct
 from typing import NamedTuple
 
+from tproxy_relay import linux
 from tproxy_relay.errors import SystemRefusedError
 
 NAME = "\0tproxy_relay/ruleset"
@@ -22,9 +22,6 @@ TRIES = 3
 """Somebody else may be quicker to take what was given back."""
 
 _WAIT = b"wait"
-
-_UCRED = struct.Struct("@3i")
-"""unix(7), SO_PEERCRED: process, user and group id."""
 
 
 class Holder(NamedTuple):
@@ -114,7 +111,7 @@ def _ask(*, wanted: bool) -> Holder | None:
 
 def _credentials(sock: socket.socket) -> tuple[int, int]:
     """Process and user id of the other end."""
-    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    pid, uid, _ = linux.UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, linux.UCRED.size))
     return pid, uid
 
 
