@@ -44,7 +44,7 @@ def log(lab: Lab, tmp_path: Path, require_or_skip: Callable[[str], NoReturn]) ->
                     served.settimeout(PATIENCE)
                     assert len(read_exactly(served, number)) == number
                     assert len(read_exactly(client, 1000 * number)) == 1000 * number
-        with lab.client.connect(lab.server.ipv4, PORT + 1) as client, contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(ConnectionResetError), lab.client.connect(lab.server.ipv4, PORT + 1) as client:
             client.recv(1)
         relay.stop()
     lab.stop_intercepting()

@@ -124,7 +124,7 @@ def test_one_is_aborted(lab: Lab, relay: RelayProcess, server: socket.socket) ->
 
 
 def test_why_something_was_refused(lab: Lab, relay: RelayProcess) -> None:
-    with lab.client.connect(lab.server.ipv4, PORT) as client, contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(ConnectionResetError), lab.client.connect(lab.server.ipv4, PORT) as client:
         client.recv(1)
     relay.wait_for_record(lambda line: line["outcome"] == "connect-refused")
     (refused,) = status(lab)["last_refused"]

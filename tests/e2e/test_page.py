@@ -118,7 +118,7 @@ def test_search_and_order(lab: Lab, page: Browser, server: socket.socket) -> Non
 
 
 def test_why_something_was_refused(lab: Lab, page: Browser) -> None:
-    with lab.client.connect(lab.server.ipv4, PORT) as client, contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(ConnectionResetError), lab.client.connect(lab.server.ipv4, PORT) as client:
         client.recv(1)
     page.wait(lambda: "connect-refused: Connection refused" in page.text("#refused"), "it is said")
     assert f"to {lab.server.ipv4}:{PORT}" in page.text("#refused")

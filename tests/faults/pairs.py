@@ -230,9 +230,12 @@ class Pairs:
             self._came_back(pair)
 
     def _connected(self, pair: Pair) -> None:
-        if code := pair.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise OSError(code, os.strerror(code))
-        pair.client.getpeername()
+        try:
+            pair.client.getpeername()
+        except OSError:  # asked first: a reset may come between the two questions
+            if code := pair.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(code, os.strerror(code)) from None
+            raise
         pair.name = str(from_sockaddr(pair.client.getsockname()))
         self._poll.modify(pair.client, _IN)
         self._send(pair)

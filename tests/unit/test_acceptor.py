@@ -87,11 +87,11 @@ def test_when_full_refuse_resets_whoever_there_is_no_room_for() -> None:
 def test_when_full_refuse_holds_for_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with Running(when_full="refuse") as running:
         running.connect()
-        threads = running.worker._threads
+        threads, acceptor = running.worker._threads, running.worker._acceptor
+        wait_until(lambda: acceptor._pair_reserved, "it has looked for another client, and waits for one")
         monkeypatch.setattr(threads, "reserve", lambda count: False)
-        if running.worker._acceptor._pair_reserved:
-            running.worker._acceptor._pair_reserved = False
-            threads.release(THREADS)
+        acceptor._pair_reserved = False
+        threads.release(THREADS)
         assert is_reset(running)
         assert running.lines.closed(1)[0]["error"] == "no room: no more threads (when-full)"
         monkeypatch.undo()
