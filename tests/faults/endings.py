@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import haproxy
-from exchanges import EXCHANGES, PATIENCE, Ends, Exchange, Saw, data, play, read_to_end
+from exchanges import EXCHANGES, PATIENCE, Ends, Exchange, Saw, data, play, read_exactly, read_to_end
 
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, RelayProcess
@@ -92,22 +92,26 @@ def intercepting(lab: Lab) -> Iterator[None]:
 # --- the cases
 
 
-def table(lab: Lab, family: int = socket.AF_INET) -> Table:
+def table(lab: Lab) -> Table:
     """All cases, all ways."""
-    found: Table = {exchange.name: {} for exchange in EXCHANGES}
-    for way, begin in WAYS.items():
-        port = DIRECT if way == "direct" else INTERCEPTED
-        with begin(lab) as check:
-            for exchange in EXCHANGES:
-                found[exchange.name][way] = played(lab, family, port, exchange, check)
-            found.setdefault("the server refuses", {})[way] = refused(lab, port)
+    by_way = {way: on_the_way(lab, way) for way in WAYS}
+    found: Table = {case: {way: by_way[way][case] for way in WAYS} for case in by_way["direct"]}
     found["the relay is killed in mid-transfer"] = killed(lab)
     return found
 
 
-def played(lab: Lab, family: int, port: int, exchange: Exchange, check: Callable[[Ends], None]) -> str:
+def on_the_way(lab: Lab, way: str) -> dict[str, str]:
+    """All cases but those that kill the relay: what the ends saw, by case."""
+    port = DIRECT if way == "direct" else INTERCEPTED
+    with WAYS[way](lab) as check:
+        found = {exchange.name: played(lab, port, exchange, check) for exchange in EXCHANGES}
+        found["the server refuses"] = refused(lab, port)
+    return found
+
+
+def played(lab: Lab, port: int, exchange: Exchange, check: Callable[[Ends], None]) -> str:
     """What both ends saw of it."""
-    ends = Ends(lab, family, port, exchange)
+    ends = Ends(lab, socket.AF_INET, port, exchange)
     try:
         saw = play(exchange, ends.client, ends.server)
     finally:
@@ -173,7 +177,7 @@ def killed_with(lab: Lab, kill: Callable[[], None]) -> str:
             one.settimeout(PATIENCE)
             other.settimeout(PATIENCE)
             one.sendall(data(1000))
-            assert other.recv(1000, socket.MSG_WAITALL) == data(1000)
+            assert read_exactly(other, 1000) == data(1000)
         kill()
         return f"client: {read_to_end(ends.client)[-1]}; server: {read_to_end(ends.server)[-1]}"
     finally:

@@ -16,6 +16,9 @@ pytestmark = pytest.mark.slow
 
 HANDSHAKE_FIRST = "the server refuses"
 """The one that a relay cannot hide: it accepts before it connects."""
+HOW_TO_MEND = "python tests/faults/endings.py --keep"
+TRIES = 3
+"""Of HAProxy: a reset meets it now and then in a moment in which it makes something else of it."""
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +52,21 @@ def test_ours_are_those_of_a_direct_connection(table: endings.Table, seen: Seen)
         seen(table[case]["tproxy-relay"], number)
 
 
-def test_the_table_of_the_manual_is_what_is_seen(table: endings.Table) -> None:
+def test_the_table_of_the_manual_is_what_is_seen(lab: Lab, table: endings.Table) -> None:
     with endings.KEPT.open(newline="", encoding="utf-8") as file:
         kept = list(csv.reader(file))
-    assert without_counts(kept) == without_counts(endings.rows(table)), "python tests/faults/endings.py --keep"
-    assert [row[:3] for row in kept] == [row[:3] for row in endings.rows(table)]
+    rows = endings.rows(table)
+    assert [row[:3] for row in kept] == [row[:3] for row in rows], HOW_TO_MEND
+    haproxys = {row[0]: without_counts(row[3]) for row in kept}
+    unlike = {row[0] for row in rows if without_counts(row[3]) != haproxys[row[0]]}
+    for _ in range(TRIES):
+        if not unlike:
+            break
+        found = endings.on_the_way(lab, "HAProxy")
+        unlike = {case for case in unlike if case not in found or without_counts(found[case]) != haproxys[case]}
+    assert not unlike, HOW_TO_MEND
 
 
-def without_counts(rows: list[list[str]]) -> list[list[str]]:
+def without_counts(cell: str) -> str:
     """How much HAProxy loses is another number each time."""
-    return [[re.sub("[0-9,]+ bytes", "bytes", cell) for cell in row] for row in rows]
+    return re.sub("[0-9,]+ bytes", "bytes", cell)

@@ -85,13 +85,11 @@ def test_when_full_refuse_resets_whoever_there_is_no_room_for() -> None:
 
 
 def test_when_full_refuse_holds_for_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Running(when_full="refuse") as running:
-        running.connect()
-        threads, acceptor = running.worker._threads, running.worker._acceptor
-        wait_until(lambda: acceptor._pair_reserved, "it has looked for another client, and waits for one")
-        monkeypatch.setattr(threads, "reserve", lambda count: False)
-        acceptor._pair_reserved = False
-        threads.release(THREADS)
+    with Running(start=False, when_full="refuse") as running:
+        threads, reserve, pairs = running.worker._threads, running.worker._threads.reserve, [THREADS]
+        monkeypatch.setattr(threads, "reserve", lambda count: bool(pairs) and reserve(pairs.pop()))
+        running.thread.start()
+        running.connect()  # it takes the only pair
         assert is_reset(running)
         assert running.lines.closed(1)[0]["error"] == "no room: no more threads (when-full)"
         monkeypatch.undo()

@@ -35,7 +35,7 @@ def receive(sock: socket.socket) -> tuple[int, float]:
 
 
 def main() -> int:
-    """Take the part that the command line says. 1 if the other end, or the reader, is gone too early: it was told to stop."""
+    """Take the part that the command line says. 1 if the other end, or the reader, is gone: it was told to stop."""
     with socket.socket(fileno=int(sys.argv[2])) as sock:
         try:
             if sys.argv[1] == "send":
