@@ -613,6 +613,7 @@ def nothing_for(seconds: float, relay: RelayProcess, workers: list[int]) -> None
 # --- each has its share
 
 
+@pytest.mark.alone  # beside others, it is the machine that shares
 @pytest.mark.parametrize("how", ["one by one", "at once"])
 def test_no_worker_has_much_more_than_its_share(steered: Lab, how: str) -> None:
     lab, count = steered, 400
