@@ -62,7 +62,8 @@ def answer(control: socket.socket, verb: str, arguments: list[Any]) -> None:
     elif verb == "read":
         # /proc/sys/net shows the namespace of whoever opens the file.
         with open(arguments[0], encoding="ascii") as file:
-            control.send(json.dumps({"text": file.read()}).encode())
+            text = file.read()
+        control.send(json.dumps({"text": text}).encode())
     elif verb == "write":
         with open(arguments[0], "w", encoding="ascii") as file:
             file.write(arguments[1])
