@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from company import Company
+from stage import Stage
+from work import requests
 
 from tproxy_relay.lab import Lab, LabError
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-from company import Company  # noqa: E402
-from stage import Stage  # noqa: E402
-from work import requests  # noqa: E402
 
 CELLS = ("bulk1-down", "rr32", "conn1", "mixed")
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, echo_servers, opened, ping, wait_until, ways
 from rows import Seen
-from test_topologies import HOSTILE
+from topologies import HOSTILE
 
 from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, LabError, RelayProcess

@@ -13,39 +13,10 @@ from typing import NoReturn
 
 import pytest
 from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT
+from topologies import HOSTILE, PLACES, Place, ends
 
 from tproxy_relay.endpoint import from_sockaddr
-from tproxy_relay.lab import Host, Lab, LabError, RelayProcess, Topology
-
-HOSTILE = {
-    "net.ipv4.conf.all.rp_filter": 1,
-    "net.ipv4.conf.default.rp_filter": 1,
-    "net.ipv4.conf.rc.rp_filter": 1,
-    "net.ipv4.conf.rs.rp_filter": 1,
-    "net.ipv4.conf.all.src_valid_mark": 1,
-    "net.ipv4.tcp_fwmark_accept": 1,
-    "net.ipv4.fwmark_reflect": 1,
-    "net.ipv6.fwmark_reflect": 1,
-}
-"""Settings under which the usual recipes lose all traffic."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Who connects to whom, and whose address the server can see when the source is preserved."""
-
-    topology: Topology
-    client: str
-    server: str
-    can_preserve: tuple[str, ...]
-    """What `source` says for preserve-source `address` and `full`."""
-
-
-PLACES = (
-    Place("gateway", "client", "server", ("address", "full")),
-    Place("host", "client", "relay", ("address", "address")),  # full: two sockets with the same four numbers
-    Place("local", "relay", "server", ("relay", "relay")),  # a client on this host is never imitated
-)
+from tproxy_relay.lab import Lab, LabError, RelayProcess
 
 
 @dataclass(frozen=True)
@@ -105,10 +76,6 @@ def test_an_exchange_goes_through_the_relay(stage: Stage, place: Place, family: 
     assert record["outcome"] == "completed"
     assert (record["bytes_up"], record["bytes_down"]) == (7, 10)
     check_source(record, stage, place, family, client, peer)
-
-
-def ends(lab: Lab, place: Place) -> tuple[Host, Host]:
-    return getattr(lab, place.client), getattr(lab, place.server)
 
 
 def exchange(stage, place, family):  # type: ignore[no-untyped-def]

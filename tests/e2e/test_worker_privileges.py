@@ -19,7 +19,7 @@ from accounts import ACCOUNT, HAVE_ACCOUNTS, NUMBER, OTHER, becoming, for_all_ac
 from activation import passing
 from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PORT, processes, wait_until
 from rows import Seen
-from test_topologies import PLACES, Place, ends
+from topologies import PLACES, Place, ends
 
 from tproxy_relay import privileges
 from tproxy_relay.endpoint import from_sockaddr

@@ -5,21 +5,17 @@ import json
 import os
 import socket
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from clients import EchoServer
+from looking import ADMIN, fetch, program, status
 from rows import Seen
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-
-from looking import ADMIN, fetch, program, status  # noqa: E402
-
-from tproxy_relay.admin import http, server  # noqa: E402
-from tproxy_relay.lab import Lab, RelayProcess  # noqa: E402
+from tproxy_relay.admin import http, server
+from tproxy_relay.lab import Lab, RelayProcess
 
 PORT = 8000
 ROUNDS = 300

@@ -3,22 +3,17 @@
 Measured with the load generator of tests/bench, which has a process and a clock of its own.
 """
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from company import Company
+from peers import Peer
 from rows import Seen
+from stage import Stage
+from work import Work, beside_bulk, bulk, requests
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-from company import Company  # noqa: E402
-from peers import Peer  # noqa: E402
-from stage import Stage  # noqa: E402
-from work import Work, beside_bulk, bulk, requests  # noqa: E402
-
-from tproxy_relay.lab import LabError  # noqa: E402
+from tproxy_relay.lab import LabError
 
 SECONDS, TRIES = 2.0, 4
 """Of a measurement; the best of some counts, for the machine has other things to do."""

@@ -1,20 +1,17 @@
 """The arithmetic of the bench, and that its parts fit together: cells, targets, tables, comparison."""
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import cells  # noqa: E402
-import company  # noqa: E402
-import compare  # noqa: E402
-import figures  # noqa: E402
-import pytest  # noqa: E402
-import report  # noqa: E402
-from targets import TARGETS, Target  # noqa: E402
-from usage import Look, Spent  # noqa: E402
+import cells
+import company
+import compare
+import figures
+import pytest
+import report
+from targets import TARGETS, Target
+from usage import Look, Spent
 
 ROUNDS = [
     {"relay": {"rate": 50.0, "p99": 0.004}, "c": {"rate": 100.0, "p99": 0.002}},

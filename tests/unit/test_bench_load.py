@@ -4,19 +4,15 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from generator import HERE, Client, Server, compiled
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-from generator import HERE, Client, Server, compiled  # noqa: E402
-
-from tproxy_relay.lab import LabError  # noqa: E402
+from tproxy_relay.lab import LabError
 
 pytestmark = pytest.mark.slow
 
