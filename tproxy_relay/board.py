@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from tproxy_relay import histogram, shared_counts
 from tproxy_relay.histogram import CONNECT, DURATION, Histogram
-from tproxy_relay.record import Outcome
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.shared_counts import Table
 
 PLACES = 128

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from tproxy_relay import endpoint, logs, orig_dst, policy, sockets
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.listeners import Listener
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.processors import Processors
-from tproxy_relay.record import ConnectionRecord, Outcome
+from tproxy_relay.record import ConnectionRecord
 from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry
 from tproxy_relay.relay import HangupWatch, Leg, Relay
 from tproxy_relay.settings import Settings

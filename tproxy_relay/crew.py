@@ -14,8 +14,8 @@ from tproxy_relay import histogram
 from tproxy_relay.board import NO_TRAFFIC, Board, Numbers, Traffic
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.log_pipes import LogPipes
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.preparation import Prepared
-from tproxy_relay.record import Outcome
 from tproxy_relay.worker_handle import WorkerHandle
 
 BOOT_PATIENCE = 30.0

@@ -9,7 +9,7 @@ import time
 from collections import deque
 
 from tproxy_relay.connection import Connection
-from tproxy_relay.record import Outcome
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.registry import Registry
 
 REST = 1.0

@@ -13,7 +13,7 @@ from functools import cached_property
 from tproxy_relay import destinations, sockets
 from tproxy_relay.destinations import Rules
 from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.record import Outcome
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.settings import Network, PortRange, Settings
 
 FULL, ADDRESS, RELAY = "full", "address", "relay"

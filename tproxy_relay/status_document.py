@@ -12,8 +12,8 @@ from tproxy_relay.board import Numbers, Traffic
 from tproxy_relay.crew import DEATHS_PERIOD
 from tproxy_relay.histogram import Histogram
 from tproxy_relay.intercept.managed import Health
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.preparation import Prepared
-from tproxy_relay.record import Outcome
 from tproxy_relay.worker_handle import WorkerHandle
 
 NEARLY_FULL = 0.9

@@ -30,9 +30,9 @@ from tproxy_relay.eviction import Eviction
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.limits import Limits
 from tproxy_relay.listeners import Listener
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations
 from tproxy_relay.processors import Processors
-from tproxy_relay.record import Outcome
 from tproxy_relay.registry import Registry
 from tproxy_relay.settings import Settings
 from tproxy_relay.sockets import SEND_TICK, PathTuning, Tuning

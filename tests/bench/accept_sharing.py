@@ -23,7 +23,7 @@ from tproxy_relay.board import Board, Place
 from tproxy_relay.connection import THREADS
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.listeners import BACKLOG, Listener
-from tproxy_relay.record import Outcome
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.threads import RelayThreads
 
 BUSY, PRESENT, WAITING, CROWDS = 32, 100, 64, (4, 16, 100, 500)

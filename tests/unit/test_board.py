@@ -32,7 +32,7 @@ from tproxy_relay.board import (
     Numbers,
     Place,
 )
-from tproxy_relay.record import Outcome
+from tproxy_relay.outcome import Outcome
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

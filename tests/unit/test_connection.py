@@ -32,9 +32,9 @@ from tproxy_relay.connection import THREADS, Connection, Context
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.listeners import Listener
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.processors import Processors
-from tproxy_relay.record import Outcome
 from tproxy_relay.registry import Flow, Registry
 from tproxy_relay.settings import Network, Settings
 from tproxy_relay.sockets import PathTuning

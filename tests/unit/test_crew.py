@@ -31,8 +31,8 @@ from tproxy_relay.channel import Message
 from tproxy_relay.crew import DEATHS_PERIOD, MOST_DEATHS, Crew, Deaths, Generation, added, with_lost
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.log_pipes import LogPipes
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.preparation import prepare
-from tproxy_relay.record import Outcome
 from tproxy_relay.relay import ESTABLISHED
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.worker_handle import WorkerHandle

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tproxy_relay import endpoint
 from tproxy_relay.linux import TcpInfo
-from tproxy_relay.record import ConnectionRecord, Outcome
+from tproxy_relay.outcome import Outcome
+from tproxy_relay.record import ConnectionRecord
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

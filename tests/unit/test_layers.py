@@ -35,7 +35,7 @@ LAYERS = (
     ("relay",),
     ("board", "orig_dst", "sockets"),
     ("channel", "destinations", "launch", "notify", "record", "session_query", "shared_counts", "wakeup"),
-    ("endpoint", "linux", "process_name", "processors", "settings"),
+    ("endpoint", "linux", "outcome", "process_name", "processors", "settings"),
     ("answers", "cgroup", "errors", "histogram"),
     ("__init__",),
 )

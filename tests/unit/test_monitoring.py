@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 import yaml
 
-from tproxy_relay.record import Outcome
+from tproxy_relay.outcome import Outcome
 
 ETC = Path(__file__).parents[2] / "etc"
 RULES = ETC / "prometheus" / "tproxy-relay.rules.yml"

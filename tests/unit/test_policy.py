@@ -6,8 +6,8 @@ import pytest
 
 from tproxy_relay import policy
 from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations, RefusedError
-from tproxy_relay.record import Outcome
 from tproxy_relay.settings import Network, PortRange, Settings
 
 LOCAL, ELSEWHERE = "127.0.0.1", "192.0.2.1"

@@ -2,7 +2,8 @@
 
 from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.linux import TcpInfo
-from tproxy_relay.record import ConnectionRecord, Outcome
+from tproxy_relay.outcome import Outcome
+from tproxy_relay.record import ConnectionRecord
 
 FULL = ConnectionRecord(
     id="a-1",

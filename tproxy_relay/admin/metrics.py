@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from tproxy_relay.record import Outcome
+from tproxy_relay.outcome import Outcome
 
 KIND = CONTENT_TYPE_LATEST
 """The type of what `text` returns."""

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from prometheus_client.parser import text_string_to_metric_families
 
 from tproxy_relay.admin import metrics
-from tproxy_relay.record import Outcome
+from tproxy_relay.outcome import Outcome
 
 LENGTHS = {"count": 7, "sum": 2.5, "buckets": [[0.001, 4], [0.5, 2], [None, 1]]}
 STATUS: dict[str, Any] = {
