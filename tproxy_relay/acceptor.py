@@ -18,11 +18,12 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from tproxy_relay import board, endpoint, listeners
+from tproxy_relay import board
 from tproxy_relay.board import Place
 from tproxy_relay.connection import THREADS
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.listeners import Listener
+from tproxy_relay.net import endpoint, listeners
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.listeners import Listener
 from tproxy_relay.threads import RelayThreads
 
 ACCEPT_BATCH = 64

@@ -15,9 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tproxy_relay import endpoint, logs, orig_dst, policy, sockets
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.listeners import Listener
+from tproxy_relay import logs, policy
+from tproxy_relay.net import endpoint, orig_dst, sockets
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.listeners import Listener
+from tproxy_relay.net.sockets import PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.processors import Processors
@@ -25,7 +27,6 @@ from tproxy_relay.record import ConnectionRecord
 from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry
 from tproxy_relay.relay import HangupWatch, Leg, Relay
 from tproxy_relay.settings import Settings
-from tproxy_relay.sockets import PathTuning, Tuning
 from tproxy_relay.threads import RelayThreads
 
 THREADS = 2

@@ -14,14 +14,14 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from tproxy_relay import listeners
 from tproxy_relay.admin import address
 from tproxy_relay.channel import MOST_DESCRIPTORS, Channel, Message
-from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.plan import Plan
-from tproxy_relay.listeners import Listener
+from tproxy_relay.net import listeners
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.listeners import Listener
 from tproxy_relay.preparation import fixed
 from tproxy_relay.settings import Settings
 

@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
-from tproxy_relay import destinations, sockets
+from tproxy_relay import destinations
 from tproxy_relay.destinations import Rules
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.net import sockets
+from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.settings import Network, PortRange, Settings
 

@@ -13,16 +13,17 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tproxy_relay import endpoint, limits, listeners, privileges, processors, sockets
+from tproxy_relay import limits, privileges, processors
 from tproxy_relay.assignment import Assignment
-from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
 from tproxy_relay.intercept import foreign_nat, plan
 from tproxy_relay.intercept.plan import Plan
-from tproxy_relay.listeners import Listener
+from tproxy_relay.net import endpoint, listeners, sockets
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.listeners import Listener
+from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Settings
-from tproxy_relay.sockets import Tuning
 
 FIXED = ("mode", "interface", "backend", "mark_mask", "route_table", "route_priority")
 """Settings that live connections depend on: with other marks, routes or listeners the kernel would not know them."""

@@ -5,8 +5,8 @@ It is built once, when the connection is over; the access line and the counters 
 
 from typing import NamedTuple
 
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.linux import TcpInfo
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.linux import TcpInfo
 from tproxy_relay.outcome import Outcome
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from tproxy_relay.board import Place, SharedCounts
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.net.endpoint import Endpoint
 
 
 class Flow(NamedTuple):

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from tproxy_relay import sockets
+from tproxy_relay.net import sockets
 from tproxy_relay.processors import Processors
 
 SMALL_READ = 1024

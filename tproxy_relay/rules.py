@@ -10,7 +10,7 @@ from tproxy_relay.intercept import backends, foreign_nat, lock, plan, ruleset
 from tproxy_relay.intercept.lock import Holder, Lock
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.intercept.ruleset import Ruleset, Status
-from tproxy_relay.listeners import listening_ports
+from tproxy_relay.net.listeners import listening_ports
 from tproxy_relay.settings import Settings
 
 

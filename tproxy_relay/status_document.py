@@ -5,13 +5,14 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tproxy_relay import __version__, listeners
+from tproxy_relay import __version__
 from tproxy_relay.admin.history import History
 from tproxy_relay.admin.problems import Problems
 from tproxy_relay.board import Numbers, Traffic
 from tproxy_relay.crew import DEATHS_PERIOD
 from tproxy_relay.histogram import Histogram
 from tproxy_relay.intercept.managed import Health
+from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.preparation import Prepared
 from tproxy_relay.worker_handle import WorkerHandle

@@ -18,24 +18,25 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tproxy_relay import session_query, sessions, sockets
+from tproxy_relay import session_query, sessions
 from tproxy_relay.acceptor import Acceptor
 from tproxy_relay.arrivals import Arrivals
 from tproxy_relay.board import Place
 from tproxy_relay.channel import Channel, Message
 from tproxy_relay.connection import THREADS, Connection, Context
-from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import ConfigError
 from tproxy_relay.eviction import Eviction
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.limits import Limits
-from tproxy_relay.listeners import Listener
+from tproxy_relay.net import sockets
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.listeners import Listener
+from tproxy_relay.net.sockets import SEND_TICK, PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations
 from tproxy_relay.processors import Processors
 from tproxy_relay.registry import Registry
 from tproxy_relay.settings import Settings
-from tproxy_relay.sockets import SEND_TICK, PathTuning, Tuning
 from tproxy_relay.threads import RelayThreads
 from tproxy_relay.wakeup import Wakeup
 

@@ -21,8 +21,8 @@ from tproxy_relay import board
 from tproxy_relay.acceptor import Acceptor
 from tproxy_relay.board import Board, Place
 from tproxy_relay.connection import THREADS
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.listeners import BACKLOG, Listener
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.listeners import BACKLOG, Listener
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.threads import RelayThreads
 

@@ -13,8 +13,8 @@ from exchanges import see_reset
 from interception import FAMILIES, PORT, echo_servers, ping
 from rows import Seen
 
-from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.lab import Lab
+from tproxy_relay.net.endpoint import Endpoint
 
 THROUGH = {
     "169.254.169.254": "169.254.0.0/16",

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from exchanges import EXCHANGES, Ends, Exchange, Saw, play, read_to_end, see_reset
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 DIRECT, INTERCEPTED = 9000, 8000

@@ -9,8 +9,8 @@ from accounts import ACCOUNT, HAVE_ACCOUNTS, for_all_accounts
 from exchanges import see_reset
 from rows import Seen
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, Line, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 INBOUND, OUTBOUND = 15006, 15002

@@ -11,9 +11,9 @@ import bulk
 import pytest
 from rows import Seen
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab
-from tproxy_relay.sockets import SEND_TICK
+from tproxy_relay.net.endpoint import from_sockaddr
+from tproxy_relay.net.sockets import SEND_TICK
 
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 PORT = 8000

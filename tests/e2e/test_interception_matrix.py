@@ -13,8 +13,8 @@ from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, echo_s
 from rows import Seen
 from topologies import HOSTILE
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, LabError, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 PUBLISHED = 8001
 """Where the published port leads to."""

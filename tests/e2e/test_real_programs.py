@@ -24,8 +24,8 @@ from typing import Any, NoReturn, TypeVar
 
 import pytest
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 START_TIMEOUT = 10.0

@@ -7,8 +7,8 @@ import pytest
 from activation import passing
 from exchanges import see_reset
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 PORT = 8000
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}

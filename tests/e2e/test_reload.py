@@ -27,8 +27,8 @@ from rows import Seen
 from service_manager import ServiceManager
 
 import tproxy_relay
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, Line
+from tproxy_relay.net.endpoint import from_sockaddr
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from flows import Flow, echo_server, steady, streams, wait_until
 from interception import PORT, look, ping, processes
 from service_manager import ServiceManager
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, LabError, Line, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 pytestmark = pytest.mark.slow
 

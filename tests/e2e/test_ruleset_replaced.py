@@ -33,10 +33,10 @@ from interception import (
     ways,
 )
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.lab import Host, Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 from tproxy_relay.settings import PortRange
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ SUPERVISOR = """
 import logging, os, sys
 from tproxy_relay import channel
 from tproxy_relay.errors import RelayError
-from tproxy_relay.endpoint import from_sockaddr
+from tproxy_relay.net.endpoint import from_sockaddr
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.managed import Interception
 

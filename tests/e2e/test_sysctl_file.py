@@ -11,10 +11,10 @@ from typing import NoReturn
 
 import pytest
 
-from tproxy_relay import listeners
 from tproxy_relay.check import limits
 from tproxy_relay.lab import Lab
 from tproxy_relay.limits import DESCRIPTORS_EACH
+from tproxy_relay.net import listeners
 
 ETC = Path(__file__).parents[2] / "etc"
 FILE = ETC / "sysctl.d/10-tproxy-relay.conf"

@@ -15,8 +15,8 @@ import pytest
 from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT
 from topologies import HOSTILE, PLACES, Place, ends
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, LabError, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from activation import passing
 from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PATIENCE, PORT, EchoServer, opened, ping, wait_until, ways
 from rows import Seen
 
-from tproxy_relay import config, listeners, supervisor
+from tproxy_relay import config, supervisor
 from tproxy_relay.lab import Lab, RelayProcess
+from tproxy_relay.net import listeners
 from tproxy_relay.settings import Settings
 
 ETC = Path(__file__).parents[2] / "etc"

@@ -9,9 +9,9 @@ import pytest
 from exchanges import see_reset
 from recipes import DOCS, PATIENCE, attempt, block, options, run, talk
 
-from tproxy_relay import linux, sockets
 from tproxy_relay.intercept import programs
 from tproxy_relay.lab import Lab
+from tproxy_relay.net import linux, sockets
 
 pytestmark = pytest.mark.slow
 

@@ -22,8 +22,8 @@ from rows import Seen
 from topologies import PLACES, Place, ends
 
 from tproxy_relay import privileges
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, LabError, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 pytestmark = pytest.mark.slow
 

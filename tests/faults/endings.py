@@ -22,8 +22,8 @@ if __name__ == "__main__":
 import haproxy
 from exchanges import EXCHANGES, PATIENCE, Ends, Exchange, Saw, data, play, read_exactly, read_to_end
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 KEPT = Path(__file__).parents[2] / "docs" / "endings.csv"
 DIRECT, INTERCEPTED = 9000, 8000

@@ -28,8 +28,8 @@ if __name__ == "__main__":
 
 from end import End, Step, schedule
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, Line, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 FIRST_PORT, AT_ONCE = 8000, 100
 FAMILIES = (socket.AF_INET, socket.AF_INET6)

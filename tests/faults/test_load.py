@@ -14,8 +14,8 @@ import pytest
 from rows import Seen
 from swarm import Script, come_and_go, echo_server
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 pytestmark = pytest.mark.alone
 

@@ -10,8 +10,8 @@ import pytest
 from exchanges import PATIENCE, Ends, Exchange, data, play, read_to_end, see_reset
 from rows import Seen
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 PORT = 8000
 TRIES = 5

@@ -8,8 +8,8 @@ import pytest
 from exchanges import PATIENCE, reset
 from rows import Seen
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 PORT, AGAIN = 8000, 4
 FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}

@@ -11,8 +11,8 @@ from pathlib import Path
 from flows import wait_until
 from interception import PATIENCE, PORT, ping, processes
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Host, Lab, Line
+from tproxy_relay.net.endpoint import from_sockaddr
 
 Settings = dict[str, object]
 

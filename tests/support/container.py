@@ -21,9 +21,9 @@ from accounts import for_all_accounts
 from interception import wait_until
 
 import tproxy_relay
-from tproxy_relay import endpoint
 from tproxy_relay.intercept import programs
 from tproxy_relay.lab import Host, LabError
+from tproxy_relay.net import endpoint
 
 PROJECT = Path(tproxy_relay.__file__).resolve().parents[1]
 FOLDER = PROJECT / "etc/container"

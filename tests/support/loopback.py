@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from deadlines import PATIENCE
 
-from tproxy_relay import sockets
-from tproxy_relay.sockets import Tuning
+from tproxy_relay.net import sockets
+from tproxy_relay.net.sockets import Tuning
 
 UNTUNED = Tuning(keepalive=0, user_timeout=0, mark=0)
 FIN, RST = "FIN", "RST"

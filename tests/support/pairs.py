@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from tproxy_relay.endpoint import from_sockaddr
 from tproxy_relay.lab import Lab
+from tproxy_relay.net.endpoint import from_sockaddr
 
 SIZE = 800
 """Bytes of a message."""

@@ -17,10 +17,11 @@ import places
 from deadlines import PATIENCE, wait_until
 from lines import Lines
 
-from tproxy_relay import board, channel, endpoint, launch, sockets
+from tproxy_relay import board, channel, launch
 from tproxy_relay.assignment import Assignment
 from tproxy_relay.limits import Limits
-from tproxy_relay.listeners import Listener
+from tproxy_relay.net import endpoint, sockets
+from tproxy_relay.net.listeners import Listener
 from tproxy_relay.policy import Destinations
 from tproxy_relay.processors import Processors
 from tproxy_relay.settings import Settings

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from tproxy_relay import endpoint
-from tproxy_relay.linux import TcpInfo
+from tproxy_relay.net import endpoint
+from tproxy_relay.net.linux import TcpInfo
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.record import ConnectionRecord
 

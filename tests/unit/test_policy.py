@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tproxy_relay import policy
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.settings import Network, PortRange, Settings

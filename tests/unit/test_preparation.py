@@ -10,10 +10,11 @@ import children
 import loopback
 import pytest
 
-from tproxy_relay import listeners, preparation, processors
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay import preparation, processors
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
-from tproxy_relay.listeners import Listener
+from tproxy_relay.net import listeners
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.listeners import Listener
 from tproxy_relay.policy import Destinations
 from tproxy_relay.preparation import prepare
 from tproxy_relay.settings import HostPort, PortRange, Settings
@@ -212,7 +213,7 @@ def test_an_account_that_it_may_not_become(require_or_skip: Callable[[str], NoRe
 OF_ROOT = """
 import logging, sys
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
-from tproxy_relay import listeners
+from tproxy_relay.net import listeners
 from tproxy_relay.preparation import prepare
 from tproxy_relay.settings import Settings
 user = None if sys.argv[1] == "none" else sys.argv[1]

@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tproxy_relay.destinations import SPECIAL, Rules
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations, RefusedError
 from tproxy_relay.settings import Network, PortRange

@@ -1,7 +1,7 @@
 """The vocabulary of the access line."""
 
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.linux import TcpInfo
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.linux import TcpInfo
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.record import ConnectionRecord
 

@@ -9,8 +9,8 @@ import places
 import pytest
 
 from tproxy_relay.board import Place
-from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.histogram import CONNECT, DURATION, bucket
+from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry, Traffic
 
 

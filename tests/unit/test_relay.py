@@ -14,8 +14,8 @@ from deadlines import PATIENCE, wait_until
 from loopback import FIN, RST
 
 from tproxy_relay import relay as relay_module
-from tproxy_relay import sockets
 from tproxy_relay.hangups import Hangups
+from tproxy_relay.net import sockets
 from tproxy_relay.processors import Processors
 from tproxy_relay.relay import BULK_READ, LARGE_READ, SMALL_READ, Leg, Patience, Reader, Relay
 

@@ -175,7 +175,7 @@ def test_no_thread_keeps_it_from_ending(tmp_path: Path, stuck_in: str) -> None:
 
 NEVER_BACK = """
 import time
-from tproxy_relay import orig_dst
+from tproxy_relay.net import orig_dst
 orig_dst.original_destination = lambda *_: time.sleep(600)
 """
 

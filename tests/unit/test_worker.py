@@ -16,9 +16,10 @@ from loopback import FIN, RST
 from rows import Seen
 from workers import Running
 
-from tproxy_relay import board, endpoint, orig_dst
+from tproxy_relay import board
 from tproxy_relay import worker as worker_module
 from tproxy_relay.connection import THREADS, Connection
+from tproxy_relay.net import endpoint, orig_dst
 from tproxy_relay.policy import Destinations
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")

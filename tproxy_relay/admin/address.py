@@ -13,8 +13,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from tproxy_relay import linux
 from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.net import linux
 from tproxy_relay.settings import HostPort
 
 NAME = "tproxy_relay/admin/"

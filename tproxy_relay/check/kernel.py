@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from tproxy_relay import sockets
 from tproxy_relay.check import host
 from tproxy_relay.check.case import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
@@ -19,6 +18,7 @@ from tproxy_relay.intercept.backend import Backend, Step
 from tproxy_relay.intercept.backend_iptables import Iptables
 from tproxy_relay.intercept.plan import Family, Plan
 from tproxy_relay.intercept.ruleset import Ruleset
+from tproxy_relay.net import sockets
 from tproxy_relay.settings import PortRange
 
 PATIENCE = 2.0

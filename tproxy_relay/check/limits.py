@@ -11,8 +11,8 @@ from tproxy_relay import cgroup, limits
 from tproxy_relay.check import host
 from tproxy_relay.check.case import Case, is_relay
 from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.listeners import BACKLOG
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.listeners import BACKLOG
 
 THREADS_EACH = 2
 MAPS_EACH = 2

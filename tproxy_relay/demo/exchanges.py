@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Generic, TypeVar
 
-from tproxy_relay import linux, sockets
-from tproxy_relay.endpoint import Endpoint, from_sockaddr
 from tproxy_relay.lab import Host, Lab
+from tproxy_relay.net import linux, sockets
+from tproxy_relay.net.endpoint import Endpoint, from_sockaddr
 
 PATIENCE = 10.0
 """Seconds that any single step may take before it counts as broken."""

@@ -11,9 +11,9 @@ import time
 
 from tproxy_relay.demo import exchanges, screen, throughput
 from tproxy_relay.demo.exchanges import Answer, Conversation
-from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.errors import RelayError
 from tproxy_relay.lab import Lab, LabError, Line, RelayProcess
+from tproxy_relay.net.endpoint import Endpoint
 
 INTERCEPTED = "8000-8999"
 WEB, WEB_DIRECT = 8080, 9080

@@ -5,8 +5,8 @@ import sys
 from dataclasses import dataclass
 
 from tproxy_relay.demo import exchanges, stream
-from tproxy_relay.endpoint import Endpoint
 from tproxy_relay.lab import Lab, LabError
+from tproxy_relay.net.endpoint import Endpoint
 
 SECONDS = 1.5
 """Of sending. Long enough for the buffers to grow, short enough to wait for."""

@@ -9,8 +9,8 @@ import os
 import socket
 from typing import NamedTuple
 
-from tproxy_relay import linux
 from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.net import linux
 
 NAME = "\0tproxy_relay/ruleset"
 

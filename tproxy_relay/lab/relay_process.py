@@ -21,10 +21,10 @@ from types import TracebackType
 from typing import IO, Any
 
 import tproxy_relay
-from tproxy_relay import endpoint
 from tproxy_relay.intercept import programs
 from tproxy_relay.lab.host import Host
 from tproxy_relay.lab.needs import LabError
+from tproxy_relay.net import endpoint
 
 READY_TIMEOUT = 15.0
 """Seconds from start to READY=1. It takes a quarter of one; a loaded CI machine is slower."""

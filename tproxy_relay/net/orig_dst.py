@@ -12,8 +12,8 @@ import errno
 import socket
 from collections.abc import Callable
 
-from tproxy_relay import endpoint, linux
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.net import endpoint, linux
+from tproxy_relay.net.endpoint import Endpoint
 
 _NEVER_REDIRECTED = frozenset({errno.ENOENT, errno.ENOPROTOOPT})
 """SO_ORIGINAL_DST: conntrack has no entry for this connection, or is not loaded at all."""

@@ -6,7 +6,7 @@ import struct
 import loopback
 import pytest
 
-from tproxy_relay import linux
+from tproxy_relay.net import linux
 
 
 def test_the_sizes_of_the_headers() -> None:

@@ -18,10 +18,10 @@ from deadlines import PATIENCE
 from lines import Lines
 from rows import Seen
 
-from tproxy_relay import endpoint, linux, listeners, sockets
 from tproxy_relay.errors import CapabilityMissingError, KernelUnsupportedError, SystemRefusedError
+from tproxy_relay.net import endpoint, linux, listeners, sockets
+from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.settings import Settings
-from tproxy_relay.sockets import Tuning
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -194,7 +194,7 @@ def test_a_listener_can_be_tuned_anew(opened: Callable[..., list[listeners.Liste
 
 OPEN = """
 import json, logging, os, sys
-from tproxy_relay import listeners, sockets
+from tproxy_relay.net import listeners; from tproxy_relay.net import sockets
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import Settings
 
@@ -328,7 +328,7 @@ def test_ipv6_only_on_a_host_without_it(require_or_skip: Callable[[str], NoRetur
 
 INHERIT = """
 import os, socket, sys
-from tproxy_relay import linux
+from tproxy_relay.net import linux
 kinds = sys.argv[1].split(",")
 os.closerange(3, 64)
 kept = []

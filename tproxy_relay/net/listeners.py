@@ -10,11 +10,12 @@ import os
 import socket
 from collections.abc import MutableMapping, Sequence
 
-from tproxy_relay import endpoint, notify, sockets
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay import notify
 from tproxy_relay.errors import CapabilityMissingError, KernelUnsupportedError, SystemRefusedError
+from tproxy_relay.net import endpoint, sockets
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.settings import Settings
-from tproxy_relay.sockets import Tuning
 
 BACKLOG = 4096
 """Connections that may wait for accept(); the kernel caps it at net.core.somaxconn (listen(2))."""

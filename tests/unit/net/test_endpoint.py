@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from tproxy_relay.endpoint import Endpoint, from_sockaddr
+from tproxy_relay.net.endpoint import Endpoint, from_sockaddr
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import children
 import loopback
 import pytest
 
-from tproxy_relay import endpoint
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.orig_dst import original_destination, unpack_sockaddr_in, unpack_sockaddr_in6
+from tproxy_relay.net import endpoint
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.orig_dst import original_destination, unpack_sockaddr_in, unpack_sockaddr_in6
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -44,7 +44,7 @@ def test_a_dead_descriptor_is_an_error() -> None:
 
 REDIRECTED = """
 import socket, subprocess, sys
-from tproxy_relay.orig_dst import original_destination
+from tproxy_relay.net.orig_dst import original_destination
 
 subprocess.run(["nft", "-f", "-"], check=True, text=True, input='''
 table inet test {

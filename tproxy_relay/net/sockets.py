@@ -13,8 +13,8 @@ import socket
 from dataclasses import dataclass
 from functools import cached_property
 
-from tproxy_relay import linux
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.net import linux
+from tproxy_relay.net.endpoint import Endpoint
 
 SEND_TICK = 1.0
 """Seconds after which a send() that found no room returns, so that its thread can see whether it is still

@@ -12,9 +12,9 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from loopback import FIN, RST
 
-from tproxy_relay import linux, sockets
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.sockets import Tuning
+from tproxy_relay.net import linux, sockets
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.sockets import Tuning
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -55,9 +55,9 @@ def test_a_tiny_user_timeout_is_not_none(seconds: float, milliseconds: int) -> N
 
 PRIVILEGED = """
 import socket
-from tproxy_relay import sockets
-from tproxy_relay.endpoint import Endpoint
-from tproxy_relay.sockets import Tuning
+from tproxy_relay.net import sockets
+from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.net.sockets import Tuning
 
 for mark in (1, 0x04000000, 0x80000000):
     with sockets.upstream_socket(socket.AF_INET, Tuning(0, 0, mark)) as sock:
@@ -85,8 +85,8 @@ def test_mark_and_foreign_addresses(require_or_skip: Callable[[str], NoReturn]) 
 
 UNPRIVILEGED = """
 import socket
-from tproxy_relay import sockets
-from tproxy_relay.endpoint import Endpoint
+from tproxy_relay.net import sockets
+from tproxy_relay.net.endpoint import Endpoint
 for family in (socket.AF_INET, socket.AF_INET6):
     with socket.socket(family) as sock:
         for call in (lambda: sockets.set_transparent(sock), lambda: sockets.set_mark(sock, 1)):
