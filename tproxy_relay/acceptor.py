@@ -18,9 +18,9 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from tproxy_relay import board
-from tproxy_relay.board import Place
 from tproxy_relay.connection import THREADS
+from tproxy_relay.ipc import scoreboard
+from tproxy_relay.ipc.scoreboard import Place
 from tproxy_relay.net import endpoint, listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
@@ -156,7 +156,7 @@ class Acceptor:
     # --- the listeners
 
     def _watch(self) -> None:
-        self._show(board.WATCHING)
+        self._show(scoreboard.WATCHING)
         self._look_at = self._next_look()
         for listener in self._listeners:
             self._by_fd[listener.sock.fileno()] = listener
@@ -167,7 +167,7 @@ class Acceptor:
 
     def _show(self, state: int) -> None:
         """To the other workers, which count on one that leaves no more."""
-        self._place.state = board.ABSENT if self._leaving else state
+        self._place.state = scoreboard.ABSENT if self._leaving else state
 
     def _unwatch(self, state: int) -> None:
         self._show(state)
@@ -233,12 +233,12 @@ class Acceptor:
 
     def _is_needed(self) -> bool:
         """True if no other worker is to take the next clients."""
-        return self._distrust_until > time.monotonic() or not self._place.fewer_elsewhere(board.WATCHING)
+        return self._distrust_until > time.monotonic() or not self._place.fewer_elsewhere(scoreboard.WATCHING)
 
     def _watch_others(self, now: float) -> None:
         """One that has been stopped seems to watch the listeners, too."""
         accepted = self._place.accepted_everywhere
-        if self._place.state == board.RESTING and accepted == self._accepted and self._somebody_waits():
+        if self._place.state == scoreboard.RESTING and accepted == self._accepted and self._somebody_waits():
             self._distrust_until = now + DISTRUST
         self._accepted = accepted
 
@@ -247,10 +247,10 @@ class Acceptor:
         if self._leaving:
             return False
         if self._is_needed():
-            if self._place.fewer_elsewhere(board.RESTING):
+            if self._place.fewer_elsewhere(scoreboard.RESTING):
                 self._place.board.ring()
             return False
-        self._unwatch(board.RESTING)
+        self._unwatch(scoreboard.RESTING)
         if self._is_needed():
             self._watch()  # the other one has begun to rest in the same moment, trusting in us
             return False
@@ -272,7 +272,7 @@ class Acceptor:
         self._full = why
         self._someone_left = False
         self._look_at = now + CAPACITY_PAUSE
-        self._unwatch(board.WAITING)
+        self._unwatch(scoreboard.WAITING)
         if self._when_full == EVICT and self._somebody_waits():
             self._make_room()
 
@@ -302,7 +302,7 @@ class Acceptor:
         """Have nothing to do with new clients any more, but for those of the listeners of these names (None: all)."""
         self._leaving = True
         self._full = self._look_at = None
-        self._unwatch(board.ABSENT)
+        self._unwatch(scoreboard.ABSENT)
         self._epoll.unregister(self._place.board.bell)
         self._place.board.ring()  # others may rest because of this one
         kept = [listener for listener in self._listeners if names is None or listener.name in names]
@@ -322,7 +322,7 @@ class Acceptor:
 
     def close(self) -> None:
         """Close the listeners and give the threads back."""
-        self._unwatch(board.ABSENT)
+        self._unwatch(scoreboard.ABSENT)
         listeners.close_all(self._listeners)
         if self._pair_reserved:
             self._pair_reserved = False

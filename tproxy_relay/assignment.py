@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tproxy_relay.channel import Message
+from tproxy_relay.ipc.channel import Message
 from tproxy_relay.limits import Limits
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning

@@ -10,9 +10,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from tproxy_relay import histogram
-from tproxy_relay.board import NO_TRAFFIC, Board, Numbers, Traffic
 from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.ipc import histogram
+from tproxy_relay.ipc.scoreboard import NO_TRAFFIC, Board, Numbers, Traffic
 from tproxy_relay.log_pipes import LogPipes
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.preparation import Prepared

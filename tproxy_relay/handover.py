@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from tproxy_relay.admin import address
-from tproxy_relay.channel import MOST_DESCRIPTORS, Channel, Message
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.plan import Plan
+from tproxy_relay.ipc.channel import MOST_DESCRIPTORS, Channel, Message
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from tproxy_relay.board import Place, SharedCounts
+from tproxy_relay.ipc.scoreboard import Place, SharedCounts
 from tproxy_relay.net.endpoint import Endpoint
 
 

@@ -21,12 +21,12 @@ from typing import NamedTuple
 from tproxy_relay import session_query, sessions
 from tproxy_relay.acceptor import Acceptor
 from tproxy_relay.arrivals import Arrivals
-from tproxy_relay.board import Place
-from tproxy_relay.channel import Channel, Message
 from tproxy_relay.connection import THREADS, Connection, Context
 from tproxy_relay.errors import ConfigError
 from tproxy_relay.eviction import Eviction
 from tproxy_relay.hangups import Hangups
+from tproxy_relay.ipc.channel import Channel, Message
+from tproxy_relay.ipc.scoreboard import Place
 from tproxy_relay.limits import Limits
 from tproxy_relay.net import sockets
 from tproxy_relay.net.endpoint import Endpoint

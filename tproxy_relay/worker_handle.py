@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tproxy_relay import channel, errors, launch
-from tproxy_relay.board import Board, Numbers, Traffic
-from tproxy_relay.channel import Message
+from tproxy_relay import errors, launch
 from tproxy_relay.errors import RelayError, SystemRefusedError
+from tproxy_relay.ipc import channel
+from tproxy_relay.ipc.channel import Message
+from tproxy_relay.ipc.scoreboard import Board, Numbers, Traffic
 from tproxy_relay.log_pipes import LogPipes
 from tproxy_relay.preparation import Prepared
 

@@ -14,10 +14,11 @@ import sys
 from dataclasses import replace
 from typing import NoReturn
 
-from tproxy_relay import assignment, channel, logs, process_name
-from tproxy_relay.board import Board, Place
-from tproxy_relay.channel import Channel
+from tproxy_relay import assignment, logs, process_name
 from tproxy_relay.errors import RelayError
+from tproxy_relay.ipc import channel
+from tproxy_relay.ipc.channel import Channel
+from tproxy_relay.ipc.scoreboard import Board, Place
 from tproxy_relay.net import listeners
 from tproxy_relay.processors import Processors
 from tproxy_relay.worker import Worker

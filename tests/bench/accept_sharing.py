@@ -17,10 +17,10 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
 
-from tproxy_relay import board
 from tproxy_relay.acceptor import Acceptor
-from tproxy_relay.board import Board, Place
 from tproxy_relay.connection import THREADS
+from tproxy_relay.ipc import scoreboard
+from tproxy_relay.ipc.scoreboard import Board, Place
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import BACKLOG, Listener
 from tproxy_relay.outcome import Outcome
@@ -108,7 +108,7 @@ class Fleet:
             finally:
                 os._exit(1)
         deadline = time.monotonic() + PATIENCE
-        while place.state != board.WATCHING and time.monotonic() < deadline:
+        while place.state != scoreboard.WATCHING and time.monotonic() < deadline:
             time.sleep(0.001)
 
     def signal(self, number: int, what: signal.Signals) -> None:

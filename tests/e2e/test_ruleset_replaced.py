@@ -66,7 +66,7 @@ MODES = [(backend, mode) for backend in BACKENDS for mode in ("tproxy", "redirec
 
 SUPERVISOR = """
 import logging, os, sys
-from tproxy_relay import channel
+from tproxy_relay.ipc import channel
 from tproxy_relay.errors import RelayError
 from tproxy_relay.net.endpoint import from_sockaddr
 from tproxy_relay.intercept import plan as plans

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tproxy_relay.board import Board, Place
+from tproxy_relay.ipc.scoreboard import Board, Place
 
 
 @contextmanager

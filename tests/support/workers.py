@@ -17,8 +17,9 @@ import places
 from deadlines import PATIENCE, wait_until
 from lines import Lines
 
-from tproxy_relay import board, channel, launch
+from tproxy_relay import launch
 from tproxy_relay.assignment import Assignment
+from tproxy_relay.ipc import channel, scoreboard
 from tproxy_relay.limits import Limits
 from tproxy_relay.net import endpoint, sockets
 from tproxy_relay.net.listeners import Listener
@@ -295,10 +296,10 @@ class Several(Peers):
         others = [one for one in range(len(self.workers)) if one != number]
         for one in others:
             self.workers[one].stand_still()
-            self.places[one].state = board.ABSENT  # else clients would be left to it
+            self.places[one].state = scoreboard.ABSENT  # else clients would be left to it
         held = [self.connect()[0] for _ in range(count)]
         assert self.live[number] >= count
         for one in others:
-            self.places[one].state = board.WATCHING
+            self.places[one].state = scoreboard.WATCHING
             self.workers[one].child.send_signal(signal.SIGCONT)
         return held

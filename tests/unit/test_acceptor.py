@@ -20,8 +20,9 @@ from lines import fields
 from loopback import FIN, RST
 from workers import Running, Several
 
-from tproxy_relay import acceptor, board, eviction
+from tproxy_relay import acceptor, eviction
 from tproxy_relay.connection import THREADS
+from tproxy_relay.ipc import scoreboard
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -294,14 +295,16 @@ def test_a_worker_without_descriptors_says_so_and_leaves_clients_to_the_others()
         wait_until(lambda: running.full, "it has no room")
         (line,) = running.lines.of("not accepting")
         assert fields(line) == {"reason": "descriptors", "live": 8}
-        assert running.place.state == board.WAITING
+        assert running.place.state == scoreboard.WAITING
 
 
 def settled(several: Several) -> bool:
     """True if no worker rests that has clearly fewer than the busiest: they have been rung for, and need their turn."""
     most = max(several.live)
     clearly_fewer = most - math.isqrt(most - 1)
-    return not any(state == board.RESTING and live < clearly_fewer for state, live in zip(several.states, several.live))
+    return not any(
+        state == scoreboard.RESTING and live < clearly_fewer for state, live in zip(several.states, several.live)
+    )
 
 
 def test_workers_share_the_clients_evenly() -> None:
@@ -318,9 +321,9 @@ def bring_to_rest(several: Several) -> None:
     several.hold(0, 16)
     several.workers[1].stand_still()  # it would be the one that is woken
     several.connect()
-    wait_until(lambda: several.states[0] == board.RESTING, "it rests")
+    wait_until(lambda: several.states[0] == scoreboard.RESTING, "it rests")
     several.workers[1].child.send_signal(signal.SIGCONT)
-    assert several.states == [board.RESTING, board.WATCHING]
+    assert several.states == [scoreboard.RESTING, scoreboard.WATCHING]
 
 
 def test_a_worker_that_has_more_than_others_rests_and_the_next_clients_go_to_them_at_once() -> None:
@@ -333,7 +336,7 @@ def test_a_worker_that_has_more_than_others_rests_and_the_next_clients_go_to_the
             several.connect()
             waits.append(time.monotonic() - began)
         assert several.live == [before[0], before[1] + 10]
-        assert several.states == [board.RESTING, board.WATCHING]
+        assert several.states == [scoreboard.RESTING, scoreboard.WATCHING]
         assert median(waits) < SERVED_BY_A_WAKE_UP
 
 
@@ -381,7 +384,7 @@ def test_when_the_others_have_gone_a_worker_that_rested_watches_again() -> None:
     with Several() as several:
         bring_to_rest(several)
         several.workers[1].leave()
-        wait_until(lambda: several.states == [board.WATCHING, board.ABSENT], "the other one has left")
+        wait_until(lambda: several.states == [scoreboard.WATCHING, scoreboard.ABSENT], "the other one has left")
         before = several.live[0]
         several.connect()
         assert several.live[0] == before + 1
@@ -414,11 +417,11 @@ def test_a_place_that_comes_free_in_one_worker_is_given_away_at_once_by_another(
     with Several(most=8) as several:
         held = several.hold(0, 8)
         several.workers[0].leave()
-        wait_until(lambda: several.states[0] == board.ABSENT, "it has left")
+        wait_until(lambda: several.states[0] == scoreboard.ABSENT, "it has left")
         waits = []
         for client in held:
             waiting = several.dial()
-            wait_until(lambda: several.states[1] == board.WAITING, "the other one has no room")
+            wait_until(lambda: several.states[1] == scoreboard.WAITING, "the other one has no room")
             began = time.monotonic()
             loopback.reset(client)
             several.serve()
@@ -433,7 +436,7 @@ def test_the_connections_of_a_worker_that_died_are_others_to_take() -> None:
         waiting = [several.dial() for _ in range(6)]
         for client in waiting:
             client.sendall(b"me")
-        wait_until(lambda: several.states[1] == board.WAITING, "it has no room")
+        wait_until(lambda: several.states[1] == scoreboard.WAITING, "it has no room")
         several.workers[0].child.kill()
         several.workers[0].child.wait(PATIENCE)
         several.board.clear(0)  # as the supervisor does
@@ -509,7 +512,7 @@ def test_orders_come_to_a_worker_process_and_signals_do_not() -> None:
             several.workers[0].child.send_signal(number)
         several.connect()
         several.workers[0].leave()
-        wait_until(lambda: several.states == [board.ABSENT], "it leaves")
+        wait_until(lambda: several.states == [scoreboard.ABSENT], "it leaves")
         client.sendall(b"still")
         assert loopback.read_exactly(server, 5) == b"still"
         several.workers[0].control.close()

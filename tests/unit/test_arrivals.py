@@ -8,7 +8,7 @@ from places import places
 
 from tproxy_relay import arrivals
 from tproxy_relay.arrivals import Arrivals
-from tproxy_relay.board import Place
+from tproxy_relay.ipc.scoreboard import Place
 
 HOST, OTHER = "192.0.2.1", "2001:db8::1"
 

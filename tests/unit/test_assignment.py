@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tproxy_relay import assignment, channel
+from tproxy_relay import assignment
 from tproxy_relay.assignment import Assignment
+from tproxy_relay.ipc import channel
 from tproxy_relay.limits import Limits
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from lines import fields
 from loopback import FIN, RST
 
-from tproxy_relay import board as board_module
 from tproxy_relay import crew, worker_handle
-from tproxy_relay.board import PLACES, WATCHING, Board, Numbers
-from tproxy_relay.channel import Message
 from tproxy_relay.crew import DEATHS_PERIOD, MOST_DEATHS, Crew, Deaths, Generation, added, with_lost
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
+from tproxy_relay.ipc import scoreboard as board_module
+from tproxy_relay.ipc.channel import Message
+from tproxy_relay.ipc.scoreboard import PLACES, WATCHING, Board, Numbers
 from tproxy_relay.log_pipes import LogPipes
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome

@@ -11,18 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import (
-    board,
-    config,
-    errors,
-    limits,
-    preparation,
-    privileges,
-    process_name,
-    service,
-    supervisor,
-)
+from tproxy_relay import config, errors, limits, preparation, privileges, process_name, service, supervisor
 from tproxy_relay.crew import DEATHS_PERIOD, MOST_DEATHS, Deaths
+from tproxy_relay.ipc import scoreboard
 from tproxy_relay.options import OPTIONS
 from tproxy_relay.settings import Settings
 
@@ -121,7 +112,7 @@ def test_the_numbers_are_those_of_the_program() -> None:
     pauses = [deaths.pause(0.0) for _ in range(MOST_DEATHS)]
     assert pauses[0] == 0 and pauses[-1] is None
     assert "at once, then after " + ", ".join(f"{pause:g} s" for pause in pauses[1:-1]) + " " in WORDS
-    assert f"room for {board.PLACES} workers" in WORDS
+    assert f"room for {scoreboard.PLACES} workers" in WORDS
     assert "after one more second, for handshakes" in WORDS and supervisor.HANDSHAKE_GRACE == 1
     assert "less about forty" in WORDS and limits.RESERVED_DESCRIPTORS == 40
 

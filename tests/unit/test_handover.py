@@ -14,8 +14,8 @@ from deadlines import PATIENCE, wait_until
 from relays import Relay
 
 from tproxy_relay import handover
-from tproxy_relay.channel import Channel, Message
 from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.ipc.channel import Channel, Message
 from tproxy_relay.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")

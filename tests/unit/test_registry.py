@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import places
 import pytest
 
-from tproxy_relay.board import Place
-from tproxy_relay.histogram import CONNECT, DURATION, bucket
+from tproxy_relay.ipc.histogram import CONNECT, DURATION, bucket
+from tproxy_relay.ipc.scoreboard import Place
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry, Traffic
 

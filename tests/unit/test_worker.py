@@ -16,9 +16,9 @@ from loopback import FIN, RST
 from rows import Seen
 from workers import Running
 
-from tproxy_relay import board
 from tproxy_relay import worker as worker_module
 from tproxy_relay.connection import THREADS, Connection
+from tproxy_relay.ipc import scoreboard
 from tproxy_relay.net import endpoint, orig_dst
 from tproxy_relay.policy import Destinations
 
@@ -131,7 +131,7 @@ def test_it_leaves_and_finishes_what_there_is(running: Running) -> None:
     running.leave()
     wait_until(lambda: running.left, "it leaves")
     assert is_refused_at_all(running)
-    assert running.place.state == board.ABSENT
+    assert running.place.state == scoreboard.ABSENT
     client.sendall(b"still served")
     assert loopback.read_exactly(server, 12) == b"still served"
     server.close()
@@ -153,7 +153,7 @@ def test_clients_whose_handshake_was_under_way_are_served_when_it_leaves(running
     wait_until(lambda: running.leaving, "it leaves")
     client, server = running.connect()
     assert not running.left
-    assert running.place.state == board.ABSENT, "other workers must not count on it"
+    assert running.place.state == scoreboard.ABSENT, "other workers must not count on it"
     client.close()
     server.close()
     wait_until(lambda: running.lines.outcomes() == ["completed"], "it is served to its end")

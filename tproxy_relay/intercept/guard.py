@@ -24,8 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tproxy_relay import channel, process_name
-from tproxy_relay.channel import Channel, Message
+from tproxy_relay import process_name
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import backends
 from tproxy_relay.intercept import plan as plans
@@ -38,6 +37,8 @@ from tproxy_relay.intercept.lock import Lock
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.intercept.programs import ProgramError
 from tproxy_relay.intercept.ruleset import STATES, Ruleset
+from tproxy_relay.ipc import channel
+from tproxy_relay.ipc.channel import Channel, Message
 
 SETTLE = 0.2
 """Seconds after a change before the rules are looked at: changes come in bursts."""

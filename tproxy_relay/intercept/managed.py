@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tproxy_relay import channel, errors
-from tproxy_relay.channel import Channel, Message
+from tproxy_relay import errors
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept import ruleset
 from tproxy_relay.intercept.plan import Plan, State
+from tproxy_relay.ipc import channel
+from tproxy_relay.ipc.channel import Channel, Message
 
 PATIENCE = 3.0
 """Seconds to wait for the guard to have drained or removed the rules; it takes a twentieth of one. Nothing else is

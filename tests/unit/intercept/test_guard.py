@@ -15,12 +15,12 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from plans import PLAN, PORTS, VARIANTS, quickly
 
-from tproxy_relay import channel
-from tproxy_relay.channel import Channel
 from tproxy_relay.intercept import backends, guard, lock
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept import programs, ruleset
 from tproxy_relay.intercept.plan import Plan
+from tproxy_relay.ipc import channel
+from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.settings import PortRange
 
 CLOSED = replace(PLAN, on_failure="closed")

@@ -15,13 +15,13 @@ from deadlines import wait_until
 from lines import Lines, fields
 from plans import PLAN, PORTS
 
-from tproxy_relay import channel
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.intercept import lock, managed, programs, routing, ruleset
 from tproxy_relay.intercept.backend_nft import Nft
 from tproxy_relay.intercept.lock import Lock
 from tproxy_relay.intercept.managed import Interception
 from tproxy_relay.intercept.plan import Plan
+from tproxy_relay.ipc import channel
 from tproxy_relay.settings import PortRange
 
 OTHER = replace(PLAN, inbound=(*PORTS, PortRange(22, 22)))

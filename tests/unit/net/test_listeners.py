@@ -194,7 +194,7 @@ def test_a_listener_can_be_tuned_anew(opened: Callable[..., list[listeners.Liste
 
 OPEN = """
 import json, logging, os, sys
-from tproxy_relay.net import listeners; from tproxy_relay.net import sockets
+from tproxy_relay.net import listeners, sockets
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import Settings
 

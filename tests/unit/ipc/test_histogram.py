@@ -2,8 +2,8 @@
 
 import math
 
-from tproxy_relay import histogram
-from tproxy_relay.histogram import CONNECT, DURATION, Histogram, bucket
+from tproxy_relay.ipc import histogram
+from tproxy_relay.ipc.histogram import CONNECT, DURATION, Histogram, bucket
 
 BOUNDS = (0.1, 1.0, 10.0)
 

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from tproxy_relay import histogram, shared_counts
-from tproxy_relay.histogram import CONNECT, DURATION, Histogram
+from tproxy_relay.ipc import histogram, shared_counters
+from tproxy_relay.ipc.histogram import CONNECT, DURATION, Histogram
+from tproxy_relay.ipc.shared_counters import Table
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.shared_counts import Table
 
 PLACES = 128
 """Workers that can be there at the same time, those included that finish their last connections."""
@@ -96,7 +96,7 @@ class Board:
     @classmethod
     def create(cls, connections: int) -> "Board":
         """A new one, for workers that have so many connections each."""
-        entries = shared_counts.WINDOW * max(1, math.ceil(3 * connections / shared_counts.WINDOW))
+        entries = shared_counters.WINDOW * max(1, math.ceil(3 * connections / shared_counters.WINDOW))
         fd = os.memfd_create("tproxy-relay", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, _TABLES_AT + PLACES * _size_of_tables(entries))
         # A worker that was taken over by somebody must not be able to make the supervisor read beyond the end.
@@ -191,14 +191,14 @@ class Board:
 
     def digest(self, text: str) -> bytes:
         """The key of a text in the tables of this board; nobody outside can find two texts with the same one."""
-        return hashlib.blake2b(text.encode(), digest_size=shared_counts.KEY_BYTES, key=self._key).digest()
+        return hashlib.blake2b(text.encode(), digest_size=shared_counters.KEY_BYTES, key=self._key).digest()
 
     def table(self, number: int, which: int) -> Table:
         """One of the tables of a place."""
         if number not in self._tables:
             if self._tables_map is None:  # one for all of them: Python keeps a descriptor for each
                 self._tables_map = mmap.mmap(self._fd, PLACES * self._tables_size, offset=_TABLES_AT)
-            size = self._words[_ENTRIES] * shared_counts.ENTRY_BYTES
+            size = self._words[_ENTRIES] * shared_counters.ENTRY_BYTES
             with memoryview(self._tables_map)[number * self._tables_size :] as own:
                 self._tables[number] = [Table(own[index * size : (index + 1) * size]) for index in range(_TABLES)]
         return self._tables[number][which]
@@ -380,4 +380,4 @@ class Place:
 
 
 def _size_of_tables(entries: int) -> int:
-    return math.ceil(_TABLES * entries * shared_counts.ENTRY_BYTES / mmap.PAGESIZE) * mmap.PAGESIZE
+    return math.ceil(_TABLES * entries * shared_counters.ENTRY_BYTES / mmap.PAGESIZE) * mmap.PAGESIZE

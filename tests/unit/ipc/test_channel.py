@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tproxy_relay import channel
-from tproxy_relay.channel import MOST_BYTES, MOST_DESCRIPTORS, Channel
+from tproxy_relay.ipc import channel
+from tproxy_relay.ipc.channel import MOST_BYTES, MOST_DESCRIPTORS, Channel
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -172,7 +172,7 @@ def test_the_end_of_one_that_has_not_read_everything(ends: Ends) -> None:
 
 CHILD = """
 import os, signal, sys
-from tproxy_relay import channel
+from tproxy_relay.ipc import channel
 end = channel.adopt(int(sys.argv[1]))
 assert not os.get_inheritable(end.fileno())
 end.send({"pid": os.getpid()})

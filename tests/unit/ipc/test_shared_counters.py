@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tproxy_relay.shared_counts import ENTRY_BYTES, KEY_BYTES, WINDOW, Table
+from tproxy_relay.ipc.shared_counters import ENTRY_BYTES, KEY_BYTES, WINDOW, Table
 
 keys = st.lists(st.sampled_from(b"\0\1"), min_size=KEY_BYTES, max_size=KEY_BYTES).map(bytes)
 """So alike that they are found in the middle of each other and across the seams between entries."""
@@ -107,7 +107,7 @@ def test_memory_that_is_given_back_can_be_unmapped() -> None:
 
 WRITE = """
 import mmap, sys
-from tproxy_relay.shared_counts import Table
+from tproxy_relay.ipc.shared_counters import Table
 with open(sys.argv[1], "r+b") as file:
     counts = Table(memoryview(mmap.mmap(file.fileno(), 0)))
 key = lambda number: number.to_bytes(16, "big")

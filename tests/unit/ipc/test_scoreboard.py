@@ -18,9 +18,9 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from places import places
 
-from tproxy_relay import board as board_module
 from tproxy_relay import limits
-from tproxy_relay.board import (
+from tproxy_relay.ipc import scoreboard as board_module
+from tproxy_relay.ipc.scoreboard import (
     ABSENT,
     NO_TRAFFIC,
     PLACES,
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 REMOTE = """
 import os, sys
-from tproxy_relay.board import Board, Place
+from tproxy_relay.ipc.scoreboard import Board, Place
 board = Board(int(sys.argv[1]), int(sys.argv[2]))
 place = Place(board, int(sys.argv[3]))
 for line in sys.stdin:
