@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tproxy_relay.ipc.channel import Message
-from tproxy_relay.limits import Limits
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
+from tproxy_relay.system.limits import Limits
 
 
 @dataclass(frozen=True)

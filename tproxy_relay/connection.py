@@ -22,11 +22,11 @@ from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations, RefusedError
-from tproxy_relay.processors import Processors
 from tproxy_relay.record import ConnectionRecord
 from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry
 from tproxy_relay.relay import HangupWatch, Leg, Relay
 from tproxy_relay.settings import Settings
+from tproxy_relay.system.cpu import Processors
 from tproxy_relay.threads import RelayThreads
 
 THREADS = 2

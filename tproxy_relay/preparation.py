@@ -13,7 +13,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tproxy_relay import limits, privileges, processors
 from tproxy_relay.assignment import Assignment
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
 from tproxy_relay.intercept import foreign_nat, plan
@@ -24,6 +23,7 @@ from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Settings
+from tproxy_relay.system import cpu, limits, privileges
 
 FIXED = ("mode", "interface", "backend", "mark_mask", "route_table", "route_priority")
 """Settings that live connections depend on: with other marks, routes or listeners the kernel would not know them."""
@@ -73,7 +73,7 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
     ready = list(kept) if inherited else listeners.open_all(settings, tuning, kept)
     try:
         own_ports = frozenset(one.endpoint.port for one in ready)
-        workers = settings.workers or processors.worth()
+        workers = settings.workers or cpu.worth()
         descriptors, memory = limits.raise_descriptor_limit(), limits.usable_memory()
         assignment = Assignment(
             settings,
@@ -85,7 +85,7 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
     except BaseException:
         listeners.close_all([one for one in ready if one not in kept])
         raise
-    homes = processors.homes(settings.cpu_affinity, workers)
+    homes = cpu.homes(settings.cpu_affinity, workers)
     return Prepared(settings, tuple(ready), tuning, wanted, assignment, tuple(command), workers, homes)
 
 

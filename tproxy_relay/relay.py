@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tproxy_relay.net import sockets
-from tproxy_relay.processors import Processors
+from tproxy_relay.system.cpu import Processors
 
 SMALL_READ = 1024
 """Bytes. What a resting connection costs; a message that fills it makes the next read larger."""

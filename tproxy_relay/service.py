@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Callable, MutableMapping
 from typing import NoReturn
 
-from tproxy_relay import logs, preparation, privileges, process_name
+from tproxy_relay import logs, preparation
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import Supervisor
-from tproxy_relay.wakeup import Wakeup
+from tproxy_relay.system import privileges, proc_title
+from tproxy_relay.system.wakeup import Wakeup
 
 LOG_FLUSH = 1.0
 """Seconds that the log gets at the end."""
@@ -31,7 +32,7 @@ def give_up_privileges(environ: MutableMapping[str, str]) -> None:
 
 def run(settings: Settings, reread: Callable[[], Settings], environ: MutableMapping[str, str]) -> NoReturn:
     """Relay until told to stop; ends the process. `reread` is for a reload. Raises RelayError if it cannot begin."""
-    process_name.become(process_name.SUPERVISOR)
+    proc_title.become(proc_title.SUPERVISOR)
     wakeup = Wakeup()
     wakeup.catch((*SIGNALS, *((signal.SIGCHLD,) if os.getpid() == 1 else ())))
     # sys.stderr is None when we were started without one, and descriptor 2 is somebody else's then.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import fields
 
-from tproxy_relay import __version__, handover, notify, status_document
+from tproxy_relay import __version__, handover, status_document
 from tproxy_relay.admin import address
 from tproxy_relay.admin.address import AdminSocket
 from tproxy_relay.admin.history import History, Sample
@@ -35,7 +35,8 @@ from tproxy_relay.net.listeners import Listener
 from tproxy_relay.preparation import Prepared, fixed, prepare
 from tproxy_relay.settings import Settings
 from tproxy_relay.status_document import Facts
-from tproxy_relay.wakeup import Wakeup
+from tproxy_relay.system import systemd
+from tproxy_relay.system.wakeup import Wakeup
 from tproxy_relay.worker import ABORT_GRACE
 from tproxy_relay.worker_handle import WorkerHandle
 
@@ -177,13 +178,13 @@ class Supervisor:
         sd_notify(3)); those of a socket unit it keeps anyway."""
         assert self._now is not None
         # First, as a manager that is slow has room for a few messages only (net.unix.max_dgram_qlen).
-        notify.notify(f"READY=1\nSTATUS=relaying with {self._now.prepared.workers} workers", self._environ)
+        systemd.notify(f"READY=1\nSTATUS=relaying with {self._now.prepared.workers} workers", self._environ)
         if not self._inherited:
             for name in forgotten:
-                notify.notify(f"FDSTOREREMOVE=1\nFDNAME={name}", self._environ)
+                systemd.notify(f"FDSTOREREMOVE=1\nFDNAME={name}", self._environ)
             for listener in self._now.prepared.listeners:
                 stored = f"FDSTORE=1\nFDNAME={listener.stored_name}"
-                notify.notify(stored, self._environ, [listener.sock.fileno()])
+                systemd.notify(stored, self._environ, [listener.sock.fileno()])
 
     # --- the loop
 
@@ -352,7 +353,7 @@ class Supervisor:
             self._look_at = now + LOOK_INTERVAL
             self._sample()
             self._answer_elsewhere()
-            notify.notify("WATCHDOG=1", self._environ)
+            systemd.notify("WATCHDOG=1", self._environ)
             self._crew.kill_stalled()
 
     # --- looking in
@@ -427,7 +428,7 @@ class Supervisor:
         """Read the configuration again, and start a generation that obeys it."""
         self._reload_wanted = False
         assert self._now is not None
-        notify.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", self._environ)
+        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", self._environ)
         before = self._now.prepared
         try:
             settings = self._reread()
@@ -586,7 +587,7 @@ class Supervisor:
         self._stopping = True
         self._replace_at = []
         self._retiring = None
-        notify.notify("STOPPING=1", self._environ)
+        systemd.notify("STOPPING=1", self._environ)
         grace = 0.0
         if self._interception is not None and not self._refuses_when_failed:
             self._interception.drain()

@@ -27,18 +27,18 @@ from tproxy_relay.eviction import Eviction
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.ipc.channel import Channel, Message
 from tproxy_relay.ipc.scoreboard import Place
-from tproxy_relay.limits import Limits
 from tproxy_relay.net import sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import SEND_TICK, PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations
-from tproxy_relay.processors import Processors
 from tproxy_relay.registry import Registry
 from tproxy_relay.settings import Settings
+from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.limits import Limits
+from tproxy_relay.system.wakeup import Wakeup
 from tproxy_relay.threads import RelayThreads
-from tproxy_relay.wakeup import Wakeup
 
 TRIM_INTERVAL = 1.0
 """Seconds between two looks at threads that nobody needs any more."""

@@ -14,13 +14,14 @@ import sys
 from dataclasses import replace
 from typing import NoReturn
 
-from tproxy_relay import assignment, logs, process_name
+from tproxy_relay import assignment, logs
 from tproxy_relay.errors import RelayError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.ipc.scoreboard import Board, Place
 from tproxy_relay.net import listeners
-from tproxy_relay.processors import Processors
+from tproxy_relay.system import proc_title
+from tproxy_relay.system.cpu import Processors
 from tproxy_relay.worker import Worker
 
 SWITCH_INTERVAL = 1.0
@@ -45,7 +46,7 @@ def main() -> int:
     # Here, once, and all threads inherit it: to make such a set takes longer than to start a thread.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - CRASHES)
     faulthandler.enable()
-    process_name.become(process_name.WORKER)
+    proc_title.become(proc_title.WORKER)
     control = channel.adopt(0)
     given = control.receive()
     if given is None:

@@ -13,8 +13,8 @@ import pytest
 
 from tproxy_relay.check import limits
 from tproxy_relay.lab import Lab
-from tproxy_relay.limits import DESCRIPTORS_EACH
 from tproxy_relay.net import listeners
+from tproxy_relay.system.limits import DESCRIPTORS_EACH
 
 ETC = Path(__file__).parents[2] / "etc"
 FILE = ETC / "sysctl.d/10-tproxy-relay.conf"

@@ -21,9 +21,9 @@ from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PORT, processes, wait
 from rows import Seen
 from topologies import PLACES, Place, ends
 
-from tproxy_relay import privileges
 from tproxy_relay.lab import Lab, LabError, RelayProcess
 from tproxy_relay.net.endpoint import from_sockaddr
+from tproxy_relay.system import privileges
 
 pytestmark = pytest.mark.slow
 

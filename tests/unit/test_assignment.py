@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tproxy_relay import assignment
 from tproxy_relay.assignment import Assignment
 from tproxy_relay.ipc import channel
-from tproxy_relay.limits import Limits
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
+from tproxy_relay.system.limits import Limits
 
 finite = st.floats(allow_nan=False)  # which is not equal to itself
 ports = st.integers(0, 65535)

@@ -35,9 +35,9 @@ from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import PathTuning
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.policy import Destinations, RefusedError
-from tproxy_relay.processors import Processors
 from tproxy_relay.registry import Flow, Registry
 from tproxy_relay.settings import Network, Settings
+from tproxy_relay.system.cpu import Processors
 from tproxy_relay.threads import RelayThreads
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import config, errors, limits, preparation, privileges, process_name, service, supervisor
+from tproxy_relay import config, errors, preparation, service, supervisor
 from tproxy_relay.crew import DEATHS_PERIOD, MOST_DEATHS, Deaths
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.options import OPTIONS
 from tproxy_relay.settings import Settings
+from tproxy_relay.system import limits, privileges, proc_title
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "processes.rst").read_text()
 WORDS = " ".join(PAGE.split())
 """The page without its line breaks."""
 
-NAMES = {process_name.SUPERVISOR, process_name.WORKER, process_name.GUARD}
+NAMES = {proc_title.SUPERVISOR, proc_title.WORKER, proc_title.GUARD}
 TERMS = {"supervisor", "workers", "guard", "generation", "Nothing"}
 """In italics, and no log lines."""
 

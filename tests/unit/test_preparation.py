@@ -10,7 +10,7 @@ import children
 import loopback
 import pytest
 
-from tproxy_relay import preparation, processors
+from tproxy_relay import preparation
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
@@ -18,6 +18,7 @@ from tproxy_relay.net.listeners import Listener
 from tproxy_relay.policy import Destinations
 from tproxy_relay.preparation import prepare
 from tproxy_relay.settings import HostPort, PortRange, Settings
+from tproxy_relay.system import cpu
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -152,8 +153,8 @@ def test_what_the_workers_will_need() -> None:
 
 def test_as_many_workers_as_processors() -> None:
     prepared = prepare(plain(), [], inherited=False)
-    assert prepared.workers == processors.worth()
-    assert prepared.homes == processors.homes("auto", prepared.workers)
+    assert prepared.workers == cpu.worth()
+    assert prepared.homes == cpu.homes("auto", prepared.workers)
     listeners.close_all(list(prepared.listeners))
 
 

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tproxy_relay import processors
 from tproxy_relay.check import finding, host, read_iptables, read_nft
 from tproxy_relay.check.finding import Finding
 from tproxy_relay.check.firewall import Chain, Firewall
@@ -12,6 +11,7 @@ from tproxy_relay.check.host import Host
 from tproxy_relay.intercept import lock, nft
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.settings import Settings
+from tproxy_relay.system import cpu
 
 
 class Case:
@@ -30,7 +30,7 @@ class Case:
     @property
     def workers(self) -> int:
         """Processes that do the relaying."""
-        return self.settings.workers or processors.worth()
+        return self.settings.workers or cpu.worth()
 
     @functools.cached_property
     def listener_ports(self) -> list[int]:

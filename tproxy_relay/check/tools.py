@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterator
 
-from tproxy_relay import privileges
 from tproxy_relay.check import host
 from tproxy_relay.check.case import Case
 from tproxy_relay.check.finding import Finding, install, ok, problem, warning
 from tproxy_relay.intercept import programs
+from tproxy_relay.system import privileges
 
 OLDEST_NFT = (0, 9, 7)
 """The first with `reject` in prerouting (Debian 11 has 0.9.8)."""

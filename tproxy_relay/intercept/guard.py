@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tproxy_relay import process_name
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import backends
 from tproxy_relay.intercept import plan as plans
@@ -39,6 +38,7 @@ from tproxy_relay.intercept.programs import ProgramError
 from tproxy_relay.intercept.ruleset import STATES, Ruleset
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel, Message
+from tproxy_relay.system import proc_title
 
 SETTLE = 0.2
 """Seconds after a change before the rules are looked at: changes come in bursts."""
@@ -366,7 +366,7 @@ def main() -> int:
     """The process. The relay starts it; by hand it is of no use."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    process_name.become(process_name.GUARD)
+    proc_title.become(proc_title.GUARD)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a relay that is PID 1 ignores it, and exit codes would be lost
     try:
         talk = _standard_input()

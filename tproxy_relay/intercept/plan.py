@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-from tproxy_relay import privileges
 from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, MOST_ROUTE_PRIORITY, PortRange, Settings
+from tproxy_relay.system import privileges
 
 State = Literal["active", "draining", "closed"]
 """active: new connections are taken. draining: none are, and those that the relay has go on. closed: new ones

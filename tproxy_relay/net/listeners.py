@@ -10,12 +10,12 @@ import os
 import socket
 from collections.abc import MutableMapping, Sequence
 
-from tproxy_relay import notify
 from tproxy_relay.errors import CapabilityMissingError, KernelUnsupportedError, SystemRefusedError
 from tproxy_relay.net import endpoint, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.settings import Settings
+from tproxy_relay.system import systemd
 
 BACKLOG = 4096
 """Connections that may wait for accept(); the kernel caps it at net.core.somaxconn (listen(2))."""
@@ -91,7 +91,7 @@ def adopt_all(settings: Settings, environ: MutableMapping[str, str]) -> tuple[li
     """The listeners that were passed to this process (sd_listen_fds(3)), and the names of what else a relay before
     this one seems to have stored. Raises SystemRefusedError for any other that will not do."""
     try:
-        inherited = notify.inherited_descriptors(environ)
+        inherited = systemd.inherited_descriptors(environ)
     except ValueError as error:
         raise SystemRefusedError(str(error)) from error
     adopted, unfit = [], []

@@ -18,7 +18,6 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from places import places
 
-from tproxy_relay import limits
 from tproxy_relay.ipc import scoreboard as board_module
 from tproxy_relay.ipc.scoreboard import (
     ABSENT,
@@ -33,6 +32,7 @@ from tproxy_relay.ipc.scoreboard import (
     Place,
 )
 from tproxy_relay.outcome import Outcome
+from tproxy_relay.system import limits
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 
-from tproxy_relay import cgroup
+from tproxy_relay.system import cgroup
 
 log = logging.getLogger(__name__)
 

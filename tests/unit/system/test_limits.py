@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import cgroup, limits
+from tproxy_relay.system import cgroup, limits
 
 PLENTY = 1 << 50
 """Bytes of memory."""

@@ -3,18 +3,18 @@
 import children
 import pytest
 
-from tproxy_relay import process_name
+from tproxy_relay.system import proc_title
 
 NAMED = """
 import sys, threading
-from tproxy_relay import process_name
+from tproxy_relay.system import proc_title as process_name
 process_name.become(sys.argv[1])
 print(open("/proc/self/comm").read(), end="")
 threading.Thread(target=lambda: print(open("/proc/thread-self/comm").read(), end="")).start()
 """
 
 
-@pytest.mark.parametrize("name", [process_name.SUPERVISOR, process_name.WORKER, process_name.GUARD])
+@pytest.mark.parametrize("name", [proc_title.SUPERVISOR, proc_title.WORKER, proc_title.GUARD])
 def test_it_is_called_so_and_so_are_its_threads(name: str) -> None:
     ran = children.run_python(NAMED, name)
     assert ran.stdout == f"{name}\n" * 2, "the kernel cuts what is too long"
@@ -25,7 +25,7 @@ def test_where_it_cannot_be_written_nothing_happens(monkeypatch: pytest.MonkeyPa
         raise PermissionError
 
     monkeypatch.setattr("builtins.open", refuse)
-    process_name.become("no-one")
+    proc_title.become("no-one")
     monkeypatch.undo()
     with open("/proc/self/comm", encoding="ascii") as comm:
         assert comm.read() != "no-one\n"

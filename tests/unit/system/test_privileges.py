@@ -13,15 +13,15 @@ import children
 import pytest
 from deadlines import wait_until
 
-from tproxy_relay import privileges
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
-from tproxy_relay.privileges import NUMBERS, SUPERVISOR, Account, Held
+from tproxy_relay.system import privileges
+from tproxy_relay.system.privileges import NUMBERS, SUPERVISOR, Account, Held
 
 Need = Callable[[str], NoReturn]
 
 BECOME = """
 import json, os, sys
-from tproxy_relay import privileges
+from tproxy_relay.system import privileges
 from tproxy_relay.errors import RelayError
 user, keep, *becoming = json.loads(sys.argv[1])
 try:
@@ -229,7 +229,7 @@ def test_the_numbers_of_capabilities(require_or_skip: Need) -> None:
 
 SHED = """
 import os, sys
-from tproxy_relay import privileges
+from tproxy_relay.system import privileges
 privileges.shed(os.environ)
 assert "_TPROXY_RELAY_SHED" not in os.environ
 print(sys.argv[1:], file=sys.stderr)

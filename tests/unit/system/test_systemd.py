@@ -8,7 +8,7 @@ import children
 import pytest
 from deadlines import PATIENCE
 
-from tproxy_relay import notify
+from tproxy_relay.system import systemd
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -19,8 +19,8 @@ def test_the_state_arrives(tmp_path: Path, kind: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(PATIENCE)
         manager.bind(name if kind == "path" else "\0" + name[1:])
-        notify.notify("READY=1", {"NOTIFY_SOCKET": name})
-        notify.notify("STOPPING=1", {"NOTIFY_SOCKET": name})
+        systemd.notify("READY=1", {"NOTIFY_SOCKET": name})
+        systemd.notify("STOPPING=1", {"NOTIFY_SOCKET": name})
         assert [manager.recv(100), manager.recv(100)] == [b"READY=1", b"STOPPING=1"]
 
 
@@ -29,11 +29,11 @@ def test_the_state_arrives(tmp_path: Path, kind: str) -> None:
     ["", "relative", "/nobody/there", "@", "@nobody", "/" + "x" * 300, "@" + "x" * 300, "vsock:2:1", "/dev/null"],
 )
 def test_a_manager_that_cannot_be_reached_is_nobodys_problem(value: str) -> None:
-    notify.notify("READY=1", {"NOTIFY_SOCKET": value})
+    systemd.notify("READY=1", {"NOTIFY_SOCKET": value})
 
 
 def test_no_manager() -> None:
-    notify.notify("READY=1", {})
+    systemd.notify("READY=1", {})
 
 
 def test_a_manager_that_does_not_read_holds_nobody_up(tmp_path: Path) -> None:
@@ -41,12 +41,12 @@ def test_a_manager_that_does_not_read_holds_nobody_up(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(name)
         for _ in range(2000):  # more than its queue takes
-            notify.notify("READY=1", {"NOTIFY_SOCKET": name})
+            systemd.notify("READY=1", {"NOTIFY_SOCKET": name})
 
 
 NO_DESCRIPTORS = """
 import os, resource
-from tproxy_relay import notify
+from tproxy_relay.system import systemd as notify
 import socket, encodings.idna
 resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, 100))
 try:
@@ -75,9 +75,9 @@ def passed(count: str, pid: str | None = None) -> dict[str, str]:
 
 def test_inherited_descriptors() -> None:
     environ = passed("2")
-    assert notify.inherited_descriptors(environ) == [(3, "inbound"), (4, "outbound")]
+    assert systemd.inherited_descriptors(environ) == [(3, "inbound"), (4, "outbound")]
     assert environ == {"OTHER": "stays"}, "a child must not take them for its own"
-    assert notify.inherited_descriptors(environ) == []
+    assert systemd.inherited_descriptors(environ) == []
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_inherited_descriptors() -> None:
 )
 def test_descriptors_of_another_process_are_not_ours(pid: str) -> None:
     environ = passed("2", pid)
-    assert notify.inherited_descriptors(environ) == []
+    assert systemd.inherited_descriptors(environ) == []
     assert environ == {"OTHER": "stays"}
 
 
 def test_none_passed() -> None:
-    assert notify.inherited_descriptors({}) == []
-    assert notify.inherited_descriptors(passed("")) == []
-    assert notify.inherited_descriptors(passed("0")) == []
+    assert systemd.inherited_descriptors({}) == []
+    assert systemd.inherited_descriptors(passed("")) == []
+    assert systemd.inherited_descriptors(passed("0")) == []
 
 
 @pytest.mark.parametrize("count", ["-1", "two", "1.0", "1e3", "٣", " 2", "2\n", "1024", "9" * 20, "0x2", "²"])
 def test_a_count_that_is_none(count: str) -> None:
     with pytest.raises(ValueError, match="LISTEN_FDS is .*, not a number of descriptors"):
-        notify.inherited_descriptors(passed(count))
+        systemd.inherited_descriptors(passed(count))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from deadlines import PATIENCE
 
-from tproxy_relay.wakeup import Wakeup
+from tproxy_relay.system.wakeup import Wakeup
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

@@ -5,7 +5,7 @@ import os
 import resource
 from typing import NamedTuple
 
-from tproxy_relay import cgroup
+from tproxy_relay.system import cgroup
 
 RESERVED_DESCRIPTORS = 40
 """Of a worker, beside its listeners: the channel, the log, shared memory, epoll, wake-ups, and a few for sockets that

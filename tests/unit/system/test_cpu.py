@@ -9,8 +9,8 @@ from typing import TypeVar
 import children
 import pytest
 
-from tproxy_relay import cgroup, processors
-from tproxy_relay.processors import Processors
+from tproxy_relay.system import cgroup, cpu
+from tproxy_relay.system.cpu import Processors
 
 T = TypeVar("T")
 ALL = os.sched_getaffinity(0)
@@ -29,10 +29,10 @@ def test_those_that_it_may_use() -> None:
     """A container or a unit often gives it fewer than the host has."""
     ran = children.run_python(
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from tproxy_relay import cgroup, processors; print(processors.allowed(), processors.worth())"
+        "from tproxy_relay.system import cgroup, cpu as processors; print(processors.allowed(), processors.worth())"
     )
     assert ran.stdout == f"[{min(ALL)}] 1\n"
-    assert processors.allowed() == sorted(ALL)
+    assert cpu.allowed() == sorted(ALL)
 
 
 def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -41,21 +41,21 @@ def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, t
     folder.mkdir(parents=True)
     monkeypatch.setattr(cgroup, "CGROUPS", tmp_path)
     monkeypatch.setattr(cgroup, "OWN_CGROUP", own)
-    monkeypatch.setattr(processors, "allowed", lambda: list(range(64)))
-    assert processors.worth() == 64
+    monkeypatch.setattr(cpu, "allowed", lambda: list(range(64)))
+    assert cpu.worth() == 64
     own.write_text("1:name=systemd:/x\n")
-    assert processors.worth() == 64, "only version 1"
+    assert cpu.worth() == 64, "only version 1"
     own.write_text("1:name=systemd:/x\n0::/system.slice/relay.service\n")
-    assert processors.worth() == 64
+    assert cpu.worth() == 64
     for text, worth in (
         ("max 100000", 64), ("50000 100000", 1), ("150000 100000", 2), ("6400000 50000", 64), ("nonsense", 64)
     ):  # fmt: skip
         (folder / "cpu.max").write_text(text + "\n")
-        assert processors.worth() == worth, text
+        assert cpu.worth() == worth, text
     (folder.parent / "cpu.max").write_text("400000 100000")
-    assert processors.worth() == 4
+    assert cpu.worth() == 4
     (folder / "cpu.max").write_text("100000 100000")
-    assert processors.worth() == 1
+    assert cpu.worth() == 1
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, t
     ],
 )  # fmt: skip
 def test_homes(monkeypatch: pytest.MonkeyPatch, affinity: str, workers: int, homes: tuple[int, ...]) -> None:
-    monkeypatch.setattr(processors, "allowed", lambda: [0, 1, 5, 9])
-    assert processors.homes(affinity, workers) == homes
+    monkeypatch.setattr(cpu, "allowed", lambda: [0, 1, 5, 9])
+    assert cpu.homes(affinity, workers) == homes
 
 
 def test_a_thread_stays_roams_and_stays() -> None:

@@ -1,0 +1,1 @@
+"""What this process is and may: rights, limits, processors, signals, the service manager."""
