@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.ipc import histogram
 from tproxy_relay.ipc.scoreboard import NO_TRAFFIC, Board, Numbers, Traffic
-from tproxy_relay.log_pipes import LogPipes
+from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.preparation import Prepared
 from tproxy_relay.worker_handle import WorkerHandle

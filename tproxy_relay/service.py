@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Callable, MutableMapping
 from typing import NoReturn
 
-from tproxy_relay import logs, preparation
+from tproxy_relay import preparation
+from tproxy_relay.logs import writer as logs
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import Supervisor
 from tproxy_relay.system import privileges, proc_title

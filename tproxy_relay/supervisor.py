@@ -17,7 +17,6 @@ from tproxy_relay import __version__, handover, status_document
 from tproxy_relay.admin import address
 from tproxy_relay.admin.address import AdminSocket
 from tproxy_relay.admin.history import History, Sample
-from tproxy_relay.admin.problems import Problems
 from tproxy_relay.crew import DEATHS_PERIOD, LOOK_INTERVAL, MOST_DEATHS, Crew, Deaths, Generation
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.handover import Door, Offer
@@ -26,8 +25,9 @@ from tproxy_relay.intercept.managed import Interception
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.ipc.scoreboard import Board
-from tproxy_relay.log_pipes import LogPipes
-from tproxy_relay.logs import LogWriter, Sink
+from tproxy_relay.logs.recent import Problems
+from tproxy_relay.logs.worker_pipes import LogPipes
+from tproxy_relay.logs.writer import LogWriter, Sink
 from tproxy_relay.looking_in import LookingIn
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint

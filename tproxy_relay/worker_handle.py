@@ -13,7 +13,7 @@ from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Message
 from tproxy_relay.ipc.scoreboard import Board, Numbers, Traffic
-from tproxy_relay.log_pipes import LogPipes
+from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.preparation import Prepared
 
 LAST_PATIENCE = 1.0

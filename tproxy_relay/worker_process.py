@@ -14,11 +14,12 @@ import sys
 from dataclasses import replace
 from typing import NoReturn
 
-from tproxy_relay import assignment, logs
+from tproxy_relay import assignment
 from tproxy_relay.errors import RelayError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.ipc.scoreboard import Board, Place
+from tproxy_relay.logs import writer as logs
 from tproxy_relay.net import listeners
 from tproxy_relay.system import proc_title
 from tproxy_relay.system.cpu import Processors

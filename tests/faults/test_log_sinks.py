@@ -15,7 +15,7 @@ from rows import Seen
 from swarm import Script, come_and_go, echo_server
 
 from tproxy_relay.lab import Lab, RelayProcess
-from tproxy_relay.logs import QUEUE_LENGTH
+from tproxy_relay.logs.writer import QUEUE_LENGTH
 
 pytestmark = pytest.mark.slow
 

@@ -30,7 +30,7 @@ from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.ipc import scoreboard as board_module
 from tproxy_relay.ipc.channel import Message
 from tproxy_relay.ipc.scoreboard import PLACES, WATCHING, Board, Numbers
-from tproxy_relay.log_pipes import LogPipes
+from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.preparation import prepare

@@ -37,7 +37,7 @@ LAYERS = (
         "top",
     ),
     ("admin", "contradictions", "intercept", "options", "policy", "record", "registry", "relay"),
-    ("arrivals", "log_pipes", "net", "top_view", "values"),
+    ("arrivals", "net", "top_view", "values"),
     ("destinations", "install", "ipc", "logs", "session_query", "system"),
     ("answers", "errors", "launch", "outcome", "settings", "threads"),
     ("__init__",),

@@ -13,8 +13,8 @@ import lines as lines_module
 import pytest
 from deadlines import PATIENCE, wait_until
 
-from tproxy_relay.log_pipes import CHUNK, LAST_WORDS, LogPipes, Words
-from tproxy_relay.logs import LogWriter
+from tproxy_relay.logs.worker_pipes import CHUNK, LAST_WORDS, LogPipes, Words
+from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.settings import Settings
 
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 
-from tproxy_relay.logs import LogWriter
+from tproxy_relay.logs.writer import LogWriter
 
 PIPE_BYTES = 1024 * 1024
 """That a worker may write before somebody reads; an ordinary process may ask for no more (pipe(7))."""

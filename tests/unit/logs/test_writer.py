@@ -19,9 +19,9 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from rows import Seen
 
-from tproxy_relay import logs
 from tproxy_relay.errors import SystemRefusedError
-from tproxy_relay.logs import ConsoleFormatter, LineFormatter, LogWriter
+from tproxy_relay.logs import writer as logs
+from tproxy_relay.logs.writer import ConsoleFormatter, LineFormatter, LogWriter
 from tproxy_relay.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -419,7 +419,7 @@ def test_a_line_that_is_half_out_is_finished_before_the_next() -> None:
 
 WRITE = """
 import logging, os, sys, time
-from tproxy_relay.logs import LogWriter
+from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.settings import Settings
 
 writer = LogWriter(Settings(log_format="console"), sys.stderr.fileno() if sys.stderr else None)
@@ -472,7 +472,7 @@ def test_a_process_without_standard_error() -> None:
 
 TO_STREAM = """
 import logging, os, sys
-from tproxy_relay.logs import LogWriter
+from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.settings import Settings
 
 writer = LogWriter(Settings(log_file=sys.argv[1], log_format="json"), None)

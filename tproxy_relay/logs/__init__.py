@@ -1,0 +1,1 @@
+"""Log lines: made, written, carried from the workers to the log."""
