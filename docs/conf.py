@@ -9,7 +9,8 @@ from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tproxy_relay import __version__, manual  # noqa: E402
+from tproxy_relay import __version__  # noqa: E402
+from tproxy_relay.config import manual  # noqa: E402
 
 project = "tproxy-relay"
 author = "the tproxy-relay contributors"
@@ -30,7 +31,7 @@ man_pages = [
 
 
 class Part(SphinxDirective):
-    """``.. part:: NAME``: what tproxy_relay.manual makes from the table of options."""
+    """``.. part:: NAME``: what tproxy_relay.config.manual makes from the table of options."""
 
     required_arguments = 1
 

@@ -4,7 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tproxy_relay import config, service
+from tproxy_relay import service
+from tproxy_relay.config import loader
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import Settings
 
@@ -16,13 +17,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else argv
     try:
-        loaded = config.load(given, os.environ)
+        loaded = loader.load(given, os.environ)
         if loaded.settings.command == "run" and not loaded.print_config:
             service.give_up_privileges(os.environ)
         for warning in loaded.warnings:
             _say(warning)
         if loaded.print_config:
-            print(config.print_config(loaded), end="")
+            print(loader.print_config(loaded), end="")
             return 0
         return _perform(loaded.settings, given)
     except RelayError as error:
@@ -58,7 +59,7 @@ def _perform(settings: Settings, argv: Sequence[str]) -> int:
         from tproxy_relay import check
 
         return check.run(settings)
-    return service.run(settings, lambda: config.load(argv, os.environ).settings, os.environ)
+    return service.run(settings, lambda: loader.load(argv, os.environ).settings, os.environ)
 
 
 def _say(line: str) -> None:

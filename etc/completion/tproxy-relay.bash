@@ -1,5 +1,5 @@
-# Completion of tproxy-relay for bash, made by "python -m tproxy_relay.reference bash".
-# Change tproxy_relay/options.py or tproxy_relay/completion.py instead of this file.
+# Completion of tproxy-relay for bash, made by "python -m tproxy_relay.config.reference bash".
+# Change tproxy_relay/config/options.py or tproxy_relay/config/completion.py instead of this file.
 _tproxy_relay() {
     local word=${COMP_WORDS[COMP_CWORD]} command='' action='' option='' i
 

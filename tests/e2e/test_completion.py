@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 
-from tproxy_relay.options import COMMAND, OPTIONS, POSITIONAL
+from tproxy_relay.config.options import COMMAND, OPTIONS, POSITIONAL
 
 FILES = Path(__file__).parents[2] / "etc" / "completion"
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")

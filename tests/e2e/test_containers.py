@@ -34,8 +34,9 @@ from container import (
 )
 from interception import FAMILIES, EchoServer, ping, wait_until
 
-from tproxy_relay import config, environment, relay, supervisor
+from tproxy_relay import relay, supervisor
 from tproxy_relay.check import kernel
+from tproxy_relay.config import environment, loader
 from tproxy_relay.lab import Host, Lab
 
 Need = Callable[[str], NoReturn]
@@ -141,7 +142,7 @@ def test_the_labels_are_true() -> None:
 def test_every_variable_is_known(recipe: Recipe) -> None:
     variables = {**image_environment(), **recipe.environment}
     assert list(environment.warnings(variables)) == []
-    settings = config.load(["--config", os.devnull], variables).settings
+    settings = loader.load(["--config", os.devnull], variables).settings
     assert (settings.log_format, settings.log_level, settings.user) == ("json", "info", account()[0])
     assert settings.workers and settings.max_connections
 

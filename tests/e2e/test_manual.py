@@ -14,8 +14,9 @@ from typing import NoReturn
 
 import pytest
 
-from tproxy_relay import config, manual, reference, service
-from tproxy_relay.options import ACTION, COMMAND, OPTIONS, POSITIONAL, PREFIX, Option
+from tproxy_relay import service
+from tproxy_relay.config import loader, manual, reference
+from tproxy_relay.config.options import ACTION, COMMAND, OPTIONS, POSITIONAL, PREFIX, Option
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -166,7 +167,7 @@ def test_the_examples_are_commands_that_the_program_takes(text: dict[str, str], 
     lines = re.findall(r"^ {10}(?:timeout \d+ )?tproxy-relay (.*)$", page, re.MULTILINE)
     assert len(lines) > 5
     for line in lines:
-        config.load([*shlex.split(line), "--config", str(tmp_path / "conf")], {})
+        loader.load([*shlex.split(line), "--config", str(tmp_path / "conf")], {})
 
 
 class Links(HTMLParser):

@@ -20,7 +20,8 @@ from activation import passing
 from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PATIENCE, PORT, EchoServer, opened, ping, wait_until, ways
 from rows import Seen
 
-from tproxy_relay import config, supervisor
+from tproxy_relay import supervisor
+from tproxy_relay.config import loader
 from tproxy_relay.lab import Lab, RelayProcess
 from tproxy_relay.net import listeners
 from tproxy_relay.settings import Settings
@@ -110,7 +111,7 @@ def test_there_is_time_to_drain_and_room_for_threads() -> None:
 
 
 def test_the_sockets_are_those_of_the_shipped_configuration() -> None:
-    shipped = config.load(["--config", str(ETC / "tproxy-relay.conf")], {}).settings
+    shipped = loader.load(["--config", str(ETC / "tproxy-relay.conf")], {}).settings
     assert unit_sockets() == [(address, str(port)) for address in shipped.bind for port in shipped.ports]
     unit = settings("tproxy-relay.socket")
     assert unit["Backlog"] == [str(listeners.BACKLOG)]

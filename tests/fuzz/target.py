@@ -21,7 +21,7 @@ except ImportError:  # the corpus can be played without it
     atheris = None
 
 with atheris.instrument_imports(include=["tproxy_relay"]) if atheris else contextlib.nullcontext():
-    from tproxy_relay import config, config_file, values
+    from tproxy_relay.config import conf_file, loader, option_types
     from tproxy_relay.destinations import Rules
     from tproxy_relay.errors import ConfigError
 
@@ -41,14 +41,14 @@ def _configuration(data: bytes) -> bool:
     """A file. Most inputs are none, and the slow part is left out for them."""
     try:
         with _file_of(data) as path:
-            config_file.parse(config_file.read(path), path)
-            first = config.load(["--config", path], {})
+            conf_file.parse(conf_file.read(path), path)
+            first = loader.load(["--config", path], {})
     except ConfigError as refused:
         assert str(refused).isprintable(), "a message is one line"
         return False
-    written = config.print_config(first)
+    written = loader.print_config(first)
     with _file_of(written.encode()) as path:
-        assert config.load(["--config", path], {}).settings == first.settings, written
+        assert loader.load(["--config", path], {}).settings == first.settings, written
     return True
 
 
@@ -65,9 +65,9 @@ def _destination(data: bytes) -> bool:
     host, port, allow, deny = (data.decode(errors="replace").split("\n", 3) + [""] * 3)[:4]
     lists = []
     for text in (allow, deny):
-        value = _parsed(values.NETWORKS, text)
+        value = _parsed(option_types.NETWORKS, text)
         lists.append(value if isinstance(value, tuple) else ())
-    number = _parsed(values.PORT, port)
+    number = _parsed(option_types.PORT, port)
     rules = Rules(*lists)
     try:
         verdict = rules.judge(host, number if isinstance(number, int) else 80)
@@ -81,15 +81,15 @@ def _destination(data: bytes) -> bool:
 def _ports(data: bytes) -> bool:
     """Any list of ports."""
     text = data.decode(errors="replace")
-    found = [_parsed(kind, text) for kind in (values.PORT, values.PORTS, values.PORT_RANGES)]
+    found = [_parsed(kind, text) for kind in (option_types.PORT, option_types.PORTS, option_types.PORT_RANGES)]
     return any(value is not None for value in found)
 
 
-def _parsed(kind: values.Kind, text: str) -> object:
+def _parsed(kind: option_types.Kind, text: str) -> object:
     """The value, or None."""
     try:
         value = kind.parse(text)
-    except values.BadValue as refused:
+    except option_types.BadValue as refused:
         assert str(refused).isprintable(), "a message is one line"
         return None
     assert not kind.write(value) or kind.parse(kind.write(value)) == value

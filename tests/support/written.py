@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tproxy_relay.options import OPTIONS
+from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.settings import Network, PortRange
 
 PORTS = st.integers(1, 65535)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import cli, config
+from tproxy_relay import cli
+from tproxy_relay.config import loader
+from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.intercept import nft, plan
-from tproxy_relay.options import OPTIONS
 from tproxy_relay.settings import PortRange, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_are_accepted(command: str) -> None:
     words = [word for word in shlex.split(command, comments=True) if word != "..."]
-    assert config.load(words, {}, default_file="/dev/null").settings.command == words[0]
+    assert loader.load(words, {}, default_file="/dev/null").settings.command == words[0]
 
 
 @pytest.mark.parametrize("page", PAGES)

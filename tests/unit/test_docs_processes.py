@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import config, errors, preparation, service, supervisor
+from tproxy_relay import errors, preparation, service, supervisor
+from tproxy_relay.config import loader
+from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.crew import DEATHS_PERIOD, MOST_DEATHS, Deaths
 from tproxy_relay.ipc import scoreboard
-from tproxy_relay.options import OPTIONS
 from tproxy_relay.settings import Settings
 from tproxy_relay.system import limits, privileges, proc_title
 
@@ -138,7 +139,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_are_accepted(command: str) -> None:
     words = shlex.split(command.partition(">")[0], comments=True)
-    assert config.load(words, {}, default_file="/dev/null").settings.command == "run"
+    assert loader.load(words, {}, default_file="/dev/null").settings.command == "run"
 
 
 def test_the_options_exist() -> None:

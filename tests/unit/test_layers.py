@@ -21,23 +21,11 @@ LAYERS = (
     ("supervisor",),
     ("status_document",),
     ("crew", "worker_process"),
-    ("config", "handover", "looking_in", "worker", "worker_handle"),
-    ("acceptor", "demo", "environment", "eviction", "preparation", "reference", "sessions"),
-    (
-        "ask",
-        "assignment",
-        "check",
-        "completion",
-        "config_file",
-        "connection",
-        "hangups",
-        "lab",
-        "manual",
-        "rules",
-        "top",
-    ),
-    ("admin", "contradictions", "intercept", "options", "policy", "record", "registry", "relay"),
-    ("arrivals", "net", "top_view", "values"),
+    ("handover", "looking_in", "worker", "worker_handle"),
+    ("acceptor", "demo", "eviction", "preparation", "sessions"),
+    ("ask", "assignment", "check", "connection", "hangups", "lab", "rules", "top"),
+    ("admin", "intercept", "policy", "record", "registry", "relay"),
+    ("arrivals", "config", "net", "top_view"),
     ("destinations", "install", "ipc", "logs", "session_query", "system"),
     ("answers", "errors", "launch", "outcome", "settings", "threads"),
     ("__init__",),
@@ -46,15 +34,7 @@ LAYERS = (
 # Stricter than the layers: settings are read without knowing the relay that obeys them, and the lab sees the
 # relay from outside, as a process.
 CONFIGURATION = {
-    "completion",
     "config",
-    "config_file",
-    "contradictions",
-    "environment",
-    "manual",
-    "options",
-    "reference",
-    "values",
 }
 NARROW = {
     "lab": {"net", "errors", "intercept", "settings", "__init__"},
@@ -63,7 +43,7 @@ NARROW = {
 
 # The only packages that are not Python's own, and the only modules that may know them.
 THIRD_PARTY = {
-    "configargparse": {"config", "options"},
+    "configargparse": {"config"},
     "prometheus_client": {"admin"},
     "pythonjsonlogger": {"logs"},
 }

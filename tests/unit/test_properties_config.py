@@ -12,9 +12,9 @@ from hypothesis import event, given, reject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tproxy_relay import config
+from tproxy_relay.config import loader
+from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.errors import ConfigError, UsageError
-from tproxy_relay.options import OPTIONS
 
 NOWHERE = "/nonexistent/tproxy-relay.conf"
 
@@ -42,12 +42,12 @@ def test_what_print_config_prints_is_a_file_that_says_the_same(tmp_path: Path, s
     def check(texts: dict[str, str]) -> None:
         nonlocal same
         try:
-            first = config.load([f"--{name}={text}" for name, text in texts.items()], {}, default_file=NOWHERE)
+            first = loader.load([f"--{name}={text}" for name, text in texts.items()], {}, default_file=NOWHERE)
         except (UsageError, ConfigError) as refused:
             event(f"refused: {refused}"[:40])
             reject()
-        path.write_text(config.print_config(first), encoding="utf-8")
-        assert config.load(["--config", str(path)], {}).settings == first.settings
+        path.write_text(loader.print_config(first), encoding="utf-8")
+        assert loader.load(["--config", str(path)], {}).settings == first.settings
         same += 1
 
     check()
@@ -60,11 +60,11 @@ def test_what_print_config_prints_is_a_file_that_says_the_same(tmp_path: Path, s
 @given(ANY_FILE.filter(is_possible))
 def test_the_environment_says_the_same_as_the_command_line(texts: dict[str, str]) -> None:
     try:
-        first = config.load([f"--{name}={text}" for name, text in texts.items()], {}, default_file=NOWHERE)
+        first = loader.load([f"--{name}={text}" for name, text in texts.items()], {}, default_file=NOWHERE)
     except (UsageError, ConfigError):
         reject()
     variables = {OPTIONS[name].variable: text for name, text in texts.items()}
-    assert config.load([], variables, default_file=NOWHERE).settings == first.settings
+    assert loader.load([], variables, default_file=NOWHERE).settings == first.settings
 
 
 def test_every_option_that_a_file_can_set_is_tried() -> None:

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tproxy_relay import values
-from tproxy_relay.options import OPTIONS
+from tproxy_relay.config import option_types
+from tproxy_relay.config.option_types import BadValue
+from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.settings import Network, PortRange
-from tproxy_relay.values import BadValue
 
 KINDS = {name: option.kind for name, option in OPTIONS.items() if option.kind}
 
@@ -22,17 +22,17 @@ NEARLY = st.lists(PIECES, max_size=12).map("".join)
 """What looks like a list of ports or networks, more or less."""
 
 
-@given(st.lists(written.PORTS, min_size=1, max_size=values.MOST_ITEMS, unique=True))
+@given(st.lists(written.PORTS, min_size=1, max_size=option_types.MOST_ITEMS, unique=True))
 def test_a_list_of_ports_is_read_as_written(ports: list[int]) -> None:
-    assert values.PORTS.parse(values.PORTS.write(tuple(ports))) == tuple(ports)
+    assert option_types.PORTS.parse(option_types.PORTS.write(tuple(ports))) == tuple(ports)
 
 
 @given(written.ranges_apart(count=32), st.randoms(use_true_random=False))
 def test_ranges_of_ports_are_read_as_written_in_any_order(ranges: tuple[PortRange, ...], random: st.DataObject) -> None:
-    assert values.PORT_RANGES.parse(values.PORT_RANGES.write(ranges)) == ranges
+    assert option_types.PORT_RANGES.parse(option_types.PORT_RANGES.write(ranges)) == ranges
     shuffled = list(ranges)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert values.PORT_RANGES.parse(" , ".join(map(str, shuffled))) == ranges
+    assert option_types.PORT_RANGES.parse(" , ".join(map(str, shuffled))) == ranges
 
 
 @given(written.ranges_apart(count=8), written.ranges_apart(count=1))
@@ -43,17 +43,17 @@ def test_ranges_are_refused_exactly_when_they_share_a_port(
     ports = [port for both in (*ranges, one) for port in range(both.first, both.last + 1)]
     text = ",".join(map(str, (*ranges, one)))
     if len(ports) == len(set(ports)):
-        assert values.PORT_RANGES.parse(text) == tuple(sorted((*ranges, one)))
+        assert option_types.PORT_RANGES.parse(text) == tuple(sorted((*ranges, one)))
     else:
         with pytest.raises(BadValue, match="overlap"):
-            values.PORT_RANGES.parse(text)
+            option_types.PORT_RANGES.parse(text)
 
 
-@given(st.lists(written.networks(), max_size=values.MOST_ITEMS // 4, unique=True))
+@given(st.lists(written.networks(), max_size=option_types.MOST_ITEMS // 4, unique=True))
 def test_networks_are_read_as_written(networks: list[Network]) -> None:
-    assert values.NETWORKS.parse(values.NETWORKS.write(tuple(networks))) == tuple(networks)
+    assert option_types.NETWORKS.parse(option_types.NETWORKS.write(tuple(networks))) == tuple(networks)
     for one in networks:
-        assert values.NETWORKS.parse(str(one)) == (one,)
+        assert option_types.NETWORKS.parse(str(one)) == (one,)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -74,7 +74,7 @@ def test_whatever_is_written_is_read_again_or_refused(name: str, text: str) -> N
 @hypothesis_settings(max_examples=1000)
 @given(NEARLY)
 def test_ports_that_are_accepted_are_ports(text: str) -> None:
-    for kind in (values.PORTS, values.PORT_RANGES):
+    for kind in (option_types.PORTS, option_types.PORT_RANGES):
         try:
             kind.parse(text)
         except BadValue:

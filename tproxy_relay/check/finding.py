@@ -8,8 +8,8 @@ import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.intercept import programs
-from tproxy_relay.options import OPTIONS
 from tproxy_relay.settings import Settings
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"

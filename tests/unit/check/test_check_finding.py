@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tproxy_relay import config
 from tproxy_relay.check import finding
+from tproxy_relay.config import loader
 from tproxy_relay.settings import HostPort, PortRange, Settings
 
 
@@ -32,7 +32,7 @@ def test_a_command_means_the_settings_that_it_was_made_from(changes: dict[str, o
     words = shlex.split(finding.command(wanted))
     assert words[:2] == ["tproxy-relay", "check"]
     ports = ["--inbound-port", "1", "--outbound-port", "2"] if "ports" in changes else []
-    loaded = config.load([*words[1:], *ports, "--config", "/dev/null"], {}).settings
+    loaded = loader.load([*words[1:], *ports, "--config", "/dev/null"], {}).settings
     assert replace(loaded, inbound_port=wanted.inbound_port, outbound_port=wanted.outbound_port) == wanted
 
 

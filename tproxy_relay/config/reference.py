@@ -1,8 +1,8 @@
 """Texts made from the table of options: --help and etc/tproxy-relay.conf here, the others in manual and completion.
 
-``python -m tproxy_relay.reference NAME`` prints one of them. The files in the tree are its output, and a test compares
-them. Whoever changes an option runs ``python -m tproxy_relay.reference all`` in the project's folder, which writes
-them again.
+``python -m tproxy_relay.config.reference NAME`` prints one of them. The files in the tree are its output, and a test
+compares them. Whoever changes an option runs ``python -m tproxy_relay.config.reference all`` in the project's folder,
+which writes them again.
 """
 
 import sys
@@ -10,8 +10,9 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from tproxy_relay import errors, options
-from tproxy_relay.options import DEFAULT_FILE, GROUPS, POSITIONAL, PREFIX, Option
+from tproxy_relay import errors
+from tproxy_relay.config import options
+from tproxy_relay.config.options import DEFAULT_FILE, GROUPS, POSITIONAL, PREFIX, Option
 
 # What the packaged file really sets: a service logs for machines, a terminal for people.
 SHIPPED = {"bind": "127.0.0.1,::1", "user": "tproxy-relay", "log-level": "info", "log-format": "json"}
@@ -113,7 +114,7 @@ FILES = {
 def text(name: str) -> str:
     """The text of this name: help, or one of FILES."""
     # A relay wants --help at most.
-    from tproxy_relay import completion, manual
+    from tproxy_relay.config import completion, manual
 
     makers = {
         "help": help_text,

@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 import configargparse  # type: ignore[import-untyped, unused-ignore]
 
 import tproxy_relay
-from tproxy_relay import config_file, contradictions, environment, reference
-from tproxy_relay.config_file import Given, label
+from tproxy_relay.config import conf_file, conflicts, environment, reference
+from tproxy_relay.config.conf_file import Given, label
+from tproxy_relay.config.option_types import BadValue, shown
+from tproxy_relay.config.options import ACTION, COMMAND, DEFAULT_FILE, OPTIONS, POSITIONAL, Option, did_you_mean
 from tproxy_relay.errors import ConfigError, UsageError
-from tproxy_relay.options import ACTION, COMMAND, DEFAULT_FILE, OPTIONS, POSITIONAL, Option, did_you_mean
 from tproxy_relay.settings import Settings
-from tproxy_relay.values import BadValue, shown
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, default_file: str =
     on_command_line = parser.read_command_line(argv)
     in_environment = environment.gather(environ)
     path, text = _read_file(on_command_line, in_environment, default_file)
-    in_file = config_file.parse(text, path)
+    in_file = conf_file.parse(text, path)
     settings = parser.merge(argv, in_environment, text)
     origins = _origins(on_command_line, in_environment, in_file)
-    contradictions.refuse(settings, origins)
+    conflicts.refuse(settings, origins)
     return Loaded(
         settings,
         origins,
         (path,) if path else (),
-        (*_distrusted(path), *environment.warnings(environ), *contradictions.warnings(settings)),
+        (*_distrusted(path), *environment.warnings(environ), *conflicts.warnings(settings)),
         "print-config" in on_command_line,
     )
 
 
 def _distrusted(path: str) -> Iterator[str]:
-    why = config_file.distrust(path) if path else None
+    why = conf_file.distrust(path) if path else None
     if why:
         yield why
 
@@ -68,7 +68,7 @@ def _read_file(
     if named is None and "config" in in_environment:
         named = in_environment["config"].text
     try:
-        return named or default_file, config_file.read(named or default_file)
+        return named or default_file, conf_file.read(named or default_file)
     except FileNotFoundError as error:
         if named:
             raise ConfigError(f"cannot read {label(named)}: {error.strerror}") from error
@@ -90,7 +90,7 @@ class _FileSyntax(configargparse.ConfigFileParser):  # type: ignore[misc]
     """Our file syntax in the shape that ConfigArgParse wants."""
 
     def parse(self, stream: Any) -> dict[str, str]:
-        return {name: given.text for name, given in config_file.parse(stream.read(), "").items()}
+        return {name: given.text for name, given in conf_file.parse(stream.read(), "").items()}
 
 
 class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
@@ -199,7 +199,7 @@ def _config_lines(loaded: Loaded) -> Iterator[str]:
     for name, origin in loaded.origins.items():
         option = OPTIONS[name]
         text = option.write(getattr(loaded.settings, option.field))
-        line = f"{name} = {config_file.quoted(text)}".rstrip()
+        line = f"{name} = {conf_file.quoted(text)}".rstrip()
         # What a file cannot set, and what is not set, stands there as a comment.
         off = "" if text and option.in_file else "# "
         note = f": {option.unset}" if not text else ""

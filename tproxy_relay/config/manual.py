@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 
 from tproxy_relay import errors
-from tproxy_relay.options import ACTION, COMMAND, DEFAULT_FILE, GROUPS, PREFIX, Option
+from tproxy_relay.config.options import ACTION, COMMAND, DEFAULT_FILE, GROUPS, PREFIX, Option
 
 # groff would divide names of options and variables at the end of a line, and stretch lines without that.
 _RAGGED = """\
@@ -19,8 +19,8 @@ _RAGGED = """\
    .ad l"""
 
 _PAGE = f"""\
-.. Made by "python -m tproxy_relay.reference rst". Change tproxy_relay/options.py or
-   tproxy_relay/manual.py instead of this page.
+.. Made by "python -m tproxy_relay.config.reference rst". Change tproxy_relay/config/options.py or
+   tproxy_relay/config/manual.py instead of this page.
 
 Configuration
 =============

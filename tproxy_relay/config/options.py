@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tproxy_relay import values
+from tproxy_relay.config import option_types
 from tproxy_relay.settings import MOST_ROUTE_PRIORITY, Settings
 
 DEFAULT_FILE = "/etc/tproxy-relay.conf"
@@ -24,7 +24,7 @@ class Option:
     """One option, in the operator's words. ``kind`` is None where it takes no value."""
 
     name: str
-    kind: values.Kind | None
+    kind: option_types.Kind | None
     metavar: str
     meaning: str
     unset: str = ""
@@ -56,7 +56,7 @@ class Option:
 
     def write(self, value: object) -> str:
         """The value as it stands in a file."""
-        return self.kind.write(value) if self.kind else values.text_of(value)
+        return self.kind.write(value) if self.kind else option_types.text_of(value)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def _flag(name: str, meaning: str) -> Option:
 
 COMMAND = Option(
     "command",
-    values.words("run", "status", "sessions", "top", "check", "rules", "install", "uninstall", "demo"),
+    option_types.words("run", "status", "sessions", "top", "check", "rules", "install", "uninstall", "demo"),
     "COMMAND",
     "run: relay until told to stop. status: ask a running relay how it does. sessions: ask it for its live "
     "connections, or to abort one. top: both on a full screen, as they change. check: say what this host lacks, with "
@@ -95,7 +95,7 @@ COMMAND = Option(
 
 ACTION = Option(
     "action",
-    values.words("show", "apply", "remove", "status"),
+    option_types.words("show", "apply", "remove", "status"),
     "ACTION",
     "The word after rules. show: print what apply would do. apply: install the ruleset. remove: take it out. status: "
     "compare it with what the kernel has.",
@@ -107,10 +107,10 @@ POSITIONAL = (COMMAND, ACTION)
 
 GROUPS: dict[str, tuple[Option, ...]] = {
     "Listening": (
-        Option("ports", values.PORTS, "LIST", "Listening ports, all alike.", many=True),
+        Option("ports", option_types.PORTS, "LIST", "Listening ports, all alike.", many=True),
         Option(
             "bind",
-            values.ADDRESSES,
+            option_types.ADDRESSES,
             "LIST",
             "Listening addresses. With nothing but loopback addresses here, nobody on the network can "
             "connect to the relay itself.",
@@ -118,14 +118,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "interface",
-            values.INTERFACE,
+            option_types.INTERFACE,
             "NAME",
             "Listen on this network interface only, and intercept only what arrives there.",
             unset="all interfaces",
         ),
         Option(
             "mode",
-            values.words("tproxy", "redirect"),
+            option_types.words("tproxy", "redirect"),
             "MODE",
             "How connections get here. tproxy: by TPROXY rules, which rewrite nothing. redirect: by nat "
             "REDIRECT rules; the kernel is asked where each connection was going.",
@@ -134,7 +134,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Interception": (
         Option(
             "intercept-inbound",
-            values.PORT_RANGES,
+            option_types.PORT_RANGES,
             "LIST",
             "Destination ports of connections that arrive from outside: through this host, or for a server on "
             "it. With this or intercept-outbound set, run installs the ruleset itself, and it goes when the relay "
@@ -144,43 +144,45 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "intercept-outbound",
-            values.PORT_RANGES,
+            option_types.PORT_RANGES,
             "LIST",
             "Destination ports of connections that programs on this host make.",
             unset="none are intercepted",
             many=True,
         ),
-        Option("inbound-port", values.PORT, "PORT", "The listener that inbound connections go to; one of ports."),
-        Option("outbound-port", values.PORT, "PORT", "The listener that outbound connections go to; one of ports."),
+        Option("inbound-port", option_types.PORT, "PORT", "The listener that inbound connections go to; one of ports."),
+        Option(
+            "outbound-port", option_types.PORT, "PORT", "The listener that outbound connections go to; one of ports."
+        ),
         Option(
             "backend",
-            values.words("auto", "nft", "iptables", "iptables-nft", "iptables-legacy"),
+            option_types.words("auto", "nft", "iptables", "iptables-nft", "iptables-legacy"),
             "PROGRAM",
             "What installs the rules. auto: nft where it works, else iptables.",
         ),
         Option(
             "on-failure",
-            values.words("open", "closed"),
+            option_types.words("open", "closed"),
             "WHAT",
             "What new connections meet when the relay has died. open: they go direct. closed: they are refused until "
             "the relay is back or the ruleset is removed.",
         ),
         Option(
             "mark-mask",
-            values.MASK,
+            option_types.MASK,
             "MASK",
             "The three bits of the firewall mark that belong to the relay. The highest of them marks the "
             "relay's own sockets; the bits outside the mask belong to others and are left alone.",
         ),
         Option(
             "route-table",
-            values.ROUTE_TABLE,
+            option_types.ROUTE_TABLE,
             "NUMBER",
             "The routing table that the ruleset uses. It must be empty.",
         ),
         Option(
             "route-priority",
-            values.whole(1, MOST_ROUTE_PRIORITY),
+            option_types.whole(1, MOST_ROUTE_PRIORITY),
             "NUMBER",
             "The priority of the first rule of routing that the ruleset adds; the next two numbers are used too.",
         ),
@@ -188,21 +190,21 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Processes": (
         Option(
             "workers",
-            values.workers(),
+            option_types.workers(),
             "NUMBER",
             "Worker processes, which do the relaying. auto: as many as there are processors, or as the processor time "
             "that the cgroup may use is worth.",
         ),
         Option(
             "cpu-affinity",
-            values.words("auto", "on", "off"),
+            option_types.words("auto", "on", "off"),
             "WHEN",
             "If each worker stays on one processor, but for threads that carry a stream. auto: if there is a worker "
             "for each. on: always; taskset or CPUAffinity of the unit says which. off: never.",
         ),
         Option(
             "user",
-            values.ACCOUNT,
+            option_types.ACCOUNT,
             "ACCOUNT",
             "The account that the workers run as: without any capability, unless preserve-source needs one. The "
             "ruleset exempts the connections of this account, so nothing else should run as it.",
@@ -210,7 +212,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "stall-timeout",
-            values.seconds("never"),
+            option_types.seconds("never"),
             "SECONDS",
             "Kill and replace a worker whose accept loop has shown no sign of life for this long.",
         ),
@@ -218,7 +220,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Connecting upstream": (
         Option(
             "preserve-source",
-            values.words("no", "address", "full"),
+            option_types.words("no", "address", "full"),
             "WHAT",
             "What the server sees as its client. no: the relay. address: the client's own address. full: "
             "the client's own address and port. The last two need CAP_NET_RAW, and a way back for the "
@@ -226,14 +228,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "target",
-            values.TARGET,
+            option_types.TARGET,
             "HOST:PORT",
             "Where to send connections that were not intercepted. A name is looked up once, at start and reload.",
             unset="they are refused",
         ),
         Option(
             "allow",
-            values.NETWORKS,
+            option_types.NETWORKS,
             "LIST",
             "Destinations that connections may have although another rule denies them. The longest prefix wins. Denied "
             "from the beginning are loopback, link-local (where clouds have their metadata), multicast and reserved "
@@ -244,7 +246,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "deny",
-            values.NETWORKS,
+            option_types.NETWORKS,
             "LIST",
             "Destinations that connections may not have: they are reset, and recorded as denied. With 0.0.0.0/0,::/0 "
             "only those of allow are left.",
@@ -255,33 +257,33 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Two paths": (
         Option(
             "client-congestion",
-            values.CONGESTION,
+            option_types.CONGESTION,
             "NAME",
             "The congestion control of what is sent to clients.",
             unset="what the kernel uses",
         ),
         Option(
             "upstream-congestion",
-            values.CONGESTION,
+            option_types.CONGESTION,
             "NAME",
             "The congestion control of what is sent to servers.",
             unset="what the kernel uses",
         ),
         Option(
             "client-pacing",
-            values.whole(0, values.MOST_PACING, "; 0: no limit"),
+            option_types.whole(0, option_types.MOST_PACING, "; 0: no limit"),
             "BYTES",
             "Bytes a second that each connection may send to its client; they are sent at even intervals.",
         ),
         Option(
             "upstream-pacing",
-            values.whole(0, values.MOST_PACING, "; 0: no limit"),
+            option_types.whole(0, option_types.MOST_PACING, "; 0: no limit"),
             "BYTES",
             "Bytes a second that each connection may send to its server; they are sent at even intervals.",
         ),
         Option(
             "socket-buffer",
-            values.buffer(),
+            option_types.buffer(),
             "BYTES",
             "What the kernel keeps for each connection, in each of its two sockets and either direction: memory of "
             "many connections is bounded, and so is the speed of one over a long distance. 0: as much as "
@@ -291,7 +293,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Limits": (
         Option(
             "max-connections",
-            values.connections(),
+            option_types.connections(),
             "NUMBER",
             "Connections at the same time, of all workers together. Past it nothing is accepted, and new ones wait "
             "in the kernel's backlog, or what when-full says. auto: as many as the limit on open files and the "
@@ -299,54 +301,54 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "max-per-source",
-            values.whole(0, values.MOST_CONNECTIONS, "; 0: no limit"),
+            option_types.whole(0, option_types.MOST_CONNECTIONS, "; 0: no limit"),
             "NUMBER",
             "Connections at the same time from one client address. Further ones are refused.",
         ),
         Option(
             "max-rate-per-source",
-            values.whole(0, values.MOST_CONNECTIONS, "; 0: no limit"),
+            option_types.whole(0, option_types.MOST_CONNECTIONS, "; 0: no limit"),
             "NUMBER",
             "New connections within a second from one client address. Further ones are refused.",
         ),
         Option(
             "when-full",
-            values.words("wait", "refuse", "evict"),
+            option_types.words("wait", "refuse", "evict"),
             "WHAT",
             "What becomes of a new connection when there is no room for it. wait: it stays in the kernel's backlog "
             "until there is. refuse: it is reset. evict: the connection that has rested longest, for a second at "
             "least, is reset to make room.",
         ),
-        Option("connect-timeout", values.seconds(None), "SECONDS", "How long to try to connect upstream."),
+        Option("connect-timeout", option_types.seconds(None), "SECONDS", "How long to try to connect upstream."),
         Option(
             "idle-timeout",
-            values.seconds("never"),
+            option_types.seconds("never"),
             "SECONDS",
             "Reset a connection on which no byte has moved in either direction for this long.",
         ),
         Option(
             "half-close-timeout",
-            values.seconds("never"),
+            option_types.seconds("never"),
             "SECONDS",
             "The same for a connection of which one side has already finished sending; it may be the "
             "shorter of the two.",
         ),
         Option(
             "drain-timeout",
-            values.seconds("do not wait"),
+            option_types.seconds("do not wait"),
             "SECONDS",
             "How long open connections may go on after the relay was told to stop. Then they are reset.",
         ),
         Option(
             "keepalive",
-            values.whole(0, values.MOST_KEEPALIVE, "; 0: off"),
+            option_types.whole(0, option_types.MOST_KEEPALIVE, "; 0: off"),
             "SECONDS",
             "Ask a peer that has been silent for so many seconds whether it is still there (TCP "
             "keepalive, towards both sides).",
         ),
         Option(
             "user-timeout",
-            values.seconds("the kernel decides"),
+            option_types.seconds("the kernel decides"),
             "SECONDS",
             "Give up on a peer that for this long has acknowledged nothing of what was sent to it, or has "
             "had no room for more: one that merely stops reading counts too (TCP_USER_TIMEOUT, towards both sides).",
@@ -355,22 +357,22 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Log": (
         Option(
             "log-level",
-            values.words("debug", "info", "warning", "error"),
+            option_types.words("debug", "info", "warning", "error"),
             "LEVEL",
             "The least important messages that are still written.",
         ),
         Option(
             "log-format",
-            values.words("console", "json"),
+            option_types.words("console", "json"),
             "FORMAT",
             "How a line is written. console: for people. json: as one JSON object.",
         ),
-        Option("log-file", values.PATH, "FILE", "Write the log to this file.", unset="standard error"),
+        Option("log-file", option_types.PATH, "FILE", "Write the log to this file.", unset="standard error"),
     ),
     "Looking in": (
         Option(
             "admin",
-            values.ADMIN,
+            option_types.ADMIN,
             "WHERE",
             "Where else the relay can be asked how it does, beside its own socket, which status, sessions and top find "
             "by themselves and only root and the account of the relay may use. A port of a loopback address: for "
@@ -382,7 +384,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "This program": (
         Option(
             "config",
-            values.PATH,
+            option_types.PATH,
             "FILE",
             f"Read this file instead of {DEFAULT_FILE}. /dev/null: read none.",
             in_file=False,
@@ -395,7 +397,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "root",
-            values.FOLDER,
+            option_types.FOLDER,
             "DIR",
             "With install and uninstall: the files are those below this folder.",
             in_file=False,
@@ -404,7 +406,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         _flag("keep", "With demo: leave the network up until Ctrl-C."),
         Option(
             "show",
-            values.SHOW,
+            option_types.SHOW,
             "LIST",
             "With sessions and top: only those connections for which all of this holds, and in which order.",
             unset="all of them, oldest first",
@@ -414,7 +416,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "abort",
-            values.SESSION,
+            option_types.SESSION,
             "ID",
             "With sessions: reset the connection with this id, at both ends.",
             unset="none",

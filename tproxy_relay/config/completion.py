@@ -7,12 +7,12 @@ known: words, files, accounts, interfaces. A value may look like a command ("--u
 import re
 import textwrap
 
-from tproxy_relay import values
-from tproxy_relay.options import ACTION, COMMAND, OPTIONS, POSITIONAL, Option
+from tproxy_relay.config import option_types
+from tproxy_relay.config.options import ACTION, COMMAND, OPTIONS, POSITIONAL, Option
 
 _MADE = """\
-# Completion of tproxy-relay for {name}, made by "python -m tproxy_relay.reference {name}".
-# Change tproxy_relay/options.py or tproxy_relay/completion.py instead of this file.
+# Completion of tproxy-relay for {name}, made by "python -m tproxy_relay.config.reference {name}".
+# Change tproxy_relay/config/options.py or tproxy_relay/config/completion.py instead of this file.
 """
 
 # = and : divide words (COMP_WORDBREAKS): --mode=redirect is three of them.
@@ -112,11 +112,11 @@ def _bash_value(option: Option) -> str:
     """What completes its value; '' if nothing can."""
     if option.words:
         return f"_tproxy_relay_words {' '.join(option.words)}"
-    if option.kind in (values.PATH, values.FOLDER):
-        return f"compopt -o {'default' if option.kind is values.PATH else 'dirnames'}"
-    if option.kind is values.ACCOUNT:
+    if option.kind in (option_types.PATH, option_types.FOLDER):
+        return f"compopt -o {'default' if option.kind is option_types.PATH else 'dirnames'}"
+    if option.kind is option_types.ACCOUNT:
         return 'mapfile -t COMPREPLY < <(compgen -u -- "$word")'
-    if option.kind is values.INTERFACE:
+    if option.kind is option_types.INTERFACE:
         return '_tproxy_relay_words "$(ls /sys/class/net)"'
     return ""
 
@@ -147,11 +147,11 @@ def _zsh_option(option: Option) -> str:
 def _zsh_value(option: Option) -> str:
     if option.words:
         return f"(({_zsh_words(option)}))"
-    if option.kind in (values.PATH, values.FOLDER):
-        return "_files" if option.kind is values.PATH else "_files -/"
-    if option.kind is values.ACCOUNT:
+    if option.kind in (option_types.PATH, option_types.FOLDER):
+        return "_files" if option.kind is option_types.PATH else "_files -/"
+    if option.kind is option_types.ACCOUNT:
         return "_users"
-    if option.kind is values.INTERFACE:
+    if option.kind is option_types.INTERFACE:
         return "_net_interfaces"
     return " "
 

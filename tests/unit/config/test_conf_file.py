@@ -12,19 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import Seen
 
-from tproxy_relay import config_file
+from tproxy_relay.config import conf_file
 from tproxy_relay.errors import ConfigError
 
 PATH = "/etc/x.conf"
 
 
 def texts(text: str) -> dict[str, str]:
-    return {name: given.text for name, given in config_file.parse(text, PATH).items()}
+    return {name: given.text for name, given in conf_file.parse(text, PATH).items()}
 
 
 def complaint(text: str) -> str:
     with pytest.raises(ConfigError) as refused:
-        config_file.parse(text, PATH)
+        conf_file.parse(text, PATH)
     return str(refused.value)
 
 
@@ -32,7 +32,7 @@ def refusal(path: Path) -> str:
     """Why the file cannot be read; found out without waiting for anything."""
     started = time.monotonic()
     with pytest.raises(ConfigError) as refused:
-        config_file.read(str(path))
+        conf_file.read(str(path))
     assert time.monotonic() - started < 1
     return str(refused.value)
 
@@ -42,21 +42,21 @@ def refusal(path: Path) -> str:
 
 def test_a_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("ports = 1\n# größer\n", encoding="utf-8")
-    assert config_file.read(str(tmp_path / "a")) == "ports = 1\n# größer\n"
+    assert conf_file.read(str(tmp_path / "a")) == "ports = 1\n# größer\n"
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfports = 1\r\n")
-    assert texts(config_file.read(str(tmp_path / "a"))) == {"ports": "1"}
+    assert texts(conf_file.read(str(tmp_path / "a"))) == {"ports": "1"}
 
 
 def test_dev_null_is_an_empty_file() -> None:
-    assert config_file.read("/dev/null") == ""
+    assert conf_file.read("/dev/null") == ""
 
 
 def test_a_missing_file_is_for_the_caller_to_judge(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        config_file.read(str(tmp_path / "a"))
+        conf_file.read(str(tmp_path / "a"))
 
 
 def test_a_directory(tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_a_huge_file(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_greatest_size(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"#" * config_file.MOST_BYTES)
-    assert texts(config_file.read(str(tmp_path / "a"))) == {}
+    (tmp_path / "a").write_bytes(b"#" * conf_file.MOST_BYTES)
+    assert texts(conf_file.read(str(tmp_path / "a"))) == {}
 
 
 def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["a\0b", "\ud800", "a" * 5000])
 def test_a_path_that_no_file_can_have(path: str) -> None:
     with pytest.raises(ConfigError):
-        config_file.read(path)
+        conf_file.read(path)
 
 
 def test_a_newline_in_the_path_does_not_make_two_lines(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_lines() -> None:
 
 
 def test_each_value_knows_its_line() -> None:
-    found = config_file.parse("ports = 1\n\nbind = ::", PATH)
+    found = conf_file.parse("ports = 1\n\nbind = ::", PATH)
     assert [given.where for given in found.values()] == ["/etc/x.conf:1", "/etc/x.conf:3"]
 
 
@@ -244,7 +244,7 @@ PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=3)
 
 @given(st.lists(NASTY | PRINTABLE, min_size=1).map("".join).filter(lambda name: name not in ("", "--")))
 def test_any_value_can_be_written_down_and_read_back(name: str) -> None:
-    assert texts(f"log-file = {config_file.quoted(name)}  # default") == {"log-file": name}
+    assert texts(f"log-file = {conf_file.quoted(name)}  # default") == {"log-file": name}
 
 
 @given(
@@ -254,6 +254,6 @@ def test_any_value_can_be_written_down_and_read_back(name: str) -> None:
 )
 def test_any_text_is_understood_or_refused_in_one_line(pieces: list[str]) -> None:
     try:
-        config_file.parse("".join(pieces), PATH)
+        conf_file.parse("".join(pieces), PATH)
     except ConfigError as refused:
         assert str(refused).startswith("/etc/x.conf:") and str(refused).isprintable()

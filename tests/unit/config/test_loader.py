@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from rows import Seen
 
 import tproxy_relay
-from tproxy_relay import config, config_file
-from tproxy_relay.config import Loaded
+from tproxy_relay.config import conf_file, loader
+from tproxy_relay.config.loader import Loaded
+from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.errors import ConfigError, RelayError, UsageError
-from tproxy_relay.options import OPTIONS
 from tproxy_relay.settings import HostPort, Settings
 
 NOWHERE = "/nonexistent/tproxy-relay.conf"
@@ -78,7 +78,7 @@ def load(tmp_path: Path) -> Load:
         path = tmp_path / "default.conf"
         if file is not None:
             path.write_text(file, encoding="utf-8")
-        return config.load(argv, environ or {}, default_file=str(path))
+        return loader.load(argv, environ or {}, default_file=str(path))
 
     return run
 
@@ -118,7 +118,7 @@ def test_each_source_sets_each_option_and_the_stronger_one_wins(load: Load, tmp_
     one, two = SAMPLES[name]
     variable = OPTIONS[name].variable
 
-    from_file = load(file=f"\n{name} = {config_file.quoted(one)}")
+    from_file = load(file=f"\n{name} = {conf_file.quoted(one)}")
     assert value_of(from_file, name) == value_from(name, one)
     assert from_file.origins[name] == f"{tmp_path}/default.conf:2"
 
@@ -221,7 +221,7 @@ def test_a_named_file_must_exist(load: Load, tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_used_is_an_error_even_when_nobody_named_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Is a directory"):
-        config.load([], {}, default_file=str(tmp_path))
+        loader.load([], {}, default_file=str(tmp_path))
 
 
 def test_a_path_is_not_a_pattern(load: Load, tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_version(load: Load, capsys: pytest.CaptureFixture[str], flag: str) -> N
 
 def test_print_config_shows_each_value_and_its_origin(load: Load, tmp_path: Path) -> None:
     path = tmp_path / "default.conf"
-    printed = config.print_config(load("-keepalive=7", environ={"LOG_FORMAT": "json"}, file="ports = [1, 2]"))
+    printed = loader.print_config(load("-keepalive=7", environ={"LOG_FORMAT": "json"}, file="ports = [1, 2]"))
     lines = [re.sub(r"  +", "  ", line) for line in printed.splitlines()]
     assert lines[0] == f"# Read from {path}."
     assert f"ports = 1,2  # {path}:1" in lines
@@ -373,7 +373,7 @@ def test_print_config_shows_each_value_and_its_origin(load: Load, tmp_path: Path
 
 
 def test_print_config_says_when_no_file_was_read(load: Load) -> None:
-    assert config.print_config(load()).startswith("# No configuration file was read.\n")
+    assert loader.print_config(load()).startswith("# No configuration file was read.\n")
 
 
 def test_print_config_survives_a_path_with_a_newline(load: Load, tmp_path: Path) -> None:
@@ -381,8 +381,8 @@ def test_print_config_survives_a_path_with_a_newline(load: Load, tmp_path: Path)
     strange.write_text("keepalive = 1")
     with pytest.raises(UsageError, match="cannot be printed"):
         load("--config", str(strange))
-    loaded = config.load([], {}, default_file=str(strange))
-    (tmp_path / "b").write_text(config.print_config(loaded))
+    loaded = loader.load([], {}, default_file=str(strange))
+    (tmp_path / "b").write_text(loader.print_config(loaded))
     assert load("--config", str(tmp_path / "b")).settings == Settings(keepalive=1)
 
 
@@ -416,7 +416,7 @@ def test_any_bytes_in_a_file_are_a_configuration_or_a_config_error(
     path = tmp_path_factory.getbasetemp() / "fuzz.conf"
     path.write_bytes(data)
     try:
-        assert isinstance(config.load(["--config", str(path)], {}), Loaded)
+        assert isinstance(loader.load(["--config", str(path)], {}), Loaded)
     except ConfigError as refused:
         assert str(refused).isprintable()
 
@@ -470,7 +470,7 @@ VARIABLES = st.sampled_from(
 def test_any_argv_and_environment_end_in_one_of_four_ways(argv: list[str], environ: dict[str, str]) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            assert isinstance(config.load(argv, environ, default_file=NOWHERE), Loaded)
+            assert isinstance(loader.load(argv, environ, default_file=NOWHERE), Loaded)
     except (UsageError, ConfigError) as refused:
         assert str(refused).isprintable()
     except SystemExit as ended:

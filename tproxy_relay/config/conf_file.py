@@ -11,9 +11,9 @@ import stat
 from operator import attrgetter
 from typing import BinaryIO, NamedTuple
 
+from tproxy_relay.config.option_types import BadValue, shown
+from tproxy_relay.config.options import OPTIONS, did_you_mean
 from tproxy_relay.errors import ConfigError
-from tproxy_relay.options import OPTIONS, did_you_mean
-from tproxy_relay.values import BadValue, shown
 
 MOST_BYTES = 1024 * 1024
 

@@ -8,9 +8,9 @@ import ipaddress
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from tproxy_relay.config.option_types import text_of
 from tproxy_relay.errors import ConfigError, UsageError
 from tproxy_relay.settings import Settings
-from tproxy_relay.values import text_of
 
 
 class Contradiction(NamedTuple):

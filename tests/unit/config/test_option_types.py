@@ -3,14 +3,14 @@
 import pytest
 from rows import Seen
 
-from tproxy_relay import values
+from tproxy_relay.config import option_types
+from tproxy_relay.config.option_types import BadValue
 from tproxy_relay.settings import HostPort, Network, PortRange
-from tproxy_relay.values import BadValue
 
-TIMEOUT = values.seconds("never")
+TIMEOUT = option_types.seconds("never")
 
 
-def reason(kind: values.Kind, text: str) -> str:
+def reason(kind: option_types.Kind, text: str) -> str:
     """Why the text is refused."""
     with pytest.raises(BadValue) as refused:
         kind.parse(text)
@@ -27,7 +27,7 @@ def reason(kind: values.Kind, text: str) -> str:
     ],
 )
 def test_ports(text: str, ports: tuple[int, ...]) -> None:
-    assert values.PORTS.parse(text) == ports
+    assert option_types.PORTS.parse(text) == ports
 
 
 @pytest.mark.parametrize(
@@ -64,26 +64,26 @@ def test_ports(text: str, ports: tuple[int, ...]) -> None:
 )
 @pytest.mark.row("B7", "ports that are none: ranges, signs, foreign digits", "refused")
 def test_what_is_no_list_of_ports(text: str, seen: Seen) -> None:
-    assert "\n" not in reason(values.PORTS, text)
+    assert "\n" not in reason(option_types.PORTS, text)
     seen("refused")
 
 
 def test_a_bad_port_is_named_with_its_list() -> None:
-    assert reason(values.PORTS, "1,x") == "'x' is not a TCP port (1-65535) in '1,x'"
-    assert reason(values.PORTS, "x") == "'x' is not a TCP port (1-65535)"
-    assert reason(values.PORTS, "15002,15006,15002") == "15002 is there twice in '15002,15006,15002'"
+    assert reason(option_types.PORTS, "1,x") == "'x' is not a TCP port (1-65535) in '1,x'"
+    assert reason(option_types.PORTS, "x") == "'x' is not a TCP port (1-65535)"
+    assert reason(option_types.PORTS, "15002,15006,15002") == "15002 is there twice in '15002,15006,15002'"
 
 
 @pytest.mark.row("B7", "65,535 ports", "refused")
 def test_the_number_of_ports_has_a_limit(seen: Seen) -> None:
-    assert values.PORTS.parse(",".join(map(str, range(1, 65))))
-    assert reason(values.PORTS, ",".join(map(str, range(1, 66)))) == "65 items are too many: at most 64"
-    assert reason(values.PORTS, ",".join(map(str, range(1, 65536)))) == "65535 items are too many: at most 64"
+    assert option_types.PORTS.parse(",".join(map(str, range(1, 65))))
+    assert reason(option_types.PORTS, ",".join(map(str, range(1, 66)))) == "65 items are too many: at most 64"
+    assert reason(option_types.PORTS, ",".join(map(str, range(1, 65536)))) == "65535 items are too many: at most 64"
     seen("refused")
 
 
 def test_a_long_value_is_cut_in_the_message() -> None:
-    assert len(reason(values.PORTS, "x" * 100_000)) < 200
+    assert len(reason(option_types.PORTS, "x" * 100_000)) < 200
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     ],
 )
 def test_addresses_become_canonical(text: str, addresses: tuple[str, ...]) -> None:
-    assert values.ADDRESSES.parse(text) == addresses
+    assert option_types.ADDRESSES.parse(text) == addresses
 
 
 @pytest.mark.parametrize(
@@ -124,28 +124,28 @@ def test_addresses_become_canonical(text: str, addresses: tuple[str, ...]) -> No
     ],
 )
 def test_what_is_no_list_of_addresses(text: str) -> None:
-    assert reason(values.ADDRESSES, text)
+    assert reason(option_types.ADDRESSES, text)
 
 
 @pytest.mark.parametrize("text", ["0.0.0.0,127.0.0.1", "::1,::", "0.0.0.0,::,10.0.0.1"])
 def test_an_address_that_a_wildcard_already_holds_is_refused(text: str) -> None:
-    assert "is already part of" in reason(values.ADDRESSES, text)
+    assert "is already part of" in reason(option_types.ADDRESSES, text)
 
 
 def test_an_ipv4_address_in_ipv6_clothes_is_sent_back_with_the_right_spelling() -> None:
-    assert reason(values.ADDRESSES, "::ffff:10.0.0.1").endswith("write 10.0.0.1")
+    assert reason(option_types.ADDRESSES, "::ffff:10.0.0.1").endswith("write 10.0.0.1")
 
 
 @pytest.mark.parametrize("text", ["eth0", "wg-home_1.2", "eth0:1", "a" * 15, "..."])
 def test_interface(text: str) -> None:
-    assert values.INTERFACE.parse(text) == text
+    assert option_types.INTERFACE.parse(text) == text
 
 
 @pytest.mark.parametrize(
     "text", ["", ".", "..", "a" * 16, "eth 0", "eth0\n", "eth/0", 'eth0"; flush ruleset; #', "eté0", "a\0"]
 )
 def test_what_is_no_interface(text: str) -> None:
-    assert reason(values.INTERFACE, text)
+    assert reason(option_types.INTERFACE, text)
 
 
 @pytest.mark.parametrize(
@@ -189,21 +189,21 @@ def test_seconds_that_the_kernel_could_not_count() -> None:
 
 
 def test_zero_is_refused_where_it_means_nothing() -> None:
-    assert "too short" in reason(values.seconds(None), "0")
-    assert "too short" in reason(values.seconds(None), "0.0")
+    assert "too short" in reason(option_types.seconds(None), "0")
+    assert "too short" in reason(option_types.seconds(None), "0.0")
 
 
 @pytest.mark.parametrize("text", ["", "6", "-1", "+1", "01", "1_0", "1.0", "٣", "9" * 5000, "x"])
 def test_what_is_no_whole_number_in_range(text: str) -> None:
-    assert reason(values.whole(0, 5), text).endswith("is not a whole number from 0 to 5")
+    assert reason(option_types.whole(0, 5), text).endswith("is not a whole number from 0 to 5")
 
 
 def test_whole_numbers_include_both_ends() -> None:
-    assert [values.whole(0, 5).parse(text) for text in ("0", "5")] == [0, 5]
+    assert [option_types.whole(0, 5).parse(text) for text in ("0", "5")] == [0, 5]
 
 
 def test_connections_may_be_left_to_the_relay() -> None:
-    kind = values.connections()
+    kind = option_types.connections()
     assert kind.parse("auto") is None
     assert kind.write(None) == "auto"
     assert kind.parse("1") == 1
@@ -222,7 +222,7 @@ def test_connections_may_be_left_to_the_relay() -> None:
     ],
 )
 def test_target(text: str, host: str, port: int) -> None:
-    assert values.TARGET.parse(text) == HostPort(host, port)
+    assert option_types.TARGET.parse(text) == HostPort(host, port)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_target(text: str, host: str, port: int) -> None:
     ],
 )
 def test_what_is_no_target(text: str) -> None:
-    assert reason(values.TARGET, text)
+    assert reason(option_types.TARGET, text)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_what_is_no_target(text: str) -> None:
     ],
 )
 def test_mask(text: str, mask: int) -> None:
-    assert values.MASK.parse(text) == mask
-    assert values.MASK.parse(values.MASK.write(mask)) == mask
+    assert option_types.MASK.parse(text) == mask
+    assert option_types.MASK.parse(option_types.MASK.write(mask)) == mask
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_mask(text: str, mask: int) -> None:
     ["", "0", "1", "3", "0xf", "0x700000000", "30064771072", "x", "-7", "0b111", "07", "7.0", "٧", "0x"],
 )
 def test_what_is_no_mask(text: str) -> None:
-    assert reason(values.MASK, text)
+    assert reason(option_types.MASK, text)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +303,9 @@ def test_what_is_no_mask(text: str) -> None:
     ],
 )
 def test_port_ranges(text: str, ranges: tuple[tuple[int, int], ...]) -> None:
-    parsed = values.PORT_RANGES.parse(text)
+    parsed = option_types.PORT_RANGES.parse(text)
     assert parsed == tuple(PortRange(*one) for one in ranges)
-    assert values.PORT_RANGES.parse(values.PORT_RANGES.write(parsed)) == parsed
+    assert option_types.PORT_RANGES.parse(option_types.PORT_RANGES.write(parsed)) == parsed
 
 
 @pytest.mark.parametrize(
@@ -327,11 +327,11 @@ def test_port_ranges(text: str, ranges: tuple[tuple[int, int], ...]) -> None:
         ("80,80", "80 and 80 overlap in '80,80'"),
         ("443,8000-8100,8100-8200", "8000-8100 and 8100-8200 overlap"),
         ("1-65535,22", "1-65535 and 22 overlap"),
-        (",".join(map(str, range(1, 2 * values.MOST_ITEMS + 2, 2))), "64"),
+        (",".join(map(str, range(1, 2 * option_types.MOST_ITEMS + 2, 2))), "64"),
     ],
 )
 def test_what_are_no_port_ranges(text: str, why: str) -> None:
-    assert why in reason(values.PORT_RANGES, text)
+    assert why in reason(option_types.PORT_RANGES, text)
 
 
 @pytest.mark.parametrize(
@@ -352,9 +352,9 @@ def test_what_are_no_port_ranges(text: str, why: str) -> None:
     ],
 )
 def test_networks(text: str, networks: tuple[Network, ...]) -> None:
-    parsed = values.NETWORKS.parse(text)
+    parsed = option_types.NETWORKS.parse(text)
     assert parsed == networks
-    assert values.NETWORKS.parse(values.NETWORKS.write(parsed)) == parsed
+    assert option_types.NETWORKS.parse(option_types.NETWORKS.write(parsed)) == parsed
 
 
 @pytest.mark.parametrize(
@@ -389,45 +389,45 @@ def test_networks(text: str, networks: tuple[Network, ...]) -> None:
         ("10.0.0.0/８", "not a network"),
         ("10.0.0.0/8\n", "not a network"),
         ("10.0.0.0/8; accept", "not a network"),
-        (",".join(f"10.0.0.{number}" for number in range(values.MOST_ITEMS + 1)), "65 items are too many"),
+        (",".join(f"10.0.0.{number}" for number in range(option_types.MOST_ITEMS + 1)), "65 items are too many"),
     ],
 )
 def test_what_are_no_networks(text: str, why: str) -> None:
-    assert why in reason(values.NETWORKS, text)
+    assert why in reason(option_types.NETWORKS, text)
 
 
 def test_one_port() -> None:
-    assert values.PORT.parse("15006") == 15006
+    assert option_types.PORT.parse("15006") == 15006
     for text in ("", "0", "65536", "1,2", "1-2", " 1", "+1"):
-        assert reason(values.PORT, text)
+        assert reason(option_types.PORT, text)
 
 
 @pytest.mark.parametrize("text", ["0", "1000", "4294967294", "relay", "_apt", "a.b-c_d", "A", "a" * 32])
 def test_account(text: str) -> None:
-    assert values.ACCOUNT.parse(text) == text
+    assert option_types.ACCOUNT.parse(text) == text
 
 
 @pytest.mark.parametrize(
     "text", ["", "01", "-1", "a b", "a" * 33, "a;b", "a\n", "é", "1a", "12345678901", "$(id)", "a$"]
 )
 def test_what_is_no_account(text: str) -> None:
-    assert reason(values.ACCOUNT, text)
+    assert reason(option_types.ACCOUNT, text)
 
 
 def test_route_table() -> None:
     for number in (1, 252, 256, 7006, 4294967295):
-        assert values.ROUTE_TABLE.parse(str(number)) == number
+        assert option_types.ROUTE_TABLE.parse(str(number)) == number
     for text in ("0", "253", "254", "255", "4294967296", "main", "0x10", "-1", ""):
-        assert reason(values.ROUTE_TABLE, text)
+        assert reason(option_types.ROUTE_TABLE, text)
 
 
 @pytest.mark.parametrize("text", ["", "--", "a\nb", "a\0b", "a\x1b[2J", "\udcff", "a\u2028b"])
 def test_what_is_no_name_of_a_file(text: str) -> None:
-    assert reason(values.PATH, text)
+    assert reason(option_types.PATH, text)
 
 
 def test_words_may_be_in_capitals() -> None:
-    kind = values.words("debug", "info")
+    kind = option_types.words("debug", "info")
     assert kind.parse("INFO") == "info"
     assert reason(kind, "warn") == "'warn' is not one of debug, info"
 
@@ -450,4 +450,4 @@ def test_words_may_be_in_capitals() -> None:
     ],
 )
 def test_a_value_as_the_user_writes_it(value: object, text: str) -> None:
-    assert values.text_of(value) == text
+    assert option_types.text_of(value) == text

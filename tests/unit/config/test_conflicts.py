@@ -2,9 +2,9 @@
 
 import pytest
 
-from tproxy_relay import contradictions
+from tproxy_relay.config import conflicts
+from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.errors import ConfigError, RelayError, UsageError
-from tproxy_relay.options import OPTIONS
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 
 HTTP = (PortRange(80, 80),)
@@ -14,12 +14,12 @@ EVERYTHING = (PortRange(1, 65535),)
 def refusal(settings: Settings, on_command_line: str = "") -> RelayError:
     origins = {name: "command line" if name == on_command_line else "default" for name in OPTIONS}
     with pytest.raises(RelayError) as refused:
-        contradictions.refuse(settings, origins)
+        conflicts.refuse(settings, origins)
     return refused.value
 
 
 def is_accepted(settings: Settings) -> bool:
-    contradictions.refuse(settings, {name: "default" for name in OPTIONS})
+    conflicts.refuse(settings, {name: "default" for name in OPTIONS})
     return True
 
 
@@ -183,16 +183,16 @@ def test_interception_that_leads_to_a_listener(settings: Settings) -> None:
 
 
 def test_a_cap_that_another_cap_makes_idle_is_worth_a_warning() -> None:
-    assert list(contradictions.warnings(Settings(max_connections=10, max_per_source=11))) == [
+    assert list(conflicts.warnings(Settings(max_connections=10, max_per_source=11))) == [
         "max-per-source 11 has no effect: max-connections 10 is reached first"
     ]
-    assert not list(contradictions.warnings(Settings(max_connections=10, max_per_source=10)))
-    assert not list(contradictions.warnings(Settings(max_per_source=10)))
+    assert not list(conflicts.warnings(Settings(max_connections=10, max_per_source=10)))
+    assert not list(conflicts.warnings(Settings(max_per_source=10)))
 
 
 @pytest.mark.parametrize("user", ["root", "0"])
 def test_workers_of_root_exempt_every_program_of_root_which_is_worth_a_warning(user: str) -> None:
-    (warning,) = contradictions.warnings(Settings(user=user, intercept_outbound=HTTP))
+    (warning,) = conflicts.warnings(Settings(user=user, intercept_outbound=HTTP))
     assert "no connection of any program of root is intercepted" in warning
-    assert not list(contradictions.warnings(Settings(user=user, intercept_inbound=HTTP)))
-    assert not list(contradictions.warnings(Settings(user="relay", intercept_outbound=HTTP)))
+    assert not list(conflicts.warnings(Settings(user=user, intercept_inbound=HTTP)))
+    assert not list(conflicts.warnings(Settings(user="relay", intercept_outbound=HTTP)))

@@ -7,22 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import config, config_file, errors, manual, reference
-from tproxy_relay.options import OPTIONS, POSITIONAL, Option
+from tproxy_relay import errors
+from tproxy_relay.config import conf_file, loader, manual, reference
+from tproxy_relay.config.options import OPTIONS, POSITIONAL, Option
 from tproxy_relay.settings import Settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name, path", reference.FILES.items())
 def test_the_file_in_the_tree_is_what_the_command_prints(name: str, path: str) -> None:
-    command = [sys.executable, "-m", "tproxy_relay.reference", name]
+    command = [sys.executable, "-m", "tproxy_relay.config.reference", name]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert (ROOT / path).read_text(encoding="utf-8") == printed, "run: python -m tproxy_relay.reference all"
+    assert (ROOT / path).read_text(encoding="utf-8") == printed, "run: python -m tproxy_relay.config.reference all"
 
 
 def test_what_the_shipped_file_sets() -> None:
-    shipped = config_file.parse(reference.conf(), "")
+    shipped = conf_file.parse(reference.conf(), "")
     assert {name: given.text for name, given in shipped.items()} == {
         "bind": "127.0.0.1,::1",
         "user": "tproxy-relay",
@@ -36,7 +37,7 @@ def test_the_shipped_file_lists_every_setting_with_its_default(tmp_path: Path) -
     assert listed == [name for name, option in OPTIONS.items() if option.in_file]
     uncommented = re.sub(r"^#([a-z-]+ = )", r"\1", reference.conf(), flags=re.MULTILINE)
     (tmp_path / "conf").write_text(uncommented)
-    loaded = config.load(["--config", str(tmp_path / "conf")], {})
+    loaded = loader.load(["--config", str(tmp_path / "conf")], {})
     shipped = Settings(bind=("127.0.0.1", "::1"), user="tproxy-relay", log_level="info", log_format="json")
     assert loaded.settings == shipped
 

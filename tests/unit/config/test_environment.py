@@ -3,7 +3,7 @@
 import pytest
 from rows import Seen
 
-from tproxy_relay import environment
+from tproxy_relay.config import environment
 from tproxy_relay.errors import ConfigError
 
 

@@ -6,10 +6,10 @@ TPROXY_RELAY_ variable that nobody knows is only worth a warning: it may be mean
 
 from collections.abc import Iterator, Mapping
 
-from tproxy_relay.config_file import Given
+from tproxy_relay.config.conf_file import Given
+from tproxy_relay.config.option_types import BadValue
+from tproxy_relay.config.options import OPTIONS, PREFIX, Option, did_you_mean
 from tproxy_relay.errors import ConfigError
-from tproxy_relay.options import OPTIONS, PREFIX, Option, did_you_mean
-from tproxy_relay.values import BadValue
 
 _KNOWN = {variable: option for option in OPTIONS.values() for variable in option.variables}
 

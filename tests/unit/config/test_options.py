@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tproxy_relay.options import GROUPS, OPTIONS, POSITIONAL, Option, did_you_mean
+from tproxy_relay.config.options import GROUPS, OPTIONS, POSITIONAL, Option, did_you_mean
 from tproxy_relay.settings import Settings
 
 SETTINGS = [option for option in OPTIONS.values() if option.is_setting]
