@@ -18,13 +18,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from tproxy_relay.connection import THREADS
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.ipc.scoreboard import Place
 from tproxy_relay.net import endpoint, listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.threads import RelayThreads
+from tproxy_relay.relay.connection import THREADS
+from tproxy_relay.relay.thread_pool import RelayThreads
 
 ACCEPT_BATCH = 64
 """Connections taken from one listener before the others, and the orders, get their turn."""

@@ -7,7 +7,7 @@ from typing import Any
 from tproxy_relay.ipc.channel import Message
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
-from tproxy_relay.policy import Destinations
+from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 from tproxy_relay.system.limits import Limits
 

@@ -8,9 +8,9 @@ import heapq
 import time
 from collections import deque
 
-from tproxy_relay.connection import Connection
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.registry import Registry
+from tproxy_relay.relay.connection import Connection
+from tproxy_relay.relay.registry import Registry
 
 REST = 1.0
 """Seconds without a byte either way, after which a connection may be evicted: busy ones are worth more than new."""

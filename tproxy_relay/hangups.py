@@ -8,7 +8,7 @@ whoever asks: epoll does, with an empty set of events, because errors and hang-u
 import select
 import threading
 
-from tproxy_relay import relay
+from tproxy_relay.relay import pumps
 
 
 class Hangups:
@@ -17,17 +17,17 @@ class Hangups:
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll
         self._lock = threading.Lock()
-        self._watched: dict[int, tuple[relay.Relay, relay.Leg]] = {}
-        self._undecided: list[tuple[relay.Relay, relay.Leg]] = []
+        self._watched: dict[int, tuple[pumps.Relay, pumps.Leg]] = {}
+        self._undecided: list[tuple[pumps.Relay, pumps.Leg]] = []
 
-    def add(self, owner: relay.Relay, leg: relay.Leg) -> None:
+    def add(self, owner: pumps.Relay, leg: pumps.Leg) -> None:
         """Watch a leg until it hangs up once. OSError if the kernel has no memory for it."""
         fd = leg.sock.fileno()
         with self._lock:
             self._epoll.register(fd, select.EPOLLONESHOT)
             self._watched[fd] = (owner, leg)  # after that, or `discard` would fail too
 
-    def discard(self, leg: relay.Leg) -> None:
+    def discard(self, leg: pumps.Leg) -> None:
         """Stop watching, before the descriptor is closed or our own FIN makes it hang up."""
         fd = leg.sock.fileno()
         with self._lock:

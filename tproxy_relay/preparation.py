@@ -21,7 +21,7 @@ from tproxy_relay.net import endpoint, listeners, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import Tuning
-from tproxy_relay.policy import Destinations
+from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.system import cpu, limits, privileges
 

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from tproxy_relay import session_query
-from tproxy_relay.connection import Connection
+from tproxy_relay.relay.connection import Connection
 from tproxy_relay.session_query import TEXTS, Query
 
 PATIENCE = 5.0

@@ -21,7 +21,6 @@ from typing import NamedTuple
 from tproxy_relay import session_query, sessions
 from tproxy_relay.acceptor import Acceptor
 from tproxy_relay.arrivals import Arrivals
-from tproxy_relay.connection import THREADS, Connection, Context
 from tproxy_relay.errors import ConfigError
 from tproxy_relay.eviction import Eviction
 from tproxy_relay.hangups import Hangups
@@ -32,13 +31,14 @@ from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import SEND_TICK, PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.policy import Destinations
-from tproxy_relay.registry import Registry
+from tproxy_relay.relay.connection import THREADS, Connection, Context
+from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.registry import Registry
+from tproxy_relay.relay.thread_pool import RelayThreads
 from tproxy_relay.settings import Settings
 from tproxy_relay.system.cpu import Processors
 from tproxy_relay.system.limits import Limits
 from tproxy_relay.system.wakeup import Wakeup
-from tproxy_relay.threads import RelayThreads
 
 TRIM_INTERVAL = 1.0
 """Seconds between two looks at threads that nobody needs any more."""

@@ -18,13 +18,13 @@ from contextlib import closing, suppress
 from functools import partial
 
 from tproxy_relay.acceptor import Acceptor
-from tproxy_relay.connection import THREADS
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.ipc.scoreboard import Board, Place
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import BACKLOG, Listener
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.threads import RelayThreads
+from tproxy_relay.relay.connection import THREADS
+from tproxy_relay.relay.thread_pool import RelayThreads
 
 BUSY, PRESENT, WAITING, CROWDS = 32, 100, 64, (4, 16, 100, 500)
 """Clients: without a pause; while a worker is stopped; in the backlog when one is killed; that come to stay."""

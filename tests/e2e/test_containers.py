@@ -34,10 +34,11 @@ from container import (
 )
 from interception import FAMILIES, EchoServer, ping, wait_until
 
-from tproxy_relay import relay, supervisor
+from tproxy_relay import supervisor
 from tproxy_relay.check import kernel
 from tproxy_relay.config import environment, loader
 from tproxy_relay.lab import Host, Lab
+from tproxy_relay.relay import pumps
 
 Need = Callable[[str], NoReturn]
 INBOUND, OUTBOUND = 8080, 443
@@ -177,7 +178,7 @@ def test_there_is_memory_for_the_connections() -> None:
     (sidecar,) = kubernetes()["spec"]["template"]["spec"]["initContainers"]
     assert sidecar["resources"]["limits"] == {"memory": "1Gi"}
     assert compose()["services"]["tproxy-relay"]["mem_limit"] == "1g"
-    assert 1024**3 > 1.5 * connections * 2 * relay.BULK_READ
+    assert 1024**3 > 1.5 * connections * 2 * pumps.BULK_READ
 
 
 def test_the_app_waits_for_the_relay_and_does_not_need_it() -> None:

@@ -22,8 +22,8 @@ except ImportError:  # the corpus can be played without it
 
 with atheris.instrument_imports(include=["tproxy_relay"]) if atheris else contextlib.nullcontext():
     from tproxy_relay.config import conf_file, loader, option_types
-    from tproxy_relay.destinations import Rules
     from tproxy_relay.errors import ConfigError
+    from tproxy_relay.relay.acl import Rules
 
 CORPUS = Path(__file__).parent / "corpus"
 RUNS = "-runs=1000000"

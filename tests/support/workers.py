@@ -22,7 +22,7 @@ from tproxy_relay.assignment import Assignment
 from tproxy_relay.ipc import channel, scoreboard
 from tproxy_relay.net import endpoint, sockets
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.policy import Destinations
+from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import Settings
 from tproxy_relay.system.cpu import Processors
 from tproxy_relay.system.limits import Limits

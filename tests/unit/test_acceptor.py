@@ -21,8 +21,8 @@ from loopback import FIN, RST
 from workers import Running, Several
 
 from tproxy_relay import acceptor, eviction
-from tproxy_relay.connection import THREADS
 from tproxy_relay.ipc import scoreboard
+from tproxy_relay.relay.connection import THREADS
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

@@ -34,7 +34,7 @@ from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.preparation import prepare
-from tproxy_relay.relay import ESTABLISHED
+from tproxy_relay.relay.pumps import ESTABLISHED
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.worker_handle import WorkerHandle
 

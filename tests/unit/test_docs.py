@@ -6,7 +6,7 @@ from pathlib import Path
 from tproxy_relay.net import endpoint
 from tproxy_relay.net.linux import TcpInfo
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.record import ConnectionRecord
+from tproxy_relay.relay.access_record import ConnectionRecord
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -9,7 +9,7 @@ import pytest
 from loopback import Pair
 
 from tproxy_relay.hangups import Hangups
-from tproxy_relay.relay import Leg, Relay
+from tproxy_relay.relay.pumps import Leg, Relay
 from tproxy_relay.system.cpu import Processors
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")

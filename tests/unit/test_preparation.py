@@ -15,8 +15,8 @@ from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefus
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.policy import Destinations
 from tproxy_relay.preparation import prepare
+from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, PortRange, Settings
 from tproxy_relay.system import cpu
 

@@ -13,10 +13,10 @@ from hypothesis import assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tproxy_relay.destinations import SPECIAL, Rules
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.policy import Destinations, RefusedError
+from tproxy_relay.relay.acl import SPECIAL, Rules
+from tproxy_relay.relay.policy import Destinations, RefusedError
 from tproxy_relay.settings import Network, PortRange
 
 # --- the oracle

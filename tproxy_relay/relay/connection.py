@@ -15,20 +15,20 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tproxy_relay import policy
 from tproxy_relay.logs import writer
 from tproxy_relay.net import endpoint, orig_dst, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.policy import Destinations, RefusedError
-from tproxy_relay.record import ConnectionRecord
-from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry
-from tproxy_relay.relay import HangupWatch, Leg, Relay
+from tproxy_relay.relay import policy
+from tproxy_relay.relay.access_record import ConnectionRecord
+from tproxy_relay.relay.policy import Destinations, RefusedError
+from tproxy_relay.relay.pumps import HangupWatch, Leg, Relay
+from tproxy_relay.relay.registry import NO_TRAFFIC, Flow, Registry
+from tproxy_relay.relay.thread_pool import RelayThreads
 from tproxy_relay.settings import Settings
 from tproxy_relay.system.cpu import Processors
-from tproxy_relay.threads import RelayThreads
 
 THREADS = 2
 """That a connection needs: one for each pump."""

@@ -3,7 +3,7 @@
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.linux import TcpInfo
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.record import ConnectionRecord
+from tproxy_relay.relay.access_record import ConnectionRecord
 
 FULL = ConnectionRecord(
     id="a-1",

@@ -13,10 +13,10 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from loopback import FIN, RST
 
-from tproxy_relay import relay as relay_module
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.net import sockets
-from tproxy_relay.relay import BULK_READ, LARGE_READ, SMALL_READ, Leg, Patience, Reader, Relay
+from tproxy_relay.relay import pumps as relay_module
+from tproxy_relay.relay.pumps import BULK_READ, LARGE_READ, SMALL_READ, Leg, Patience, Reader, Relay
 from tproxy_relay.system.cpu import Processors
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")

@@ -11,7 +11,7 @@ import children
 import pytest
 from deadlines import PATIENCE, wait_until
 
-from tproxy_relay.threads import RelayThreads
+from tproxy_relay.relay.thread_pool import RelayThreads
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -282,7 +282,7 @@ def test_no_thread_at_all_at_the_start_is_survived(no_new_threads: list[bool]) -
 
 STARVED = """
 import os, pathlib, resource, threading
-from tproxy_relay.threads import RelayThreads
+from tproxy_relay.relay.thread_pool import RelayThreads
 
 if os.geteuid() == 0:  # whom RLIMIT_NPROC does not bind
     os.setgroups([])

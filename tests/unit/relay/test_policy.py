@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from tproxy_relay import policy
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.policy import Destinations, RefusedError
+from tproxy_relay.relay import policy
+from tproxy_relay.relay.policy import Destinations, RefusedError
 from tproxy_relay.settings import Network, PortRange, Settings
 
 LOCAL, ELSEWHERE = "127.0.0.1", "192.0.2.1"

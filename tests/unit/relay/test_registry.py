@@ -11,7 +11,7 @@ import pytest
 from tproxy_relay.ipc.histogram import CONNECT, DURATION, bucket
 from tproxy_relay.ipc.scoreboard import Place
 from tproxy_relay.net.endpoint import Endpoint
-from tproxy_relay.registry import NO_TRAFFIC, Flow, Registry, Traffic
+from tproxy_relay.relay.registry import NO_TRAFFIC, Flow, Registry, Traffic
 
 
 @dataclass

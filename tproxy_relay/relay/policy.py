@@ -10,11 +10,11 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
-from tproxy_relay import destinations
-from tproxy_relay.destinations import Rules
 from tproxy_relay.net import sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
+from tproxy_relay.relay import acl
+from tproxy_relay.relay.acl import Rules
 from tproxy_relay.settings import Network, PortRange, Settings
 
 FULL, ADDRESS, RELAY = "full", "address", "relay"
@@ -83,7 +83,7 @@ class Destinations:
             raise RefusedError(Outcome.DENIED, f"{destination} {why}")
 
     def _is_local(self, destination: Endpoint) -> bool:
-        carried = (Endpoint(str(form), destination.port) for form in destinations.forms(destination.host)[1:])
+        carried = (Endpoint(str(form), destination.port) for form in acl.forms(destination.host)[1:])
         return destination in self._local or any(one in self._local for one in carried)
 
     def _is_own(self, endpoint: Endpoint, ports: frozenset[int]) -> bool:

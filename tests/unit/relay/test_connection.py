@@ -24,21 +24,21 @@ from lines import Lines
 from loopback import FIN, RST
 from rows import Seen
 
-from tproxy_relay import connection as connection_module
-from tproxy_relay import policy
-from tproxy_relay import relay as relay_module
-from tproxy_relay.connection import THREADS, Connection, Context
 from tproxy_relay.hangups import Hangups
 from tproxy_relay.net import endpoint, orig_dst, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import PathTuning
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.policy import Destinations, RefusedError
-from tproxy_relay.registry import Flow, Registry
+from tproxy_relay.relay import connection as connection_module
+from tproxy_relay.relay import policy
+from tproxy_relay.relay import pumps as relay_module
+from tproxy_relay.relay.connection import THREADS, Connection, Context
+from tproxy_relay.relay.policy import Destinations, RefusedError
+from tproxy_relay.relay.registry import Flow, Registry
+from tproxy_relay.relay.thread_pool import RelayThreads
 from tproxy_relay.settings import Network, Settings
 from tproxy_relay.system.cpu import Processors
-from tproxy_relay.threads import RelayThreads
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tproxy_relay import destinations
-from tproxy_relay.destinations import SPECIAL, Rules
+from tproxy_relay.relay import acl
+from tproxy_relay.relay.acl import SPECIAL, Rules
 from tproxy_relay.settings import Network, PortRange
 
 UNTOLD = Rules((), ())
@@ -166,7 +166,7 @@ def test_it_says_which_rule_it_was() -> None:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(destinations, "_REMEMBERED", 3)
+    monkeypatch.setattr(acl, "_REMEMBERED", 3)
     rules = Rules((), ())
     for number in range(20):
         assert rules.judge(f"10.0.0.{number}", 80).allowed is None

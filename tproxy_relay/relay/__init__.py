@@ -1,0 +1,1 @@
+"""One connection, from the accepted socket to its record."""
