@@ -3,7 +3,7 @@
 plan.py           what is to be intercepted (frozen)
 nft.py            the plan as nft text                  iptables.py       as iptables-restore text
 routing.py        the rules of routing and the route    iptables_save.py  reading what is there
-backend.py        the face of backend_nft.py (with holder.py) and backend_iptables.py; backends.py chooses
+backend.py        the face of backend_nft.py (with nft_owner.py) and backend_iptables.py; backends.py chooses
 foreign_nat.py    looks whether somebody else rewrites destinations
 programs.py       runs nft, iptables and ip
 ruleset.py        install with roll-back, restore, remove, compare with the kernel

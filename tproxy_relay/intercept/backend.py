@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tproxy_relay.intercept.holder import Holder
+from tproxy_relay.intercept.nft_owner import Holder
 from tproxy_relay.intercept.plan import Plan, State
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import nft, programs
 from tproxy_relay.intercept.backend import Backend, Count, Labels, Step
-from tproxy_relay.intercept.holder import Holder
+from tproxy_relay.intercept.nft_owner import Holder
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.intercept.programs import ProgramError
 

@@ -31,8 +31,8 @@ from tproxy_relay.intercept import routing
 from tproxy_relay.intercept.backend import Backend
 from tproxy_relay.intercept.backend_nft import Nft
 from tproxy_relay.intercept.changes import Changes
-from tproxy_relay.intercept.holder import Holder
 from tproxy_relay.intercept.lock import Lock
+from tproxy_relay.intercept.nft_owner import Holder
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.intercept.programs import ProgramError
 from tproxy_relay.intercept.ruleset import STATES, Ruleset

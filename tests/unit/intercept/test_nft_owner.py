@@ -10,7 +10,7 @@ from plans import PLAN
 
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import nft, programs
-from tproxy_relay.intercept.holder import Holder
+from tproxy_relay.intercept.nft_owner import Holder
 from tproxy_relay.intercept.programs import ProgramError
 
 pytestmark = pytest.mark.usefixtures("network")
