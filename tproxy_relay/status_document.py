@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tproxy_relay import __version__
 from tproxy_relay.admin.history import History
 from tproxy_relay.crew import DEATHS_PERIOD
-from tproxy_relay.intercept.managed import Health
+from tproxy_relay.guard.guard_client import Health
 from tproxy_relay.ipc.histogram import Histogram
 from tproxy_relay.ipc.scoreboard import Numbers, Traffic
 from tproxy_relay.logs.recent import Problems

@@ -19,9 +19,9 @@ from tproxy_relay.admin.address import AdminSocket
 from tproxy_relay.admin.history import History, Sample
 from tproxy_relay.crew import DEATHS_PERIOD, LOOK_INTERVAL, MOST_DEATHS, Crew, Deaths, Generation
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
+from tproxy_relay.guard.guard_client import Interception
 from tproxy_relay.handover import Door, Offer
 from tproxy_relay.intercept import ruleset
-from tproxy_relay.intercept.managed import Interception
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.ipc.scoreboard import Board

@@ -23,7 +23,7 @@ LAYERS = (
     ("crew",),
     ("handover", "worker_handle", "worker_process"),
     ("demo", "looking_in", "preparation", "worker"),
-    ("acceptor", "ask", "assignment", "check", "eviction", "hangups", "lab", "rules", "sessions", "top"),
+    ("acceptor", "ask", "assignment", "check", "eviction", "guard", "hangups", "lab", "rules", "sessions", "top"),
     ("admin", "intercept", "relay"),
     ("arrivals", "config", "net", "top_view"),
     ("install", "ipc", "logs", "session_query", "system"),

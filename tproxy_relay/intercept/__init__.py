@@ -7,7 +7,5 @@ backend.py        the face of backend_nft.py (with nft_owner.py) and backend_ipt
 foreign_nat.py    looks whether somebody else rewrites destinations
 programs.py       runs nft, iptables and ip
 ruleset.py        install with roll-back, restore, remove, compare with the kernel
-guard.py          a process of its own that holds the ruleset and undoes it when the relay is gone;
-                  lock.py keeps others out, changes.py hears of their changes
-managed.py        the relay's end of the guard
+lock.py           keeps other relays out of a ruleset that is held
 """

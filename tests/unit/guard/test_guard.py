@@ -15,7 +15,8 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from plans import PLAN, PORTS, VARIANTS, quickly
 
-from tproxy_relay.intercept import backends, guard, lock
+from tproxy_relay.guard import guard
+from tproxy_relay.intercept import backends, lock
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept import programs, ruleset
 from tproxy_relay.intercept.plan import Plan
@@ -59,7 +60,7 @@ def answer(talk: Channel) -> dict[str, Any]:
 def process() -> Iterator[Guard]:
     talk, theirs = channel.pair()
     with subprocess.Popen(
-        [sys.executable, "-m", "tproxy_relay.intercept.guard"], stdin=theirs.fileno(), env=children.environment()
+        [sys.executable, "-m", "tproxy_relay.guard.guard"], stdin=theirs.fileno(), env=children.environment()
     ) as child:
         theirs.close()
         try:
@@ -229,7 +230,7 @@ def test_nothing_to_do_is_no_error() -> None:
 
 def test_started_by_hand_it_says_what_it_is() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tproxy_relay.intercept.guard"],
+        [sys.executable, "-m", "tproxy_relay.guard.guard"],
         input="",
         capture_output=True,
         text=True,

@@ -25,12 +25,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tproxy_relay.errors import RelayError
+from tproxy_relay.guard.netlink import Changes
 from tproxy_relay.intercept import backends
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept import routing
 from tproxy_relay.intercept.backend import Backend
 from tproxy_relay.intercept.backend_nft import Nft
-from tproxy_relay.intercept.changes import Changes
 from tproxy_relay.intercept.lock import Lock
 from tproxy_relay.intercept.nft_owner import Holder
 from tproxy_relay.intercept.plan import Plan, State

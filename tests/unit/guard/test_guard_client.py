@@ -16,10 +16,11 @@ from lines import Lines, fields
 from plans import PLAN, PORTS
 
 from tproxy_relay.errors import RelayError, SystemRefusedError
-from tproxy_relay.intercept import lock, managed, programs, routing, ruleset
+from tproxy_relay.guard import guard_client
+from tproxy_relay.guard.guard_client import Interception
+from tproxy_relay.intercept import lock, programs, routing, ruleset
 from tproxy_relay.intercept.backend_nft import Nft
 from tproxy_relay.intercept.lock import Lock
-from tproxy_relay.intercept.managed import Interception
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.ipc import channel
 from tproxy_relay.settings import PortRange
@@ -42,7 +43,7 @@ def guards() -> list[int]:
     here, found = os.readlink("/proc/self/ns/net"), []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if os.readlink(folder / "ns/net") == here and b"intercept.guard" in (folder / "cmdline").read_bytes():
+            if os.readlink(folder / "ns/net") == here and b"tproxy_relay.guard" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
     return found
 
@@ -173,12 +174,12 @@ def test_a_guard_that_dies_while_it_replaces_leaves_the_old_plan(said: Lines, ki
 
 @in_network
 def test_a_guard_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, said: Lines) -> None:
-    monkeypatch.setattr(managed, "INSTALL_PATIENCE", 30)
+    monkeypatch.setattr(guard_client, "INSTALL_PATIENCE", 30)
     interception = Interception(PLAN, "nft")
     interception.install()
     (pid,) = guards()
     os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setattr(managed, "INSTALL_PATIENCE", 0.1)
+    monkeypatch.setattr(guard_client, "INSTALL_PATIENCE", 0.1)
     with pytest.raises(RelayError, match="did not answer within 0.1 s"):
         interception.replace(OTHER)
     os.kill(pid, signal.SIGCONT)

@@ -4,8 +4,8 @@ import selectors
 
 import pytest
 
+from tproxy_relay.guard.netlink import Changes
 from tproxy_relay.intercept import programs
-from tproxy_relay.intercept.changes import Changes
 
 pytestmark = pytest.mark.usefixtures("network")
 
