@@ -2,7 +2,7 @@
 
 Run as a script, by an interpreter that loads nothing it does not need:
 
-    python -I -S launch.py 7,9 setpriv ... python -m tproxy_relay.worker_process
+    python -I -S launch.py 7,9 setpriv ... python -m tproxy_relay.worker
 
 Neither of the two things can be done from the process that starts it: a descriptor gets its number, and LISTEN_PID its
 value, only in the new process.

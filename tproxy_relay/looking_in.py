@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol
 
-from tproxy_relay import session_query, sessions
+from tproxy_relay import session_query
 from tproxy_relay.admin import address, http, page
 from tproxy_relay.admin.address import AdminSocket
 from tproxy_relay.admin.history import History
@@ -22,6 +22,7 @@ from tproxy_relay.admin.http import HttpError, Request
 from tproxy_relay.admin.server import Conversation, Server
 from tproxy_relay.errors import UsageError
 from tproxy_relay.session_query import Query
+from tproxy_relay.worker import sessions
 
 WORKER_PATIENCE = 3.0
 """Seconds for the workers to tell of their connections."""

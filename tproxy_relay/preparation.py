@@ -13,7 +13,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tproxy_relay.assignment import Assignment
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
 from tproxy_relay.intercept import foreign_nat, plan
 from tproxy_relay.intercept.plan import Plan
@@ -24,6 +23,7 @@ from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.system import cpu, limits, privileges
+from tproxy_relay.worker.spec import Assignment
 
 FIXED = ("mode", "interface", "backend", "mark_mask", "route_table", "route_priority")
 """Settings that live connections depend on: with other marks, routes or listeners the kernel would not know them."""

@@ -37,7 +37,7 @@ from tproxy_relay.settings import Settings
 from tproxy_relay.status_document import Facts
 from tproxy_relay.system import systemd
 from tproxy_relay.system.wakeup import Wakeup
-from tproxy_relay.worker import ABORT_GRACE
+from tproxy_relay.worker.worker import ABORT_GRACE
 from tproxy_relay.worker_handle import WorkerHandle
 
 LEAVE_PATIENCE = 2.0

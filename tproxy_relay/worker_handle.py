@@ -174,4 +174,4 @@ def _start(prepared: Prepared, control: int, log_end: int, words_end: int) -> "s
 
 def _command(becoming: Sequence[str], descriptors: Sequence[int]) -> list[str]:
     launcher = [sys.executable, "-I", "-S", str(launch.__file__), ",".join(map(str, descriptors))]
-    return [*launcher, *becoming, sys.executable, "-m", "tproxy_relay.worker_process"]
+    return [*launcher, *becoming, sys.executable, "-m", "tproxy_relay.worker"]

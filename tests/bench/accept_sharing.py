@@ -1,7 +1,7 @@
 """How workers share new clients: four ways, side by side on loopback. README.md says how to run it and how to read it.
 
-Each worker is the relay's own accept loop (tproxy_relay/acceptor.py) with its threads and its shared memory; only the
-way to share differs, and connections are echoed instead of relayed.
+Each worker is the relay's own accept loop (tproxy_relay/worker/acceptor.py) with its threads and its shared memory;
+only the way to share differs, and connections are echoed instead of relayed.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
 
-from tproxy_relay.acceptor import Acceptor
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.ipc.scoreboard import Board, Place
 from tproxy_relay.net.endpoint import Endpoint
@@ -25,6 +24,7 @@ from tproxy_relay.net.listeners import BACKLOG, Listener
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay.connection import THREADS
 from tproxy_relay.relay.thread_pool import RelayThreads
+from tproxy_relay.worker.acceptor import Acceptor
 
 BUSY, PRESENT, WAITING, CROWDS = 32, 100, 64, (4, 16, 100, 500)
 """Clients: without a pause; while a worker is stopped; in the backlog when one is killed; that come to stay."""

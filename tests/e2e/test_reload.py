@@ -454,7 +454,7 @@ def unreadable() -> Iterator[Path]:
         shutil.copytree(Path(tproxy_relay.__file__).parent, package, ignore=ignore)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
-        (package / "worker_process.py").chmod(0o600)
+        (package / "worker" / "__main__.py").chmod(0o600)
         yield folder
     finally:
         shutil.rmtree(folder)
@@ -468,7 +468,7 @@ def test_a_worker_that_cannot_boot(
         require_or_skip("it takes root to have another account")
     program = f"PYTHONPATH={unreadable}"
     as_nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--", sys.executable)
-    importing = ("env", "-C", "/", program, *as_nobody, "-c", "import tproxy_relay.worker_process")
+    importing = ("env", "-C", "/", program, *as_nobody, "-c", "import tproxy_relay.worker.__main__")
     assert fresh_lab.relay.run(importing, check=False).returncode, "the account finds the program elsewhere"
     configured = Configured(fresh_lab, tmp_path, wrapper=("env", "-C", "/", program))
     with echoing(fresh_lab), configured.relay as relay:

@@ -240,7 +240,7 @@ def stopped_short(lab: Lab, tmp_path: Path, *options: str) -> Iterator["subproce
 def stop_workers(lab: Lab, parent: int) -> list[int]:
     """Stop those of this supervisor that are about to start."""
     found = []
-    for pid in processes(lab, "tproxy_relay.worker_process"):
+    for pid in processes(lab, "tproxy_relay.worker"):
         with contextlib.suppress(OSError):
             if f"\nPPid:\t{parent}\n" in Path(f"/proc/{pid}/status").read_text():
                 os.kill(pid, signal.SIGSTOP)
@@ -294,7 +294,7 @@ def test_one_that_gives_up_waiting_changes_nothing(served: Lab, tmp_path: Path) 
         with stopped_short(lab, tmp_path) as child:
             os.kill(relay.pid, signal.SIGSTOP)
             try:
-                for pid in processes(lab, "tproxy_relay.worker_process"):
+                for pid in processes(lab, "tproxy_relay.worker"):
                     os.kill(pid, signal.SIGCONT)
                 assert child.wait(20) == 71
             finally:

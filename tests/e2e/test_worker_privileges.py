@@ -283,7 +283,7 @@ def test_workers_that_come_later_have_no_more(lab: Lab, user: str | None) -> Non
 
 def has_become_worker(pid: int) -> bool:
     """False while it is one of the programs that lead there."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"tproxy_relay.worker_process"]
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"tproxy_relay.worker"]
 
 
 @pytest.mark.parametrize("user", USERS)

@@ -117,7 +117,7 @@ class Configured:
     def workers(self) -> list[int]:
         """The process ids of its workers, whatever its log says; those of the newest generation last."""
         found = {}
-        for pid in processes(self.lab, "tproxy_relay.worker_process"):
+        for pid in processes(self.lab, "tproxy_relay.worker"):
             with contextlib.suppress(OSError):
                 # proc(5): what follows the name is state, parent ...; number 22 is the time of the start.
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

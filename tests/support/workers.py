@@ -18,7 +18,6 @@ from deadlines import PATIENCE, wait_until
 from lines import Lines
 
 from tproxy_relay import launch
-from tproxy_relay.assignment import Assignment
 from tproxy_relay.ipc import channel, scoreboard
 from tproxy_relay.net import endpoint, sockets
 from tproxy_relay.net.listeners import Listener
@@ -26,7 +25,8 @@ from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import Settings
 from tproxy_relay.system.cpu import Processors
 from tproxy_relay.system.limits import Limits
-from tproxy_relay.worker import Worker
+from tproxy_relay.worker.spec import Assignment
+from tproxy_relay.worker.worker import Worker
 
 
 class FlakyListener:
@@ -195,7 +195,7 @@ class WorkerProcess:
         fd = listener.sock.fileno()
         command = [sys.executable, "-I", "-S", str(launch.__file__), str(fd)]
         self.child = subprocess.Popen(
-            [*command, sys.executable, "-m", "tproxy_relay.worker_process"],
+            [*command, sys.executable, "-m", "tproxy_relay.worker"],
             stdin=theirs.fileno(),
             stdout=subprocess.PIPE,
             pass_fds=[fd],

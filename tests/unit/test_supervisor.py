@@ -90,7 +90,7 @@ def accepts(port: int) -> bool:
 
 BROKEN = """
 import os, sys
-if "tproxy_relay.worker_process" in sys.orig_argv and os.path.exists(os.path.join(os.path.dirname(__file__), "broken")):
+if "tproxy_relay.worker" in sys.orig_argv and os.path.exists(os.path.join(os.path.dirname(__file__), "broken")):
     print("no use", file=sys.stderr, flush=True)
     os._exit(3)
 """

@@ -74,7 +74,7 @@ Probe = Callable[[Case], Iterable[Finding]]
 """A question to the host. RelayError comes out where the host refuses to answer."""
 
 
-_NAMES = ("tproxy-relay", "tproxy_relay", "tproxy_relay.worker_process")
+_NAMES = ("tproxy-relay", "tproxy_relay", "tproxy_relay.worker")
 """Its command, its module as in `python -m`, and that of its workers."""
 
 

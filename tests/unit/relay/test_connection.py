@@ -24,7 +24,6 @@ from lines import Lines
 from loopback import FIN, RST
 from rows import Seen
 
-from tproxy_relay.hangups import Hangups
 from tproxy_relay.net import endpoint, orig_dst, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
@@ -39,6 +38,7 @@ from tproxy_relay.relay.registry import Flow, Registry
 from tproxy_relay.relay.thread_pool import RelayThreads
 from tproxy_relay.settings import Network, Settings
 from tproxy_relay.system.cpu import Processors
+from tproxy_relay.worker.hangups import Hangups
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

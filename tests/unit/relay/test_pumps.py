@@ -13,11 +13,11 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from loopback import FIN, RST
 
-from tproxy_relay.hangups import Hangups
 from tproxy_relay.net import sockets
 from tproxy_relay.relay import pumps as relay_module
 from tproxy_relay.relay.pumps import BULK_READ, LARGE_READ, SMALL_READ, Leg, Patience, Reader, Relay
 from tproxy_relay.system.cpu import Processors
+from tproxy_relay.worker.hangups import Hangups
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

@@ -18,12 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tproxy_relay import session_query, sessions
-from tproxy_relay.acceptor import Acceptor
-from tproxy_relay.arrivals import Arrivals
+from tproxy_relay import session_query
 from tproxy_relay.errors import ConfigError
-from tproxy_relay.eviction import Eviction
-from tproxy_relay.hangups import Hangups
 from tproxy_relay.ipc.channel import Channel, Message
 from tproxy_relay.ipc.scoreboard import Place
 from tproxy_relay.net import sockets
@@ -39,6 +35,11 @@ from tproxy_relay.settings import Settings
 from tproxy_relay.system.cpu import Processors
 from tproxy_relay.system.limits import Limits
 from tproxy_relay.system.wakeup import Wakeup
+from tproxy_relay.worker import sessions
+from tproxy_relay.worker.acceptor import Acceptor
+from tproxy_relay.worker.eviction import Eviction
+from tproxy_relay.worker.hangups import Hangups
+from tproxy_relay.worker.rate_limit import Arrivals
 
 TRIM_INTERVAL = 1.0
 """Seconds between two looks at threads that nobody needs any more."""

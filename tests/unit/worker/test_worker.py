@@ -16,11 +16,11 @@ from loopback import FIN, RST
 from rows import Seen
 from workers import Running
 
-from tproxy_relay import worker as worker_module
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.net import endpoint, orig_dst
 from tproxy_relay.relay.connection import THREADS, Connection
 from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.worker import worker as worker_module
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

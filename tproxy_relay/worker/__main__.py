@@ -14,7 +14,6 @@ import sys
 from dataclasses import replace
 from typing import NoReturn
 
-from tproxy_relay import assignment
 from tproxy_relay.errors import RelayError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
@@ -23,7 +22,8 @@ from tproxy_relay.logs import writer as logs
 from tproxy_relay.net import listeners
 from tproxy_relay.system import proc_title
 from tproxy_relay.system.cpu import Processors
-from tproxy_relay.worker import Worker
+from tproxy_relay.worker import spec
+from tproxy_relay.worker.worker import Worker
 
 SWITCH_INTERVAL = 1.0
 """Seconds that a thread waits for the interpreter lock before it insists (sys.setswitchinterval). A pump lets go of
@@ -53,7 +53,7 @@ def main() -> int:
     if given is None:
         return 0  # the supervisor has changed its mind
     message, descriptors = given
-    order = assignment.of_message(message)
+    order = spec.of_message(message)
     processors = Processors(message["home"])
     processors.stay()  # before any thread is started
     sys.setswitchinterval(SWITCH_INTERVAL)

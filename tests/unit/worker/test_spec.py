@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tproxy_relay import assignment
-from tproxy_relay.assignment import Assignment
 from tproxy_relay.ipc import channel
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 from tproxy_relay.system.limits import Limits
+from tproxy_relay.worker import spec
+from tproxy_relay.worker.spec import Assignment
 
 finite = st.floats(allow_nan=False)  # which is not equal to itself
 ports = st.integers(0, 65535)
@@ -57,7 +57,7 @@ def all_types(order: Assignment) -> object:
 def test_there_and_back(order: Assignment, place: int) -> None:
     message = json.loads(json.dumps(order.to_message(place, 3)))
     assert (message["place"], message["home"]) == (place, 3)
-    there = assignment.of_message(message)
+    there = spec.of_message(message)
     assert there == order
     assert all_types(there) == all_types(order)
     assert type(there.limits) is Limits
@@ -83,7 +83,7 @@ def test_through_a_channel() -> None:
     one.send(order.to_message(7, None))
     told = other.receive(1)
     assert told is not None
-    there = assignment.of_message(told[0])
+    there = spec.of_message(told[0])
     assert (there, told[0]["place"]) == (order, 7)
     assert str(there.settings.target) == "server.example:80"
     assert [str(one) for one in there.settings.intercept_inbound] == ["80", "8000-8100"]
@@ -99,4 +99,4 @@ def test_nothing_of_it_is_left_to_a_default(name: str) -> None:
     message = Assignment(RICH, Tuning(60, 0.0, 0), Destinations(frozenset(), None), Limits(1, 1)).to_message(0, None)
     del message[name]
     with pytest.raises(KeyError, match=name):
-        assignment.of_message(message)
+        spec.of_message(message)

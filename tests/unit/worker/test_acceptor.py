@@ -20,9 +20,9 @@ from lines import fields
 from loopback import FIN, RST
 from workers import Running, Several
 
-from tproxy_relay import acceptor, eviction
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.relay.connection import THREADS
+from tproxy_relay.worker import acceptor, eviction
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

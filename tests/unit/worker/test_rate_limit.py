@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 from places import places
 
-from tproxy_relay import arrivals
-from tproxy_relay.arrivals import Arrivals
 from tproxy_relay.ipc.scoreboard import Place
+from tproxy_relay.worker import rate_limit
+from tproxy_relay.worker.rate_limit import Arrivals
 
 HOST, OTHER = "192.0.2.1", "2001:db8::1"
 
@@ -27,7 +27,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(arrivals, "time", made)
+    monkeypatch.setattr(rate_limit, "time", made)
     return made
 
 

@@ -8,9 +8,9 @@ import loopback
 import pytest
 from loopback import Pair
 
-from tproxy_relay.hangups import Hangups
 from tproxy_relay.relay.pumps import Leg, Relay
 from tproxy_relay.system.cpu import Processors
+from tproxy_relay.worker.hangups import Hangups
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
