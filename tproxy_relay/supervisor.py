@@ -16,6 +16,7 @@ from dataclasses import fields
 from tproxy_relay import __version__, handover, status_document
 from tproxy_relay.admin import address
 from tproxy_relay.admin.address import AdminSocket
+from tproxy_relay.admin.api import LookingIn
 from tproxy_relay.admin.history import History, Sample
 from tproxy_relay.crew import DEATHS_PERIOD, LOOK_INTERVAL, MOST_DEATHS, Crew, Deaths, Generation
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
@@ -28,7 +29,6 @@ from tproxy_relay.ipc.scoreboard import Board
 from tproxy_relay.logs.recent import Problems
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.logs.writer import LogWriter, Sink
-from tproxy_relay.looking_in import LookingIn
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener

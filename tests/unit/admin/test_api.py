@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 import pytest
 from deadlines import PATIENCE, wait_until
 
-from tproxy_relay import looking_in
-from tproxy_relay.admin import address
+from tproxy_relay.admin import address, api
+from tproxy_relay.admin.api import LookingIn
 from tproxy_relay.admin.client import Client
 from tproxy_relay.admin.history import History, Sample
 from tproxy_relay.errors import RelayError, SystemRefusedError
-from tproxy_relay.looking_in import LookingIn
 
 
 class Someone:
@@ -125,7 +124,7 @@ def test_what_several_workers_have_is_put_in_one_order(desk: Desk) -> None:
 
 
 def test_who_does_not_answer_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looking_in, "WORKER_PATIENCE", 0.3)
+    monkeypatch.setattr(api, "WORKER_PATIENCE", 0.3)
     cut_short = answer((1, "a"))[:-1]
     desk.relay.askable = [Someone(1, answer((1, "a"))), Someone(2, None), Someone(3, b""), Someone(4, cut_short)]
     found = desk.client.get("/sessions")
@@ -169,10 +168,10 @@ def test_the_last_refusals_of_all(desk: Desk) -> None:
 def test_only_some_ask_at_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.relay.askable = [Someone(1, None)]
     with contextlib.ExitStack() as stack:
-        for _ in range(looking_in.MOST_QUESTIONS):
+        for _ in range(api.MOST_QUESTIONS):
             sock = stack.enter_context(address.dial(os.getpid(), PATIENCE))
             sock.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n")
-        wait_until(lambda: len(desk.looking_in._questions) == looking_in.MOST_QUESTIONS, "they wait")
+        wait_until(lambda: len(desk.looking_in._questions) == api.MOST_QUESTIONS, "they wait")
         with pytest.raises(SystemRefusedError, match="too many ask at once"):
             desk.client.get("/sessions")
         assert desk.client.get("/history")["at"] == [], "what is known here is told"
