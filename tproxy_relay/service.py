@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Callable, MutableMapping
 from typing import NoReturn
 
-from tproxy_relay import preparation
 from tproxy_relay.logs import writer as logs
 from tproxy_relay.settings import Settings
-from tproxy_relay.supervisor import Supervisor
+from tproxy_relay.supervisor import generation
+from tproxy_relay.supervisor.supervisor import Supervisor
 from tproxy_relay.system import privileges, proc_title
 from tproxy_relay.system.wakeup import Wakeup
 
@@ -40,7 +40,7 @@ def run(settings: Settings, reread: Callable[[], Settings], environ: MutableMapp
     writer = logs.LogWriter(settings, sys.stderr.fileno() if sys.stderr else None)
     writer.start()
     try:
-        preparation.warn_of_nonlocal_bind()
+        generation.warn_of_nonlocal_bind()
         supervisor = Supervisor(settings, reread, environ, wakeup, writer)
         code = supervisor.run() if supervisor.start() else 0
     except BaseException:

@@ -34,11 +34,11 @@ from container import (
 )
 from interception import FAMILIES, EchoServer, ping, wait_until
 
-from tproxy_relay import supervisor
 from tproxy_relay.check import kernel
 from tproxy_relay.config import environment, loader
 from tproxy_relay.lab import Host, Lab
 from tproxy_relay.relay import pumps
+from tproxy_relay.supervisor import supervisor
 
 Need = Callable[[str], NoReturn]
 INBOUND, OUTBOUND = 8080, 443

@@ -20,11 +20,11 @@ from activation import passing
 from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PATIENCE, PORT, EchoServer, opened, ping, wait_until, ways
 from rows import Seen
 
-from tproxy_relay import supervisor
 from tproxy_relay.config import loader
 from tproxy_relay.lab import Lab, RelayProcess
 from tproxy_relay.net import listeners
 from tproxy_relay.settings import Settings
+from tproxy_relay.supervisor import supervisor
 
 ETC = Path(__file__).parents[2] / "etc"
 UNITS = ETC / "systemd"

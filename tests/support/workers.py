@@ -17,12 +17,12 @@ import places
 from deadlines import PATIENCE, wait_until
 from lines import Lines
 
-from tproxy_relay import launch
 from tproxy_relay.ipc import channel, scoreboard
 from tproxy_relay.net import endpoint, sockets
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import Settings
+from tproxy_relay.supervisor import launch
 from tproxy_relay.system.cpu import Processors
 from tproxy_relay.system.limits import Limits
 from tproxy_relay.worker.spec import Assignment

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import errors, preparation, service, supervisor
+from tproxy_relay import errors, service
 from tproxy_relay.config import loader
 from tproxy_relay.config.options import OPTIONS
-from tproxy_relay.crew import DEATHS_PERIOD, MOST_DEATHS, Deaths
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.settings import Settings
+from tproxy_relay.supervisor import generation, supervisor
+from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MOST_DEATHS, Deaths
 from tproxy_relay.system import limits, privileges, proc_title
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def test_what_needs_a_restart_is_what_no_reload_can_change() -> None:
     row = re.search(r"^needs a restart(.*?); the end of interception", section("Reload"), re.MULTILINE | re.DOTALL)
     assert row
     named = re.findall(r"``([a-z-]+)``", row[1])
-    assert named == [name.replace("_", "-") for name in preparation.FIXED] == list(preparation.fixed(Settings()))
+    assert named == [name.replace("_", "-") for name in generation.FIXED] == list(generation.fixed(Settings()))
 
 
 def test_the_numbers_are_those_of_the_program() -> None:

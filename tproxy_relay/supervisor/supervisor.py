@@ -13,15 +13,13 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import fields
 
-from tproxy_relay import __version__, handover, status_document
+from tproxy_relay import __version__
 from tproxy_relay.admin import address
 from tproxy_relay.admin.address import AdminSocket
 from tproxy_relay.admin.api import LookingIn
 from tproxy_relay.admin.history import History, Sample
-from tproxy_relay.crew import DEATHS_PERIOD, LOOK_INTERVAL, MOST_DEATHS, Crew, Deaths, Generation
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.guard.guard_client import Interception
-from tproxy_relay.handover import Door, Offer
 from tproxy_relay.intercept import ruleset
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
@@ -32,13 +30,17 @@ from tproxy_relay.logs.writer import LogWriter, Sink
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.preparation import Prepared, fixed, prepare
 from tproxy_relay.settings import Settings
-from tproxy_relay.status_document import Facts
+from tproxy_relay.supervisor import status as status_document
+from tproxy_relay.supervisor import takeover
+from tproxy_relay.supervisor.generation import Prepared, fixed, prepare
+from tproxy_relay.supervisor.status import Facts
+from tproxy_relay.supervisor.takeover import Door, Offer
+from tproxy_relay.supervisor.worker_process import WorkerHandle
+from tproxy_relay.supervisor.workers import DEATHS_PERIOD, LOOK_INTERVAL, MOST_DEATHS, Crew, Deaths, Generation
 from tproxy_relay.system import systemd
 from tproxy_relay.system.wakeup import Wakeup
 from tproxy_relay.worker.worker import ABORT_GRACE
-from tproxy_relay.worker_handle import WorkerHandle
 
 LEAVE_PATIENCE = 2.0
 """Seconds for workers that are told to take no more clients to have heard of it; it takes some milliseconds."""
@@ -108,7 +110,7 @@ class Supervisor:
         kept, unfit = listeners.adopt_all(self._settings, self._environ)
         self._inherited = any(not one.stored for one in kept)
         if self._settings.take_over and not kept:
-            self._offer = handover.find(self._settings)
+            self._offer = takeover.find(self._settings)
             kept = self._offer.listeners if self._offer else []
         prepared = prepare(self._settings, kept, inherited=self._inherited)
         unwanted = [one for one in kept if one not in prepared.listeners]
@@ -546,7 +548,7 @@ class Supervisor:
         """Show another relay what it would take over."""
         assert self._now is not None
         now = self._now.prepared
-        handover.offer(successor, now.settings, now.listeners, now.plan)
+        takeover.offer(successor, now.settings, now.listeners, now.plan)
 
     def hand_over(self, pid: int, kept: Sequence[str], guard: int | None) -> None:
         """Its workers are ready. Ours finish their connections; nothing is to be undone at the end."""

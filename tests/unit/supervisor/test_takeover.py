@@ -13,10 +13,10 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from relays import Relay
 
-from tproxy_relay import handover
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.ipc.channel import Channel, Message
 from tproxy_relay.settings import Settings
+from tproxy_relay.supervisor import takeover
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 def asking(relay: Relay) -> Iterator[Channel]:
     """Someone who may ask."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.connect(f"\0{handover.NAME}{relay.process.pid}")
+        sock.connect(f"\0{takeover.NAME}{relay.process.pid}")
         yield Channel(sock)
 
 
 def question(channel: Channel) -> Message | None:
     """What it offers or says."""
-    channel.send({"want": "listeners", "protocol": handover.PROTOCOL})
+    channel.send({"want": "listeners", "protocol": takeover.PROTOCOL})
     return answer(channel)
 
 
@@ -100,7 +100,7 @@ def test_one_that_is_turned_away_in_the_moment_of_the_hand_over(tmp_path: Path) 
             assert question(first)
             os.kill(relay.process.pid, signal.SIGSTOP)
             first.send(commit(relay))
-            second.send({"want": "listeners", "protocol": handover.PROTOCOL})
+            second.send({"want": "listeners", "protocol": takeover.PROTOCOL})
             os.kill(relay.process.pid, signal.SIGCONT)
             assert answer(first) == {"committed": relay.process.pid}
         relay.said("handed over")
@@ -176,29 +176,29 @@ def test_one_that_listens_elsewhere_is_not_in_the_way(tmp_path: Path) -> None:
     with Relay(tmp_path) as relay, Relay(tmp_path / "other") as other:
         with asking(other) as channel:
             assert question(channel)
-            found = handover.find(settings(relay))
+            found = takeover.find(settings(relay))
             assert found is not None and found.pid == relay.process.pid
             for listener in found.listeners:
                 listener.close()
             found.close()
             with pytest.raises(SystemRefusedError, match=f"process {other.process.pid}: another relay takes over"):
-                handover.find(settings(other))
+                takeover.find(settings(other))
         with pytest.raises(
             SystemRefusedError, match=f"cannot take over from process {relay.process.pid}: its route-table"
         ):
-            handover.find(settings(relay, route_table=7))
+            takeover.find(settings(relay, route_table=7))
         with loopback.listen() as free:
             port = free.getsockname()[1]
-        assert handover.find(Settings(bind=("127.0.0.1",), ports=(port,), mode="tproxy")) is None
+        assert takeover.find(Settings(bind=("127.0.0.1",), ports=(port,), mode="tproxy")) is None
 
 
 def test_one_who_only_has_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any account can take it, and let others wait."""
-    monkeypatch.setattr(handover, "PATIENCE", 0.2)
+    monkeypatch.setattr(takeover, "PATIENCE", 0.2)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, socket.socket(
         socket.AF_UNIX, socket.SOCK_SEQPACKET
     ) as first:
-        sock.bind(f"\0{handover.NAME}{os.getpid()}")
+        sock.bind(f"\0{takeover.NAME}{os.getpid()}")
         sock.listen(0)
-        first.connect(f"\0{handover.NAME}{os.getpid()}")  # the backlog is full
-        assert handover.find(Settings()) is None
+        first.connect(f"\0{takeover.NAME}{os.getpid()}")  # the backlog is full
+        assert takeover.find(Settings()) is None

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tproxy_relay import errors, launch
+from tproxy_relay import errors
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Message
 from tproxy_relay.ipc.scoreboard import Board, Numbers, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
-from tproxy_relay.preparation import Prepared
+from tproxy_relay.supervisor import launch
+from tproxy_relay.supervisor.generation import Prepared
 
 LAST_PATIENCE = 1.0
 """Seconds for a worker to be gone after it has closed its channel, and for its last words to be read."""
@@ -153,7 +154,7 @@ class WorkerHandle:
 def environment() -> dict[str, str]:
     """Ours without the service manager, and so that the same program runs, also from a checkout that is not
     installed."""
-    package = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {name: value for name, value in os.environ.items() if name not in _OF_THE_MANAGER}
     return {**ours, "PYTHONPATH": os.pathsep.join(path)}

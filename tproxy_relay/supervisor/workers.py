@@ -15,8 +15,8 @@ from tproxy_relay.ipc import histogram
 from tproxy_relay.ipc.scoreboard import NO_TRAFFIC, Board, Numbers, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.preparation import Prepared
-from tproxy_relay.worker_handle import WorkerHandle
+from tproxy_relay.supervisor.generation import Prepared
+from tproxy_relay.supervisor.worker_process import WorkerHandle
 
 BOOT_PATIENCE = 30.0
 """Seconds for a worker to get ready; it takes a tenth of one."""

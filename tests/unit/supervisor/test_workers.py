@@ -24,8 +24,6 @@ from hypothesis import strategies as st
 from lines import fields
 from loopback import FIN, RST
 
-from tproxy_relay import crew, worker_handle
-from tproxy_relay.crew import DEATHS_PERIOD, MOST_DEATHS, Crew, Deaths, Generation, added, with_lost
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.ipc import scoreboard as board_module
 from tproxy_relay.ipc.channel import Message
@@ -33,10 +31,13 @@ from tproxy_relay.ipc.scoreboard import PLACES, WATCHING, Board, Numbers
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.preparation import prepare
 from tproxy_relay.relay.pumps import ESTABLISHED
 from tproxy_relay.settings import HostPort, Settings
-from tproxy_relay.worker_handle import WorkerHandle
+from tproxy_relay.supervisor import worker_process
+from tproxy_relay.supervisor import workers as crew
+from tproxy_relay.supervisor.generation import prepare
+from tproxy_relay.supervisor.worker_process import WorkerHandle
+from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MOST_DEATHS, Crew, Deaths, Generation, added, with_lost
 
 
 class Log:
@@ -206,7 +207,7 @@ def test_it_runs_the_right_program_with_nothing_else(hands: Hands) -> None:
 def test_the_service_manager_is_the_supervisors(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "KEPT"):
         monkeypatch.setenv(name, "x")
-    environ = worker_handle.environment()
+    environ = worker_process.environment()
     assert {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(environ) == set()
     assert environ["KEPT"] == "x"
     assert environ["PYTHONPATH"].split(os.pathsep)[0] == str(children.ROOT)

@@ -10,14 +10,14 @@ import children
 import loopback
 import pytest
 
-from tproxy_relay import preparation
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.preparation import prepare
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, PortRange, Settings
+from tproxy_relay.supervisor import generation
+from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.system import cpu
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 def test_a_target_that_does_not_resolve() -> None:
     with pytest.raises(ConfigError, match="target: cannot resolve 'no.such.host.invalid'") as caught:
-        preparation._resolve_target(Settings(target=HostPort("no.such.host.invalid", 80)))
+        generation._resolve_target(Settings(target=HostPort("no.such.host.invalid", 80)))
     assert caught.value.exit_code == 78
 
 
 def test_name_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "LOOKUP_PATIENCE", 0.1)
+    monkeypatch.setattr(generation, "LOOKUP_PATIENCE", 0.1)
     answered = threading.Event()
 
     def look_up(*_args: object, **_more: object) -> None:
@@ -40,20 +40,20 @@ def test_name_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("socket.getaddrinfo", look_up)
     try:
         with pytest.raises(ConfigError, match="target: cannot resolve 'far.example': no answer .* within 0.1 s"):
-            preparation._resolve_target(Settings(target=HostPort("far.example", 80)))
+            generation._resolve_target(Settings(target=HostPort("far.example", 80)))
     finally:
         answered.set()
 
 
 def test_a_target_is_looked_up_once() -> None:
-    assert preparation._resolve_target(Settings()) is None
-    assert preparation._resolve_target(Settings(target=HostPort("127.0.0.1", 80))) == Endpoint("127.0.0.1", 80)
-    assert preparation._resolve_target(Settings(target=HostPort("::1", 80))) == Endpoint("::1", 80)
+    assert generation._resolve_target(Settings()) is None
+    assert generation._resolve_target(Settings(target=HostPort("127.0.0.1", 80))) == Endpoint("127.0.0.1", 80)
+    assert generation._resolve_target(Settings(target=HostPort("::1", 80))) == Endpoint("::1", 80)
 
 
 RIGHTS = """
 import sys
-from tproxy_relay import preparation
+from tproxy_relay.supervisor.supervisor import generation as preparation
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import Settings
 print(*(hex(preparation._usable_mark(Settings(mark_mask=mask))) for mask in (0x07000000, 0xE0000000, 0x7)))
@@ -85,7 +85,7 @@ OURS = frozenset({15002, 15006})
 
 
 def test_without_ports_to_intercept_there_is_no_ruleset() -> None:
-    assert preparation._plan(Settings(), mark=0, own_ports=frozenset()) is None
+    assert generation._plan(Settings(), mark=0, own_ports=frozenset()) is None
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_interception_that_cannot_work_is_refused_before_anything_is_done(
     settings: Settings, own_ports: set[int], error: type[Exception], why: str
 ) -> None:
     with pytest.raises(error, match=why):
-        preparation._plan(settings, mark=0, own_ports=frozenset(own_ports))
+        generation._plan(settings, mark=0, own_ports=frozenset(own_ports))
 
 
 def test_an_account_of_their_own_exempts_workers_that_cannot_mark_their_sockets() -> None:
-    wanted = preparation._plan(Settings(intercept_outbound=HTTP, user="12345"), mark=0, own_ports=OURS)
+    wanted = generation._plan(Settings(intercept_outbound=HTTP, user="12345"), mark=0, own_ports=OURS)
     assert wanted is not None and wanted.exempt_uid == 12345
-    assert preparation._plan(Settings(intercept_outbound=HTTP), mark=4, own_ports=OURS) is not None
+    assert generation._plan(Settings(intercept_outbound=HTTP), mark=4, own_ports=OURS) is not None
 
 
 # --- all of it
@@ -194,7 +194,7 @@ def test_what_fails_has_opened_nothing_and_closed_nothing(more: dict[str, object
 
 ANOTHER_ACCOUNT = """
 from tproxy_relay.errors import RelayError
-from tproxy_relay.preparation import prepare
+from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.settings import Settings
 try:
     prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user="12345"), [], inherited=False)
@@ -215,7 +215,7 @@ OF_ROOT = """
 import logging, sys
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 from tproxy_relay.net import listeners
-from tproxy_relay.preparation import prepare
+from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.settings import Settings
 user = None if sys.argv[1] == "none" else sys.argv[1]
 prepared = prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user=user), [], inherited=False)
@@ -236,7 +236,7 @@ def test_workers_of_a_root_that_cannot_take_its_rights_from_them(
 
 
 def test_what_no_reload_can_change() -> None:
-    assert set(preparation.fixed(Settings())) == {
+    assert set(generation.fixed(Settings())) == {
         "mode",
         "interface",
         "backend",
@@ -244,4 +244,4 @@ def test_what_no_reload_can_change() -> None:
         "route-table",
         "route-priority",
     }
-    assert preparation.fixed(Settings(route_table=7)) != preparation.fixed(Settings())
+    assert generation.fixed(Settings(route_table=7)) != generation.fixed(Settings())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import children
 import pytest
 
-from tproxy_relay import launch
+from tproxy_relay.supervisor import launch
 
 NUMBERED = """
 import fcntl, os, sys

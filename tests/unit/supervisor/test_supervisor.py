@@ -16,11 +16,11 @@ from deadlines import PATIENCE, wait_until
 from loopback import FIN, RST
 from relays import BOOT, Relay, ThisHost, is_alive
 
-from tproxy_relay import supervisor
 from tproxy_relay.errors import ConfigError
 from tproxy_relay.lab import LabError, RelayProcess
-from tproxy_relay.preparation import FIXED
 from tproxy_relay.settings import PortRange, Settings
+from tproxy_relay.supervisor import supervisor
+from tproxy_relay.supervisor.generation import FIXED
 
 # --- workers that die
 
@@ -99,7 +99,7 @@ if "tproxy_relay.worker" in sys.orig_argv and os.path.exists(os.path.join(os.pat
 def breakable(folder: Path) -> tuple[str, ...]:
     """A command that becomes a relay whose workers cannot start once the file `broken` is in that folder."""
     (folder / "sitecustomize.py").write_text(BROKEN, encoding="utf-8")  # site: loaded by each Python that finds it
-    path = os.pathsep.join((str(folder), str(Path(supervisor.__file__).parents[1])))
+    path = os.pathsep.join((str(folder), str(Path(supervisor.__file__).parents[2])))
     return ("env", f"PYTHONPATH={path}")
 
 

@@ -22,8 +22,8 @@ from tproxy_relay.ipc.channel import MOST_DESCRIPTORS, Channel, Message
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.preparation import fixed
 from tproxy_relay.settings import Settings
+from tproxy_relay.supervisor.generation import fixed
 
 NAME = "tproxy_relay/relay/"
 """Of the socket, after the zero byte and before the process id of the supervisor."""

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 from tproxy_relay import __version__
 from tproxy_relay.admin.history import History
-from tproxy_relay.crew import DEATHS_PERIOD
 from tproxy_relay.guard.guard_client import Health
 from tproxy_relay.ipc.histogram import Histogram
 from tproxy_relay.ipc.scoreboard import Numbers, Traffic
 from tproxy_relay.logs.recent import Problems
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.preparation import Prepared
-from tproxy_relay.worker_handle import WorkerHandle
+from tproxy_relay.supervisor.generation import Prepared
+from tproxy_relay.supervisor.worker_process import WorkerHandle
+from tproxy_relay.supervisor.workers import DEATHS_PERIOD
 
 NEARLY_FULL = 0.9
 """Of max-connections."""

@@ -1,0 +1,1 @@
+"""The process that keeps the listeners, the ruleset and the workers, and touches no connection itself."""
