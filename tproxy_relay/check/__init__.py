@@ -10,8 +10,8 @@ kernel.py  selfprobe.py  namespace.py       trying it out: the ruleset, and a co
 import json
 from collections.abc import Iterator
 
-from tproxy_relay.check import kernel, limits, neighbours, selfprobe, standing, sysctls, tools
-from tproxy_relay.check.case import Case, Probe
+from tproxy_relay.check import foreign_rules, kernel, limits, ruleset, selfprobe, sysctls, tools
+from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
 from tproxy_relay.errors import CapabilityMissingError, RelayError
 from tproxy_relay.intercept import foreign_nat, plan
@@ -38,13 +38,13 @@ PROBES: tuple[Probe, ...] = (
     sysctls.probe_forwarding,
     sysctls.probe_bridges,
     sysctls.probe_vrf,
-    neighbours.probe_routing_table,
-    neighbours.probe_rule_priority,
-    neighbours.probe_marks,
-    neighbours.probe_other_proxies,
-    neighbours.probe_filters,
-    neighbours.probe_masquerade,
-    standing.probe_ruleset,
+    foreign_rules.probe_routing_table,
+    foreign_rules.probe_rule_priority,
+    foreign_rules.probe_marks,
+    foreign_rules.probe_other_proxies,
+    foreign_rules.probe_filters,
+    foreign_rules.probe_masquerade,
+    ruleset.probe_ruleset,
     selfprobe.probe_connections,
 )
 """In the order of the lines."""

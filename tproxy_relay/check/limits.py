@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tproxy_relay.check import host
-from tproxy_relay.check.case import Case, is_relay
+from tproxy_relay.check.context import Case, is_relay
 from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import BACKLOG

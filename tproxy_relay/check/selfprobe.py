@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tproxy_relay.check import host
-from tproxy_relay.check.case import Case
+from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError

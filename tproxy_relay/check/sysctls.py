@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tproxy_relay.check import host
-from tproxy_relay.check.case import Case
+from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
 from tproxy_relay.check.host import number, of_interface
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from tproxy_relay.check import host
-from tproxy_relay.check.case import Case
+from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, install, ok, problem, warning
 from tproxy_relay.intercept import programs
 from tproxy_relay.system import privileges

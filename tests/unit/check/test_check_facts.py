@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from tproxy_relay.check import host, limits, neighbours, tools
-from tproxy_relay.check.case import is_relay
+from tproxy_relay.check import foreign_rules, host, limits, tools
+from tproxy_relay.check.context import is_relay
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ def test_lists_of_ports(port: int, ranges: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("taken", [0, 0xE0000000, 0x0F000000, 0xFFFFFFF8, 0x55555550])
 def test_a_free_mask_has_three_bits_of_nobody(taken: int) -> None:
-    mask = neighbours.free_mask(taken)
+    mask = foreign_rules.free_mask(taken)
     assert mask & taken == 0 and mask.bit_count() == (0 if taken == 0x55555550 and not mask else 3)
 
 
 def test_no_mask_is_free_when_all_bits_are_taken() -> None:
-    assert neighbours.free_mask(0xFFFFFFFE) == 0
+    assert foreign_rules.free_mask(0xFFFFFFFE) == 0
 
 
 def test_an_interface_with_a_dot_takes_slashes() -> None:

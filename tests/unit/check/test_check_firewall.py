@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tproxy_relay.check import firewall, read_iptables, read_nft
+from tproxy_relay.check import firewall, firewall_iptables, firewall_nft
 from tproxy_relay.check.firewall import ACCEPT, DROP, MAYBE, Firewall, Packet
 from tproxy_relay.lab import Lab
 
@@ -31,7 +31,7 @@ def nft(lab: Lab, *rules: str, policy: str = "accept", hook: str = "filter hook 
     text = "table inet f {\n chain other {\n tcp dport 8000 accept\n }\n"
     text += f" chain c {{\n type {hook}; policy {policy};\n " + "\n ".join(rules) + "\n }\n}\n"
     lab.relay.run(["nft", "-f", "-"], input=text)
-    return read_nft.chains(_json(lab), [])
+    return firewall_nft.chains(_json(lab), [])
 
 
 def _json(lab: Lab):  # type: ignore[no-untyped-def]
@@ -116,7 +116,7 @@ def test_iptables(fresh_lab: Lab, program: str, rules: tuple[str, ...], expected
         fresh_lab.relay.run([program, *shlex.split(rule)])
     # By name: only the real root may read which tables there are.
     saved = fresh_lab.relay.run([f"{program}-save", "-t", "filter"]).stdout
-    assert judged(read_iptables.chains(program, saved)) == expected
+    assert judged(firewall_iptables.chains(program, saved)) == expected
 
 
 def test_marks_are_seen_wherever_they_stand(host: Lab) -> None:
@@ -137,12 +137,12 @@ def test_the_commands_for_a_rule_work_as_printed(host: Lab) -> None:
     chain = rules["nft inet f"]["c"]
     host.relay.run(["sh", "-c", rule.delete])
     host.relay.run(["sh", "-c", chain.insert.format(mask=MASK)])
-    assert judged(read_nft.chains(_json(host), [])) == ACCEPT
+    assert judged(firewall_nft.chains(_json(host), [])) == ACCEPT
 
 
 def test_tables_of_iptables_are_left_to_it(host: Lab) -> None:
     host.relay.run(["iptables-nft", "-A", "INPUT", "-j", "DROP"])
-    assert read_nft.chains(_json(host), [("ip", "filter")]) == {}
+    assert firewall_nft.chains(_json(host), [("ip", "filter")]) == {}
 
 
 @pytest.mark.parametrize(

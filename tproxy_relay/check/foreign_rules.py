@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tproxy_relay.check import firewall
-from tproxy_relay.check.case import Case
+from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
 from tproxy_relay.check.firewall import ALL_BITS, Packet
 from tproxy_relay.intercept import routing

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tproxy_relay.check.case import Case
+from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
 from tproxy_relay.intercept import backends, routing, ruleset
 

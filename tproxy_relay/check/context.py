@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tproxy_relay.check import finding, host, read_iptables, read_nft
+from tproxy_relay.check import finding, firewall_iptables, firewall_nft, host
 from tproxy_relay.check.finding import Finding
 from tproxy_relay.check.firewall import Chain, Firewall
 from tproxy_relay.check.host import Host
@@ -57,12 +57,12 @@ class Case:
         tables: dict[str, dict[str, Chain]] = {}
         left_out = [("inet", nft.TABLE)]
         for program, saved in self.host.iptables_rules:
-            read = read_iptables.chains(program, saved)
+            read = firewall_iptables.chains(program, saved)
             tables.update(read)
             if not program.endswith("-legacy"):
                 family = "ip6" if program.startswith("ip6") else "ip"
                 left_out += [(family, name.split()[1]) for name in read]
-        tables.update(read_nft.chains(self.host.nft_ruleset, left_out))
+        tables.update(firewall_nft.chains(self.host.nft_ruleset, left_out))
         return tables
 
     def command(self, words: str = "check", **changes: Any) -> str:
