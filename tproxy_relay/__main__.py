@@ -2,7 +2,7 @@
 
 import sys
 
-from tproxy_relay import cli
+from tproxy_relay.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main())
+    sys.exit(main.main())

@@ -119,7 +119,7 @@ def installed(stage: list[tuple[str, str]]) -> set[str]:
 
 
 def test_the_image_starts_the_relay() -> None:
-    assert "tproxy-relay = tproxy_relay.cli:main" in (PROJECT / "setup.cfg").read_text()
+    assert "tproxy-relay = tproxy_relay.cli.main:main" in (PROJECT / "setup.cfg").read_text()
     assert (of_image("ENTRYPOINT"), of_image("CMD")) == ('["tproxy-relay"]', '["run"]')
     assert of_image("STOPSIGNAL") == "SIGTERM"
     assert image_environment()["PATH"].split(":")[0] == OPT

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import pytest
 
-from tproxy_relay import service
+from tproxy_relay.cli import run
 from tproxy_relay.config import loader, manual, reference
 from tproxy_relay.config.options import ACTION, COMMAND, OPTIONS, POSITIONAL, PREFIX, Option
 
@@ -143,7 +143,7 @@ def test_every_command_is_in_synopsis_and_commands(text: dict[str, str]) -> None
 def test_signals_and_exit_codes(text: dict[str, str]) -> None:
     page = text["tproxy-relay.8"]
     signals = re.findall(r"^ +(SIG[A-Z0-9]+)\b", section(page, "SIGNALS"), re.MULTILINE)
-    assert sorted(signals) == sorted(number.name for number in service.SIGNALS)
+    assert sorted(signals) == sorted(number.name for number in run.SIGNALS)
     codes = re.findall(r"^ {7}(\d+) +[A-Z]", section(page, "EXIT STATUS"), re.MULTILINE)
     assert [int(code) for code in codes] == [code for code, _ in manual.exit_codes()]
 

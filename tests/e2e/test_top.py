@@ -167,7 +167,7 @@ def test_the_terminal_is_as_before_whatever_happens(lab: Lab, relay: RelayProces
         screen.wait_for("12 of 12")
         os.kill(pid_of([sys.executable, "-m", "tproxy_relay", "top", *words]), signal.SIGTERM)
         is_as_before(screen)
-    bug = "import tproxy_relay.top_view as view; view.lines = None; from tproxy_relay.cli import main; main()"
+    bug = "import tproxy_relay.cli.top_view as view; view.lines = None; from tproxy_relay.cli.main import main; main()"
     command = lab.relay.command([sys.executable, "-c", bug, "top", "--config", "/dev/null"])
     with Terminal(80, 24, command) as screen:
         screen.wait_for("TypeError")

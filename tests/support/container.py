@@ -50,7 +50,7 @@ _PROGRAM = """\
 #!{python}
 import sys
 sys.path.insert(0, {project!r})
-from tproxy_relay.cli import main
+from tproxy_relay.cli.main import main
 sys.exit(main())
 """
 

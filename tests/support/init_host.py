@@ -22,7 +22,7 @@ _PROGRAM = """\
 #!{python}
 import sys
 sys.path.insert(0, {project!r})
-from tproxy_relay.cli import main
+from tproxy_relay.cli.main import main
 sys.exit(main())
 """
 """What pip and a package install, but for this checkout."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import cli
+from tproxy_relay.cli import main
 from tproxy_relay.config import loader
 from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.intercept import nft, plan
@@ -54,7 +54,7 @@ def test_the_options_exist(page: str) -> None:
 
 def test_the_quoted_ruleset_is_what_rules_show_prints(capsys: pytest.CaptureFixture[str]) -> None:
     (command,) = [line for line in commands() if "--bind" in line]
-    assert cli.main([*command.split(), "--backend", "nft", "--config", "/dev/null"]) == 0
+    assert main.main([*command.split(), "--backend", "nft", "--config", "/dev/null"]) == 0
     shown = capsys.readouterr().out
     assert EXAMPLE.read_text() == shown, f"make it anew: tproxy-relay {command} > {EXAMPLE.relative_to(ROOT)}"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import errors, service
+from tproxy_relay import errors
+from tproxy_relay.cli import run
 from tproxy_relay.config import loader
 from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.ipc import scoreboard
@@ -94,7 +95,7 @@ def test_the_other_lines_of_the_page_on_the_log_are_logged() -> None:
 
 
 def test_the_signals_are_those_that_are_caught() -> None:
-    assert {signal.Signals[f"SIG{name}"] for name in column(section("Signals"))} == set(service.SIGNALS)
+    assert {signal.Signals[f"SIG{name}"] for name in column(section("Signals"))} == set(run.SIGNALS)
 
 
 def test_the_capabilities_are_those_that_a_supervisor_keeps() -> None:
@@ -126,7 +127,8 @@ def test_the_exit_codes_are_those_of_the_errors() -> None:
 
 
 def test_what_the_service_manager_is_told_is_told() -> None:
-    source = (ROOT / "tproxy_relay" / "supervisor.py").read_text()
+    files = (path for path in (ROOT / "tproxy_relay" / "supervisor").glob("*.py") if path.name != "launch.py")
+    source = "".join(path.read_text() for path in files)
     states = re.findall(r"\b([A-Z_]+=)", "".join(column(section("What the service manager is told"))))
     assert {"READY=", "RELOADING=", "STOPPING=", "WATCHDOG=", "FDSTORE="} <= set(states)
     assert set(states) == set(re.findall(r"\b([A-Z_]+=)", source.replace("\\n", " "))) - {"FDNAME="}

@@ -17,14 +17,13 @@ PACKAGE = Path(__file__).parents[2] / "tproxy_relay"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("service",),
-    ("ask", "supervisor", "top"),
+    ("supervisor",),
     ("admin", "demo"),
-    ("check", "guard", "lab", "rules", "worker"),
+    ("check", "guard", "lab", "worker"),
     ("intercept", "relay"),
-    ("config", "net", "top_view"),
-    ("install", "ipc", "logs", "session_query", "system"),
-    ("answers", "errors", "outcome", "settings"),
+    ("config", "net"),
+    ("ipc", "logs", "session_query", "system"),
+    ("errors", "outcome", "settings"),
     ("__init__",),
 )
 
@@ -174,10 +173,10 @@ def is_false(node: ast.expr) -> bool:
     "source, imported",
     [
         ("import tproxy_relay.worker.worker", "worker"),
-        ("from tproxy_relay.worker.worker import worker", "worker"),
+        ("from tproxy_relay import worker", "worker"),
         ("from tproxy_relay.worker.worker import Worker", "worker"),
         ("from tproxy_relay.lab.namespaces import Namespace", "lab"),
-        ("def late():\n    from tproxy_relay.worker.worker import worker as w", "worker"),
+        ("def late():\n    from tproxy_relay import worker as w", "worker"),
         ("from tproxy_relay import __version__", "__init__"),
         ("import tproxy_relay", "__init__"),
     ],
@@ -199,7 +198,7 @@ def test_the_reader_sees_every_form_of_import(tmp_path: Path, source: str, impor
         "os.system('ip rule')",
         "subprocess.run('ip rule', shell=True)",
         "subprocess.run('ip rule', shell=maybe)",
-        "importlib.import_module('tproxy_relay.cli')",
+        "importlib.import_module('tproxy_relay.cli.main')",
         "__import__('asyncio')",
     ],
 )

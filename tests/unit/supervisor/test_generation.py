@@ -53,14 +53,14 @@ def test_a_target_is_looked_up_once() -> None:
 
 RIGHTS = """
 import sys
-from tproxy_relay.supervisor.supervisor import generation as preparation
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import Settings
-print(*(hex(preparation._usable_mark(Settings(mark_mask=mask))) for mask in (0x07000000, 0xE0000000, 0x7)))
+from tproxy_relay.supervisor import generation
+print(*(hex(generation._usable_mark(Settings(mark_mask=mask))) for mask in (0x07000000, 0xE0000000, 0x7)))
 for word in ("no", "address", "full"):
     for user in (None, "nobody"):
         try:
-            print(*preparation._capabilities(Settings(preserve_source=word, user=user)) or ["none"])
+            print(*generation._capabilities(Settings(preserve_source=word, user=user)) or ["none"])
         except RelayError as error:
             print(error.exit_code)
 """

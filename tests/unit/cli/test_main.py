@@ -15,7 +15,7 @@ import pytest
 from children import no_capabilities
 from rows import Seen
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REDIRECT = ["--mode", "redirect", "--bind", "127.0.0.1"]
 """Needs no capability."""
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tproxy_relay import session_query, top_view
+from tproxy_relay import session_query
+from tproxy_relay.cli import top_view
+from tproxy_relay.cli.top_view import COLUMNS, View, fitting, lines, room_for_sessions
 from tproxy_relay.session_query import SORTS
-from tproxy_relay.top_view import COLUMNS, View, fitting, lines, room_for_sessions
 
 STATUS: dict[str, Any] = {
     "version": "1.0",

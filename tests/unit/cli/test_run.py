@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 RUN = """
 import json, os, sys
-from tproxy_relay import service
+from tproxy_relay.cli import run as service
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import HostPort, Settings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tproxy_relay.admin import client
 from tproxy_relay.admin.client import Client
-from tproxy_relay.answers import amount, clock, lasted, refusal
+from tproxy_relay.cli.humanize import amount, clock, lasted, refusal
 from tproxy_relay.settings import Settings
 
 DEGRADED = 1

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tproxy_relay.answers import amount, lasted, refusal
+from tproxy_relay.cli.humanize import amount, lasted, refusal
 from tproxy_relay.session_query import SORTS
 
 Document = Mapping[str, Any]

@@ -159,7 +159,7 @@ def _source() -> Path:
 
 
 def _sources() -> Iterator[Path]:
-    yield Path(__file__).parents[1] / "etc"
+    yield Path(__file__).parents[2] / "etc"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.distribution("tproxy-relay").files or ():
             if file.parts[-3:] == ("tproxy-relay", "etc", TARGETS[0].name):

@@ -6,7 +6,7 @@ from typing import Any
 import loopback
 import pytest
 
-from tproxy_relay import rules
+from tproxy_relay.cli import rules
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.intercept import lock
 from tproxy_relay.intercept.lock import Lock

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tproxy_relay import ask
-from tproxy_relay.answers import amount, lasted
+from tproxy_relay.cli import status
+from tproxy_relay.cli.humanize import amount, lasted
 
 LENGTHS = {"count": 10, "sum": 1.0, "p50": 0.0005, "p90": 0.025, "p99": None, "buckets": []}
 STATUS: dict[str, Any] = {
@@ -44,9 +44,9 @@ STATUS: dict[str, Any] = {
 
 
 def test_everything_that_a_status_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask, "clock", lambda when: "NOW")
-    monkeypatch.setattr("tproxy_relay.answers.clock", lambda when: "NOW")
-    assert list(ask.status_lines(STATUS)) == [
+    monkeypatch.setattr(status, "clock", lambda when: "NOW")
+    monkeypatch.setattr("tproxy_relay.cli.humanize.clock", lambda when: "NOW")
+    assert list(status.status_lines(STATUS)) == [
         "tproxy-relay 1.0, process 7: running for 2 h 2 min, degraded",
         "  ! nearly full: 91 of 100 connections",
         "connections   91 now (at most 100), 1,091 so far; 12.3 new a second; the last one came 400 ms ago",
@@ -80,7 +80,7 @@ def test_a_quiet_relay_says_little() -> None:
         "last_refused": [],
         "last_problems": [],
     }
-    lines = list(ask.status_lines(quiet))
+    lines = list(status.status_lines(quiet))
     assert len(lines) == 6
     assert lines[1].endswith("none has come yet")
     assert "rules status" in lines[3] and lines[4] == "in backlog    nobody"
@@ -109,14 +109,14 @@ def test_a_table_of_connections() -> None:
     refused = {key: SESSION[key] for key in ("id", "client", "state", "seconds", "idle_seconds")}
     refused.update(bytes_up=0, bytes_down=0, rate_up=0, rate_down=0)
     found = {"sessions": [SESSION, refused], "matching": 7, "silent": []}
-    head, one, other, last = ask.session_lines(found)
-    assert head.split() == " ".join(ask.COLUMNS).split()
+    head, one, other, last = status.session_lines(found)
+    assert head.split() == " ".join(status.COLUMNS).split()
     assert one.split("  ")[-1] == "idle in 9.75 s"
     for cell in ("192.0.2.2:443 > 192.0.2.3:8443", "1 min 1 s", "250 ms", "1.0 KiB/s", "0.0123/120 ms"):
         assert cell in one
     assert "-/- ms" in other
     assert last == "2 of 7 connections"
-    assert list(ask.session_lines({"sessions": [], "matching": 0, "silent": [4]}))[1:] == [
+    assert list(status.session_lines({"sessions": [], "matching": 0, "silent": [4]}))[1:] == [
         "0 connections",
         "workers that did not answer: 4",
     ]

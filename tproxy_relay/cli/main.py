@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tproxy_relay import service
+from tproxy_relay.cli import run
 from tproxy_relay.config import loader
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import Settings
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         loaded = loader.load(given, os.environ)
         if loaded.settings.command == "run" and not loaded.print_config:
-            service.give_up_privileges(os.environ)
+            run.give_up_privileges(os.environ)
         for warning in loaded.warnings:
             _say(warning)
         if loaded.print_config:
@@ -40,26 +40,26 @@ def _perform(settings: Settings, argv: Sequence[str]) -> int:
 
         return demo.run(settings)
     if settings.command == "rules":
-        from tproxy_relay import rules
+        from tproxy_relay.cli import rules
 
         return rules.run(settings)
     if settings.command in ("install", "uninstall"):
-        from tproxy_relay import install
+        from tproxy_relay.cli import install
 
         return install.run(settings)
     if settings.command in ("status", "sessions"):
-        from tproxy_relay import ask
+        from tproxy_relay.cli import status
 
-        return ask.run(settings)
+        return status.run(settings)
     if settings.command == "top":
-        from tproxy_relay import top
+        from tproxy_relay.cli import top
 
         return top.run(settings)
     if settings.command == "check":
         from tproxy_relay import check
 
         return check.run(settings)
-    return service.run(settings, lambda: loader.load(argv, os.environ).settings, os.environ)
+    return run.run(settings, lambda: loader.load(argv, os.environ).settings, os.environ)
 
 
 def _say(line: str) -> None:

@@ -12,12 +12,13 @@ import sys
 import threading
 from typing import Any
 
-from tproxy_relay import session_query, top_view
+from tproxy_relay import session_query
 from tproxy_relay.admin import client
 from tproxy_relay.admin.client import Client
+from tproxy_relay.cli import top_view
+from tproxy_relay.cli.top_view import View
 from tproxy_relay.errors import RelayError, SystemRefusedError, UsageError
 from tproxy_relay.settings import Settings
-from tproxy_relay.top_view import View
 
 INTERVAL = 1.0
 """Seconds between two looks at the relay."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import install
+from tproxy_relay.cli import install
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOR_MACHINES = {
     str(path.relative_to(ROOT / "etc"))
     for path in (ROOT / "etc").rglob("*")
@@ -28,7 +28,7 @@ def program(tmp_path: Path) -> Path:
     path.parent.mkdir(parents=True)
     path.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from tproxy_relay.cli import main\nsys.exit(main())\n"
+        "from tproxy_relay.cli.main import main\nsys.exit(main())\n"
     )
     path.chmod(0o755)
     return path
