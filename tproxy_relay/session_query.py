@@ -19,7 +19,7 @@ SORTS = ("age", "idle", "rate", "bytes", "client", "destination")
 """The first is the usual one. Numbers begin with the largest."""
 TEXTS = frozenset({"client", "destination"})
 MOST = 1_000_000
-MOST_TEXT = 60
+MAX_TEXT = 60
 
 _NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,6})?")
 _ID = re.compile(r"[0-9a-f]{1,16}(-[0-9a-f]{1,16}){2}")
@@ -122,8 +122,8 @@ def _id(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    if not text or len(text) > MOST_TEXT or not text.isprintable():
-        raise ValueError(f"a text of up to {MOST_TEXT} characters")
+    if not text or len(text) > MAX_TEXT or not text.isprintable():
+        raise ValueError(f"a text of up to {MAX_TEXT} characters")
     return text
 
 

@@ -14,7 +14,7 @@ INTERFACE_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
 KERNEL_ROUTE_TABLES = (253, 254, 255)
 """rtnetlink(7): the tables default, main and local."""
 
-MOST_ROUTE_PRIORITY = 32763
+MAX_ROUTE_PRIORITY = 32763
 """ip-rule(8): the rule for the main table has 32766, and three are needed below it."""
 
 

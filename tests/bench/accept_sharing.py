@@ -18,12 +18,12 @@ from contextlib import closing, suppress
 from functools import partial
 
 from tproxy_relay.ipc import scoreboard
-from tproxy_relay.ipc.scoreboard import Board, Place
+from tproxy_relay.ipc.scoreboard import Scoreboard, Slot
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import BACKLOG, Listener
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay.connection import THREADS
-from tproxy_relay.relay.thread_pool import RelayThreads
+from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.worker.acceptor import Acceptor
 
 BUSY, PRESENT, WAITING, CROWDS = 32, 100, 64, (4, 16, 100, 500)
@@ -56,14 +56,14 @@ class Inherited(Unbalanced):
 STRATEGIES = {"inherited": Inherited, "exclusive": Unbalanced, "balanced": Acceptor, "reuseport": Unbalanced}
 
 
-def work(kind: type[Acceptor], sock: socket.socket, place: Place, parent: int) -> None:
+def work(kind: type[Acceptor], sock: socket.socket, slot: Slot, parent: int) -> None:
     """The life of a worker: until it is killed, or has lost its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the keyboard, for the whole process group
-    threads, counting, epoll = RelayThreads(THREADS * ROOM), threading.Lock(), select.epoll()
+    threads, counting, epoll = ThreadPool(THREADS * ROOM), threading.Lock(), select.epoll()
 
     def admit(client: socket.socket, _peer: Endpoint, _listener: Listener) -> None:
         with counting:
-            place.came()
+            slot.came()
         threads.run(partial(serve, client))
 
     def serve(client: socket.socket) -> None:
@@ -71,10 +71,10 @@ def work(kind: type[Acceptor], sock: socket.socket, place: Place, parent: int) -
             while data := client.recv(len(MESSAGE)):
                 client.sendall(data)
         with counting:
-            place.went(Outcome.COMPLETED)
+            slot.went(Outcome.COMPLETED)
         threads.release(THREADS)
 
-    acceptor = kind(epoll, [Listener(sock)], place, threads, most=ROOM, room=ROOM, admit=admit)
+    acceptor = kind(epoll, [Listener(sock)], slot, threads, most=ROOM, room=ROOM, admit=admit)
     acceptor.start()
     while os.getppid() == parent:
         for fd, _ in epoll.poll(1.0 if acceptor.due is None else max(0.0, acceptor.due - time.monotonic())):
@@ -86,7 +86,7 @@ class Fleet:
     """Workers that share in one of the ways, and what a supervisor does for them. A worker's number is its place's."""
 
     def __init__(self, strategy: str, workers: int) -> None:
-        self._kind, self._board = STRATEGIES[strategy], Board.create(ROOM)
+        self._kind, self._scoreboard = STRATEGIES[strategy], Scoreboard.create(ROOM)
         self._sockets = [_listen()]
         self.address = self._sockets[0].getsockname()
         for _ in range(workers - 1):
@@ -97,18 +97,18 @@ class Fleet:
 
     def start(self) -> None:
         """A worker, in the first place that is free, on the socket that belongs to it; returns when it watches."""
-        number = self._board.claim()
+        number = self._scoreboard.claim()
         assert number is not None
-        place = Place(self._board, number)
+        slot = Slot(self._scoreboard, number)
         parent = os.getpid()
         self.pids[number] = os.fork()
         if not self.pids[number]:
             try:
-                work(self._kind, self._sockets[number], place, parent)
+                work(self._kind, self._sockets[number], slot, parent)
             finally:
                 os._exit(1)
         deadline = time.monotonic() + PATIENCE
-        while place.state != scoreboard.WATCHING and time.monotonic() < deadline:
+        while slot.state != scoreboard.WATCHING and time.monotonic() < deadline:
             time.sleep(0.001)
 
     def signal(self, number: int, what: signal.Signals) -> None:
@@ -117,12 +117,12 @@ class Fleet:
         if what != signal.SIGCONT:
             os.waitpid(self.pids[number], os.WUNTRACED)
         if what == signal.SIGKILL:
-            self._board.clear(number)
+            self._scoreboard.clear(number)
             del self.pids[number]
 
     def share(self) -> float:
         """Connections of the worker that has most, as a multiple of its fair share."""
-        live = [self._board.numbers(number).live for number in self.pids]
+        live = [self._scoreboard.numbers(number).live for number in self.pids]
         return max(live) / statistics.mean(live)
 
     def cpu(self) -> float:
@@ -135,7 +135,7 @@ class Fleet:
             self.signal(number, signal.SIGKILL)
         for sock in self._sockets:
             sock.close()
-        self._board.close()
+        self._scoreboard.close()
 
 
 def _listen(port: int = 0) -> socket.socket:

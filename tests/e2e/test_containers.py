@@ -166,7 +166,7 @@ def test_nobody_else_has_the_account_of_the_workers() -> None:
 
 def test_there_is_time_to_drain() -> None:
     drain = float(recipes()[0].environment["TPROXY_RELAY_DRAIN_TIMEOUT"])
-    longest = drain + supervisor.HANDSHAKE_GRACE + supervisor.END_PATIENCE
+    longest = drain + supervisor.HANDSHAKE_GRACE + supervisor.END_TIMEOUT
     pod = kubernetes()["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] >= APP_GRACE + longest
     assert float(compose()["services"]["tproxy-relay"]["stop_grace_period"].removesuffix("s")) > longest

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 10.0
 """Seconds for one exchange; then it has failed."""
-LAST_PATIENCE = 20.0
+LAST_TIMEOUT = 20.0
 """Seconds for the connections that are there when the input ends."""
 VISIT = 100
 """Bytes of one echo to a steady client."""
@@ -192,7 +192,7 @@ class Party:
                 else:
                     self.poll.unregister(sys.stdin)
                     self.ending = True
-                    deadline = time.monotonic() + LAST_PATIENCE
+                    deadline = time.monotonic() + LAST_TIMEOUT
             self.keep_time(time.monotonic())
             if deadline is not None and time.monotonic() > deadline:
                 self.errors["still there at the end"] += len(self.clients)
@@ -391,7 +391,7 @@ def steady(host: "Host", address: str, port: int, rate: float = 200) -> Flow:
     return Flow(host, "steady", address, port, rate)
 
 
-def wait_until(come: Callable[[], object], what: str, patience: float = LAST_PATIENCE) -> None:
+def wait_until(come: Callable[[], object], what: str, patience: float = LAST_TIMEOUT) -> None:
     """Until it has come."""
     deadline = time.monotonic() + patience
     while not come():

@@ -13,7 +13,7 @@ from pathlib import Path
 import children
 import lines as lines_module
 import loopback
-import places
+import slots
 from deadlines import PATIENCE, wait_until
 from lines import Lines
 
@@ -23,9 +23,9 @@ from tproxy_relay.net.listeners import Listener
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import launch
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.system.limits import Limits
-from tproxy_relay.worker.spec import Assignment
+from tproxy_relay.worker.spec import WorkerSpec
 from tproxy_relay.worker.worker import Worker
 
 
@@ -91,7 +91,7 @@ class Peers:
 
 
 class Running(Peers):
-    """A Worker in a thread, with a board of its own."""
+    """A Worker in a thread, with a scoreboard of its own."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Running(Peers):
     ) -> None:
         super().__init__()
         self.lines: Lines = self._stack.enter_context(lines_module.collected())
-        (self.place,) = self._stack.enter_context(places.places())
+        (self.slot,) = self._stack.enter_context(slots.slots())
         self.log_dropped = 0
         self.control, theirs = channel.pair()
         self._stack.callback(self.control.close)
@@ -115,11 +115,11 @@ class Running(Peers):
             Settings(**settings),  # type: ignore[arg-type]
             made,
             theirs,
-            self.place,
+            self.slot,
             tuning=loopback.UNTUNED,
             destinations=self.destinations,
             limits=Limits(max_connections, room or max_connections),
-            processors=Processors(None),
+            processors=CpuPlacement(None),
             log_dropped=lambda: self.log_dropped,
         )
         self._stack.callback(self.worker._wakeup.close)
@@ -189,7 +189,7 @@ class Running(Peers):
 class WorkerProcess:
     """One worker as the supervisor starts it."""
 
-    def __init__(self, number: int, assignment: Assignment, listener: Listener, board: tuple[int, int]) -> None:
+    def __init__(self, number: int, spec: WorkerSpec, listener: Listener, scoreboard: tuple[int, int]) -> None:
         self.lines: list[dict[str, object]] = []
         self.control, theirs = channel.pair()
         fd = listener.sock.fileno()
@@ -205,7 +205,7 @@ class WorkerProcess:
         theirs.close()
         self._reader = threading.Thread(target=self._read, name="log reader")
         self._reader.start()
-        self.control.send(assignment.to_message(number, None), board)
+        self.control.send(spec.to_message(number, None), scoreboard)
 
     def _read(self) -> None:
         assert self.child.stdout is not None
@@ -243,19 +243,19 @@ class WorkerProcess:
 
 
 class Several(Peers):
-    """Worker processes that share a listener, and a board that shows what they do."""
+    """Worker processes that share a listener, and a scoreboard that shows what they do."""
 
     def __init__(self, count: int = 2, *, most: int = 1000, room: int = 500, **settings: object) -> None:
         super().__init__()
-        self.places = self._stack.enter_context(places.places(count, room))
-        self.board = self.places[0].board
+        self.slots = self._stack.enter_context(slots.slots(count, room))
+        self.scoreboard = self.slots[0].scoreboard
         listener = self.listen()
         self._stack.callback(listener.close)
         chosen = Settings(mode="redirect", log_format="json", **settings)  # type: ignore[arg-type]
-        assignment = Assignment(chosen, loopback.UNTUNED, self.destinations, Limits(most, room))
+        spec = WorkerSpec(chosen, loopback.UNTUNED, self.destinations, Limits(most, room))
         self.workers: list[WorkerProcess] = []
         for number in range(count):
-            worker = WorkerProcess(number, assignment, listener, self.board.descriptors)
+            worker = WorkerProcess(number, spec, listener, self.scoreboard.descriptors)
             self._stack.callback(worker.close)
             self.workers.append(worker)
 
@@ -275,31 +275,31 @@ class Several(Peers):
     @property
     def states(self) -> list[int]:
         """What each does about new clients."""
-        return [place.state for place in self.places]
+        return [slot.state for slot in self.slots]
 
     @property
     def live(self) -> list[int]:
         """Connections of each."""
-        return [place.live for place in self.places]
+        return [slot.live for slot in self.slots]
 
     @property
     def accepted(self) -> int:
         """Connections so far."""
-        return sum(place.numbers.accepted for place in self.places)
+        return sum(slot.numbers.accepted for slot in self.slots)
 
     def closed(self, outcome: str) -> int:
         """Connections that have ended so."""
-        return sum(place.numbers.closed.get(outcome, 0) for place in self.places)
+        return sum(slot.numbers.closed.get(outcome, 0) for slot in self.slots)
 
     def hold(self, number: int, count: int) -> list[socket.socket]:
         """Connections of one worker, while the others stand still; the clients' ends."""
         others = [one for one in range(len(self.workers)) if one != number]
         for one in others:
             self.workers[one].stand_still()
-            self.places[one].state = scoreboard.ABSENT  # else clients would be left to it
+            self.slots[one].state = scoreboard.ABSENT  # else clients would be left to it
         held = [self.connect()[0] for _ in range(count)]
         assert self.live[number] >= count
         for one in others:
-            self.places[one].state = scoreboard.WATCHING
+            self.slots[one].state = scoreboard.WATCHING
             self.workers[one].child.send_signal(signal.SIGCONT)
         return held

@@ -18,7 +18,7 @@ from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import generation, supervisor
-from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MOST_DEATHS, Deaths
+from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MAX_DEATHS, Deaths
 from tproxy_relay.system import limits, privileges, proc_title
 
 ROOT = Path(__file__).parents[2]
@@ -111,12 +111,12 @@ def test_what_needs_a_restart_is_what_no_reload_can_change() -> None:
 
 
 def test_the_numbers_are_those_of_the_program() -> None:
-    assert f"{MOST_DEATHS} workers within {DEATHS_PERIOD:g} s" in WORDS
+    assert f"{MAX_DEATHS} workers within {DEATHS_PERIOD:g} s" in WORDS
     deaths = Deaths()
-    pauses = [deaths.pause(0.0) for _ in range(MOST_DEATHS)]
+    pauses = [deaths.pause(0.0) for _ in range(MAX_DEATHS)]
     assert pauses[0] == 0 and pauses[-1] is None
     assert "at once, then after " + ", ".join(f"{pause:g} s" for pause in pauses[1:-1]) + " " in WORDS
-    assert f"room for {scoreboard.PLACES} workers" in WORDS
+    assert f"room for {scoreboard.SLOTS} workers" in WORDS
     assert "after one more second, for handshakes" in WORDS and supervisor.HANDSHAKE_GRACE == 1
     assert "less about forty" in WORDS and limits.RESERVED_DESCRIPTORS == 40
 

@@ -22,7 +22,7 @@ NEARLY = st.lists(PIECES, max_size=12).map("".join)
 """What looks like a list of ports or networks, more or less."""
 
 
-@given(st.lists(written.PORTS, min_size=1, max_size=option_types.MOST_ITEMS, unique=True))
+@given(st.lists(written.PORTS, min_size=1, max_size=option_types.MAX_ITEMS, unique=True))
 def test_a_list_of_ports_is_read_as_written(ports: list[int]) -> None:
     assert option_types.PORTS.parse(option_types.PORTS.write(tuple(ports))) == tuple(ports)
 
@@ -49,7 +49,7 @@ def test_ranges_are_refused_exactly_when_they_share_a_port(
             option_types.PORT_RANGES.parse(text)
 
 
-@given(st.lists(written.networks(), max_size=option_types.MOST_ITEMS // 4, unique=True))
+@given(st.lists(written.networks(), max_size=option_types.MAX_ITEMS // 4, unique=True))
 def test_networks_are_read_as_written(networks: list[Network]) -> None:
     assert option_types.NETWORKS.parse(option_types.NETWORKS.write(tuple(networks))) == tuple(networks)
     for one in networks:

@@ -1,7 +1,7 @@
 """What a running relay tells those who ask: its health, its numbers, its live connections.
 
-In the supervisor, in its one thread. Numbers are on the board, and the connections themselves are the workers': they
-are asked, and answer over a socket each, while everything else goes on.
+In the supervisor, in its one thread. Numbers are on the scoreboard, and the connections themselves are the workers':
+they are asked, and answer over a socket each, while everything else goes on.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from tproxy_relay.errors import UsageError
 from tproxy_relay.session_query import Query
 from tproxy_relay.worker import sessions
 
-WORKER_PATIENCE = 3.0
+WORKER_TIMEOUT = 3.0
 """Seconds for the workers to tell of their connections."""
-MOST_QUESTIONS = 4
+MAX_QUESTIONS = 4
 """To the workers, at the same time; 5,000 connections are some megabytes."""
-MOST_ANSWER = 512 << 20
+MAX_ANSWER = 512 << 20
 """Bytes of one worker's answer: a million connections. One that says more is no worker of ours."""
 BLOCK = 1 << 18
 HOW_TO_GET_METRICS = (
@@ -174,7 +174,7 @@ class LookingIn:
             _, refused, _ = sessions.merged(answers, Query())
             refused.sort(key=lambda one: float(one["time"]), reverse=True)  # type: ignore[index]
             found = self._relay.status
-            to.answer(http.document({**found, "last_refused": refused[: sessions.MOST_REFUSED], "silent": silent}))
+            to.answer(http.document({**found, "last_refused": refused[: sessions.MAX_REFUSED], "silent": silent}))
 
         self._ask("sessions", self._relay.askable, to, told, query=None)
 
@@ -219,7 +219,7 @@ class LookingIn:
         self._ask("abort", workers, to, told, id=number, account=account)
 
     def _ask(self, order: str, workers: Sequence[Worker], to: Conversation, told: "Told", **what: object) -> None:
-        if len(self._questions) >= MOST_QUESTIONS:
+        if len(self._questions) >= MAX_QUESTIONS:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask at once", **{"Retry-After": "1"})
         question = Question(self._selector, self, lambda: self._is_over(question, to, told))
         self._questions.append(question)
@@ -250,7 +250,7 @@ class Question:
 
     def __init__(self, selector: selectors.BaseSelector, owner: object, over: Callable[[], None]) -> None:
         """`over` is called once, when all have answered, or when it is `finish`ed."""
-        self.until = time.monotonic() + WORKER_PATIENCE
+        self.until = time.monotonic() + WORKER_TIMEOUT
         self.answers: list[bytes] = []
         self.silent: list[int] = []
         """Process ids of workers that gave none, or not all of it."""
@@ -287,7 +287,7 @@ class Question:
         except OSError:
             data = b""
         asked.answer.extend(data)
-        if not data or len(asked.answer) > MOST_ANSWER:
+        if not data or len(asked.answer) > MAX_ANSWER:
             self._has_answered(source, complete=not data and asked.answer.endswith(b"\n"))
         return True
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from io import BytesIO
 
-MOST_HEAD = 8192
+MAX_HEAD = 8192
 """Bytes of a request line and its header fields."""
 END = b"\r\n\r\n"
 

@@ -17,14 +17,14 @@ from tproxy_relay.admin.http import HttpError, Request, Response
 
 MOST = 32
 """Conversations at each socket at the same time."""
-REQUEST_PATIENCE = 2.0
+REQUEST_TIMEOUT = 2.0
 """Seconds for a request to be there, from the first moment."""
-ANSWER_PATIENCE = 10.0
+ANSWER_TIMEOUT = 10.0
 """Seconds for an answer to be made and taken."""
-GOODBYE_PATIENCE = 0.5
+GOODBYE_TIMEOUT = 0.5
 """Seconds in which the other end may still say something after it has its answer: if we closed at once, the kernel
 would answer that with a reset, and the answer might be lost (RFC 9112, 9.6)."""
-MOST_GOODBYE = 65536
+MAX_GOODBYE = 65536
 """Bytes of that."""
 FULL_PAUSE = 0.5
 """Seconds without new conversations when there is no descriptor for one."""
@@ -36,7 +36,7 @@ class Conversation:
     def __init__(self, server: "Server", sock: socket.socket) -> None:
         self.sock = sock
         self.admin = server.admin
-        self.until = time.monotonic() + REQUEST_PATIENCE
+        self.until = time.monotonic() + REQUEST_TIMEOUT
         self._server = server
         self._head = b""
         self._with_body = True
@@ -63,7 +63,7 @@ class Conversation:
             self.close()
 
     def _read(self) -> None:
-        data = self.sock.recv(http.MOST_HEAD + 1 - len(self._head))
+        data = self.sock.recv(http.MAX_HEAD + 1 - len(self._head))
         if not data:
             self.close()
             return
@@ -71,14 +71,14 @@ class Conversation:
         head, end, _ = self._head.partition(http.END)
         if end:
             self._ask(head + end)
-        elif len(self._head) > http.MOST_HEAD:
+        elif len(self._head) > http.MAX_HEAD:
             self.answer(
-                http.problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {http.MOST_HEAD} bytes of request")
+                http.problem(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {http.MAX_HEAD} bytes of request")
             )
 
     def _ask(self, head: bytes) -> None:
         self._server.selector.unregister(self.sock)
-        self.until = time.monotonic() + ANSWER_PATIENCE
+        self.until = time.monotonic() + ANSWER_TIMEOUT
         try:
             request = http.parse(head)
             self._with_body = request.method != "HEAD"
@@ -104,13 +104,13 @@ class Conversation:
         if not self._answer:
             self.sock.shutdown(socket.SHUT_WR)
             self._goodbye = 0
-            self.until = time.monotonic() + GOODBYE_PATIENCE
+            self.until = time.monotonic() + GOODBYE_TIMEOUT
             self._server.selector.modify(self.sock, selectors.EVENT_READ, self._server.owner)
 
     def _say_goodbye(self) -> None:
-        data = self.sock.recv(MOST_GOODBYE)
+        data = self.sock.recv(MAX_GOODBYE)
         self._goodbye += len(data)
-        if not data or self._goodbye > MOST_GOODBYE:
+        if not data or self._goodbye > MAX_GOODBYE:
             self.close()
 
     def close(self) -> None:

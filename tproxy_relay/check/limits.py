@@ -19,7 +19,7 @@ MAPS_EACH = 2
 """Memory maps of a thread: its stack, and the page that guards it."""
 OTHER_THREADS = 64
 OTHER_MAPS = 2000
-LEAST_PORTS = 1024
+MIN_PORTS = 1024
 """Fewer ports for outgoing connections than these are soon used up by one busy server."""
 USUAL_PORTS = "32768 60999"
 """net.ipv4.ip_local_port_range as the kernel has it at first."""
@@ -56,7 +56,7 @@ def probe_ephemeral_ports(case: Case) -> Iterator[Finding]:
             "one of them may have it when the relay wants to start",
             set_sysctl("net.ipv4.ip_local_reserved_ports", listed),
         )
-    wanted = max(LEAST_PORTS, min(case.settings.max_connections or 0, 28000))
+    wanted = max(MIN_PORTS, min(case.settings.max_connections or 0, 28000))
     if last - first + 1 < wanted and case.settings.preserve_source != "full":
         yield problem(
             "port-range",

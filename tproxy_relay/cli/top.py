@@ -22,7 +22,7 @@ from tproxy_relay.settings import Settings
 
 INTERVAL = 1.0
 """Seconds between two looks at the relay."""
-KEY_PATIENCE = 200
+KEY_TIMEOUT = 200
 """Milliseconds for a key, before the screen is drawn again."""
 ESCAPE, ENTER, ERASE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_BACKSPACE)
 
@@ -115,7 +115,7 @@ class Top:
             curses.use_default_colors()
             curses.init_pair(1, curses.COLOR_RED, -1)
             self._styles["bad"] = curses.color_pair(1) | curses.A_BOLD
-        screen.timeout(KEY_PATIENCE)
+        screen.timeout(KEY_TIMEOUT)
         self._asker = Asker(relay, view)
 
     def run(self) -> None:

@@ -9,7 +9,7 @@ from tproxy_relay.session_query import SORTS
 
 Document = Mapping[str, Any]
 
-LEAST_ROWS, LEAST_COLUMNS = 10, 60
+MIN_ROWS, MIN_COLUMNS = 10, 60
 """Of a terminal; below that nothing would be left for the connections."""
 GAP = 2
 CUT = "~"
@@ -105,8 +105,8 @@ def room_for_sessions(rows: int) -> int:
 
 def lines(view: View, rows: int, columns: int) -> list[Line]:
     """As many as the screen has rows, none longer than it has columns."""
-    if rows < LEAST_ROWS or columns < LEAST_COLUMNS:
-        small = Line(f"this needs {LEAST_COLUMNS} columns and {LEAST_ROWS} rows; q: leave")
+    if rows < MIN_ROWS or columns < MIN_COLUMNS:
+        small = Line(f"this needs {MIN_COLUMNS} columns and {MIN_ROWS} rows; q: leave")
         return _fitted([small], rows, columns)
     if view.status is None:
         return _fitted([Line(view.note or "asking the relay ...")], rows, columns)

@@ -15,7 +15,7 @@ from tproxy_relay.config.option_types import BadValue, shown
 from tproxy_relay.config.options import OPTIONS, did_you_mean
 from tproxy_relay.errors import ConfigError
 
-MOST_BYTES = 1024 * 1024
+MAX_BYTES = 1024 * 1024
 
 _BLANKS = " \t\r"
 _COMMENT = re.compile(r"(?:^|[ \t])[#;]")
@@ -68,9 +68,9 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def _content(file: BinaryIO, path: str) -> bytes:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise ConfigError(f"cannot read {label(path)}: not a regular file")
-    data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ConfigError(f"cannot read {label(path)}: larger than {MOST_BYTES} bytes")
+    data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"cannot read {label(path)}: larger than {MAX_BYTES} bytes")
     return data
 
 

@@ -17,24 +17,24 @@ from tproxy_relay.errors import UsageError
 from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, HostPort, Network, PortRange
 
 # poll(2), TCP_USER_TIMEOUT and the like take milliseconds in a C int: a little under 25 days.
-MOST_SECONDS = 2147483
-LEAST_SECONDS = 0.001
+MAX_SECONDS = 2147483
+MIN_SECONDS = 0.001
 # Linux refuses a larger TCP_KEEPIDLE (MAX_TCP_KEEPIDLE in include/net/tcp.h).
-MOST_PACING = 0xFFFFFFFE
+MAX_PACING = 0xFFFFFFFE
 """Bytes a second: 34 Gbit/s. One more means no limit to older kernels."""
-LEAST_BUFFER, MOST_BUFFER = 4096, 1 << 30
+MIN_BUFFER, MAX_BUFFER = 4096, 1 << 30
 """Bytes; the kernel doubles it, and takes an int (socket(7))."""
-MOST_KEEPALIVE = 32767
-MOST_WORKERS = 64
-MOST_CONNECTIONS = 1_000_000
-MOST_ITEMS = 64
+MAX_KEEPALIVE = 32767
+MAX_WORKERS = 64
+MAX_CONNECTIONS = 1_000_000
+MAX_ITEMS = 64
 # rtnetlink(7): a table's number has 32 bits.
-MOST_ROUTE_TABLE = 0xFFFFFFFF
+MAX_ROUTE_TABLE = 0xFFFFFFFF
 # PATH_MAX in linux/limits.h, less the NUL at the end.
-MOST_PATH = 4095
+MAX_PATH = 4095
 
 # unix(7): sun_path has 108 bytes, the final zero included.
-MOST_SOCKET_PATH = 107
+MAX_SOCKET_PATH = 107
 
 _BLANKS = " \t"
 _WHOLE = re.compile(r"0|[1-9][0-9]*")
@@ -113,18 +113,18 @@ def whole(least: int, most: int, note: str = "") -> Kind:
 
 def buffer() -> Kind:
     """Bytes of a socket's buffer, or 0."""
-    some = whole(LEAST_BUFFER, MOST_BUFFER)
+    some = whole(MIN_BUFFER, MAX_BUFFER)
     return Kind(lambda text: 0 if text == "0" else some.parse(text), f"0, or {some.allowed}")
 
 
 def connections() -> Kind:
     """A cap on connections, or ``auto``, which is None."""
-    return _or_auto(whole(1, MOST_CONNECTIONS))
+    return _or_auto(whole(1, MAX_CONNECTIONS))
 
 
 def workers() -> Kind:
     """A number of processes, or ``auto``, which is None."""
-    return _or_auto(whole(1, MOST_WORKERS))
+    return _or_auto(whole(1, MAX_WORKERS))
 
 
 def _or_auto(number: Kind) -> Kind:
@@ -141,14 +141,14 @@ def seconds(zero: str | None) -> Kind:
         if not _SECONDS.fullmatch(text):
             raise BadValue(f"{shown(text)} is not a number of seconds")
         value = float(text)
-        if value > MOST_SECONDS:
-            raise BadValue(f"{shown(text)} is too long: at most {MOST_SECONDS} seconds")
-        if value < LEAST_SECONDS and (value or zero is None):
-            raise BadValue(f"{shown(text)} is too short: at least {LEAST_SECONDS} seconds")
+        if value > MAX_SECONDS:
+            raise BadValue(f"{shown(text)} is too long: at most {MAX_SECONDS} seconds")
+        if value < MIN_SECONDS and (value or zero is None):
+            raise BadValue(f"{shown(text)} is too short: at least {MIN_SECONDS} seconds")
         return value
 
     note = "" if zero is None else f"; 0: {zero}"
-    return Kind(parse, f"seconds, {LEAST_SECONDS} to {MOST_SECONDS}{note}")
+    return Kind(parse, f"seconds, {MIN_SECONDS} to {MAX_SECONDS}{note}")
 
 
 def _items(text: str) -> list[str]:
@@ -156,8 +156,8 @@ def _items(text: str) -> list[str]:
     items = [item.strip(_BLANKS) for item in text.split(",")]
     if "" in items:
         raise BadValue(f"an item is empty in {shown(text)}" if text else "no value given")
-    if len(items) > MOST_ITEMS:
-        raise BadValue(f"{len(items)} items are too many: at most {MOST_ITEMS}")
+    if len(items) > MAX_ITEMS:
+        raise BadValue(f"{len(items)} items are too many: at most {MAX_ITEMS}")
     return items
 
 
@@ -250,7 +250,7 @@ def _path(text: str) -> str:
     # A log line or a printed config must stay one line whatever the file is called.
     if not text.isprintable():
         raise BadValue(f"{shown(text)} has characters that cannot be printed")
-    if text in ("", "--") or len(text) > MOST_PATH:
+    if text in ("", "--") or len(text) > MAX_PATH:
         raise BadValue(f"{shown(text)} is not the name of a file")
     return text
 
@@ -316,8 +316,8 @@ def _networks(text: str) -> tuple[Network, ...]:
 def _admin(text: str) -> HostPort | str:
     if text.startswith("/"):
         path = _path(text)
-        if len(path.encode()) > MOST_SOCKET_PATH or path.endswith("/"):
-            raise BadValue(f"{shown(text)} cannot be the path of a unix socket: at most {MOST_SOCKET_PATH} bytes")
+        if len(path.encode()) > MAX_SOCKET_PATH or path.endswith("/"):
+            raise BadValue(f"{shown(text)} cannot be the path of a unix socket: at most {MAX_SOCKET_PATH} bytes")
         return path
     where = _target(text)
     host = "127.0.0.1" if where.host.lower().removesuffix(".") == "localhost" else where.host
@@ -356,7 +356,7 @@ def _session(text: str) -> str:
 
 
 def _route_table(text: str) -> int:
-    number = whole(1, MOST_ROUTE_TABLE).parse(text)
+    number = whole(1, MAX_ROUTE_TABLE).parse(text)
     if number in KERNEL_ROUTE_TABLES:
         raise BadValue(f"{text} is one of the kernel's own routing tables: take another number")
     assert isinstance(number, int)
@@ -378,16 +378,16 @@ def _account(text: str) -> str:
 
 
 PORT = Kind(_port, "a TCP port, 1-65535")
-PORT_RANGES = Kind(_port_ranges, f"ports and ranges such as 8000-8100, up to {MOST_ITEMS} of them, with commas between")
+PORT_RANGES = Kind(_port_ranges, f"ports and ranges such as 8000-8100, up to {MAX_ITEMS} of them, with commas between")
 NETWORKS = Kind(
     _networks,
     "networks or addresses, each with a port or a range of ports if not all are meant, such as 10.0.0.0/8, "
-    f"192.0.2.1:443 or [2001:db8::/32]:8000-8100; up to {MOST_ITEMS} of them, with commas between",
+    f"192.0.2.1:443 or [2001:db8::/32]:8000-8100; up to {MAX_ITEMS} of them, with commas between",
 )
 ACCOUNT = Kind(_account, "the name or number of an account")
 CONGESTION = Kind(_congestion, "a name that net.ipv4.tcp_allowed_congestion_control has, such as bbr or cubic")
-ROUTE_TABLE = Kind(_route_table, f"1 to {MOST_ROUTE_TABLE}, but for 253 to 255")
-PORTS = Kind(_ports, f"1-65535, up to {MOST_ITEMS} of them, with commas between")
+ROUTE_TABLE = Kind(_route_table, f"1 to {MAX_ROUTE_TABLE}, but for 253 to 255")
+PORTS = Kind(_ports, f"1-65535, up to {MAX_ITEMS} of them, with commas between")
 ADDRESSES = Kind(_addresses, "numeric IPv4 and IPv6 addresses, with commas between")
 INTERFACE = Kind(_interface, "the name of an interface, such as eth0")
 TARGET = Kind(_target, "HOST:PORT, or [IPv6 address]:PORT; a host name or an address")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tproxy_relay.config import option_types
-from tproxy_relay.settings import MOST_ROUTE_PRIORITY, Settings
+from tproxy_relay.settings import MAX_ROUTE_PRIORITY, Settings
 
 DEFAULT_FILE = "/etc/tproxy-relay.conf"
 PREFIX = "TPROXY_RELAY_"
@@ -182,7 +182,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "route-priority",
-            option_types.whole(1, MOST_ROUTE_PRIORITY),
+            option_types.whole(1, MAX_ROUTE_PRIORITY),
             "NUMBER",
             "The priority of the first rule of routing that the ruleset adds; the next two numbers are used too.",
         ),
@@ -271,13 +271,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "client-pacing",
-            option_types.whole(0, option_types.MOST_PACING, "; 0: no limit"),
+            option_types.whole(0, option_types.MAX_PACING, "; 0: no limit"),
             "BYTES",
             "Bytes a second that each connection may send to its client; they are sent at even intervals.",
         ),
         Option(
             "upstream-pacing",
-            option_types.whole(0, option_types.MOST_PACING, "; 0: no limit"),
+            option_types.whole(0, option_types.MAX_PACING, "; 0: no limit"),
             "BYTES",
             "Bytes a second that each connection may send to its server; they are sent at even intervals.",
         ),
@@ -301,13 +301,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "max-per-source",
-            option_types.whole(0, option_types.MOST_CONNECTIONS, "; 0: no limit"),
+            option_types.whole(0, option_types.MAX_CONNECTIONS, "; 0: no limit"),
             "NUMBER",
             "Connections at the same time from one client address. Further ones are refused.",
         ),
         Option(
             "max-rate-per-source",
-            option_types.whole(0, option_types.MOST_CONNECTIONS, "; 0: no limit"),
+            option_types.whole(0, option_types.MAX_CONNECTIONS, "; 0: no limit"),
             "NUMBER",
             "New connections within a second from one client address. Further ones are refused.",
         ),
@@ -341,7 +341,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "keepalive",
-            option_types.whole(0, option_types.MOST_KEEPALIVE, "; 0: off"),
+            option_types.whole(0, option_types.MAX_KEEPALIVE, "; 0: off"),
             "SECONDS",
             "Ask a peer that has been silent for so many seconds whether it is still there (TCP "
             "keepalive, towards both sides).",

@@ -47,13 +47,13 @@ LOOK_INTERVAL = 2.0
 SLOW_INTERVAL = 30.0
 """Seconds between two looks where changes are told: routes and interfaces are not."""
 
-CLOSED_PATIENCE = 10.0
+CLOSED_TIMEOUT = 10.0
 """Seconds for former relays where rules that refuse must take the place of those that know their connections: until
 then new ones get no answer."""
 FAREWELL = 1.5
 """Seconds for former relays to reset what they have, before the rules go that know of it."""
 
-MOST_WORDS = 4000
+MAX_WORDS = 4000
 """Characters of one word that is told: a message has room for them (channel.py), and a log line should end."""
 
 
@@ -156,7 +156,7 @@ class Guard:
             self._pid = os.getpid()
             self.tell("changed", state="lingering")
         elif self._closes:
-            self._until = time.monotonic() + CLOSED_PATIENCE
+            self._until = time.monotonic() + CLOSED_TIMEOUT
         self._tell_formers()
         if last_step != self.remove and not self._closes:
             self._formers.clear()  # the rules stay
@@ -320,7 +320,7 @@ class Guard:
 
 def tell(talk: Channel, event: str, **fields: Any) -> None:
     """A message to the relay, whose words are cut where they are too many."""
-    words = {name: value[:MOST_WORDS] if isinstance(value, str) else value for name, value in fields.items()}
+    words = {name: value[:MAX_WORDS] if isinstance(value, str) else value for name, value in fields.items()}
     talk.send({"event": event, **words})
 
 

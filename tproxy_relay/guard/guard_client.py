@@ -28,9 +28,9 @@ from tproxy_relay.ipc.channel import Channel, Message
 PATIENCE = 3.0
 """Seconds to wait for the guard to have drained or removed the rules; it takes a twentieth of one. Nothing else is
 done meanwhile."""
-INSTALL_PATIENCE = 60.0
+INSTALL_TIMEOUT = 60.0
 """Seconds for the guard to install them: it runs some programs, which may wait for another program's lock."""
-LEAST_LIFE = 1.0
+MIN_LIFE = 1.0
 """Seconds between two starts of a guard that does not live."""
 
 Reached = Literal["active", "draining", "lingering", "removed", "gone"]
@@ -92,7 +92,7 @@ class Interception:
         """Have the ruleset installed. Raises what kept it from that."""
         threading.Thread(target=self._hear, name="guard", daemon=True).start()
         with self._changed:
-            self._changed.wait_for(lambda: self._reached, INSTALL_PATIENCE)
+            self._changed.wait_for(lambda: self._reached, INSTALL_TIMEOUT)
             if self._reached not in ("active", "draining"):
                 self._ending = True
                 raise self._failure or RelayError("the guard of the ruleset has not installed it")
@@ -106,7 +106,7 @@ class Interception:
                 if not _say(self._talk, self._order_to_replace(plan), *self._stderr):
                     raise RelayError("the guard of the ruleset has died, try again")
                 self._stderr = []
-                self._changed.wait_for(lambda: self._answer, INSTALL_PATIENCE)
+                self._changed.wait_for(lambda: self._answer, INSTALL_TIMEOUT)
                 _check(self._answer)
             finally:
                 self._asked = None
@@ -143,7 +143,7 @@ class Interception:
             log.info("ruleset removed")
             if guard is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    guard.wait(LEAST_LIFE)  # it has nothing more to do
+                    guard.wait(MIN_LIFE)  # it has nothing more to do
 
     def hand_over(self, fd: int, pid: int) -> None:
         """Leave the guard to the relay with this process id, which has the other end of that channel, and which starts
@@ -231,7 +231,7 @@ class Interception:
         with self._changed:
             self._forget_guard()
             self._answered({"event": "refused", "message": "the guard of the ruleset has died", "exit_code": 1})
-            while not self._changed.wait_for(self._is_done, self._started_at + LEAST_LIFE - time.monotonic()):
+            while not self._changed.wait_for(self._is_done, self._started_at + MIN_LIFE - time.monotonic()):
                 try:
                     self._talk = self._start_guard()
                     return
@@ -337,13 +337,13 @@ def _await_end(pid: int) -> None:
         return  # it has ended
     ended = select.poll()
     ended.register(guard, select.POLLIN)
-    ended.poll(LEAST_LIFE * 1000)
+    ended.poll(MIN_LIFE * 1000)
     os.close(guard)
 
 
 def _check(answer: Message | None) -> None:
     """Raise what kept the guard from replacing the plan."""
     if answer is None:
-        raise RelayError(f"the guard of the ruleset did not answer within {INSTALL_PATIENCE:g} s")
+        raise RelayError(f"the guard of the ruleset did not answer within {INSTALL_TIMEOUT:g} s")
     if answer["event"] != "replaced":
         raise errors.of_exit_code(answer["exit_code"], answer["message"])

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, MOST_ROUTE_PRIORITY, PortRange, Settings
+from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, MAX_ROUTE_PRIORITY, PortRange, Settings
 from tproxy_relay.system import privileges
 
 State = Literal["active", "draining", "closed"]
@@ -96,7 +96,7 @@ class Plan:
                 yield f"address {address!r}"
         if not _is_whole(self.route_table, 1, 0xFFFFFFFF) or self.route_table in KERNEL_ROUTE_TABLES:
             yield f"route table {self.route_table!r}"
-        if not _is_whole(self.route_priority, 1, MOST_ROUTE_PRIORITY):
+        if not _is_whole(self.route_priority, 1, MAX_ROUTE_PRIORITY):
             yield f"route priority {self.route_priority!r}"
         if self.exempt_uid is not None and not _is_whole(self.exempt_uid, 0, 0xFFFFFFFE):
             yield f"account {self.exempt_uid!r}"

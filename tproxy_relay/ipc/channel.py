@@ -12,10 +12,10 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-MOST_BYTES = 128 * 1024
+MAX_BYTES = 128 * 1024
 """Of one message. The kernel's own limit is the send buffer, 208 KiB unless net.core.wmem_default says otherwise."""
 
-MOST_DESCRIPTORS = 253
+MAX_DESCRIPTORS = 253
 """In one message: SCM_MAX_FD of net/scm.h (unix(7))."""
 
 Message = dict[str, Any]
@@ -35,7 +35,7 @@ class Channel:
         """Hand a message over without waiting. False if the other end is gone, or has not read for so long that there
         is no room. Raises ValueError if it is too long."""
         data = json.dumps(message, separators=(",", ":")).encode()
-        if len(data) > MOST_BYTES or len(descriptors) > MOST_DESCRIPTORS:
+        if len(data) > MAX_BYTES or len(descriptors) > MAX_DESCRIPTORS:
             raise ValueError(f"a message of {len(data)} bytes and {len(descriptors)} descriptors is too long")
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         try:
@@ -52,7 +52,7 @@ class Channel:
         """
         self._sock.settimeout(patience)
         try:
-            data, descriptors, flags, _ = socket.recv_fds(self._sock, MOST_BYTES, MOST_DESCRIPTORS)
+            data, descriptors, flags, _ = socket.recv_fds(self._sock, MAX_BYTES, MAX_DESCRIPTORS)
         except ConnectionResetError:
             return None  # gone with messages of ours unread
         finally:

@@ -1,7 +1,7 @@
-"""What the processes of one relay know of each other: a piece of shared memory in which each worker has a place.
+"""What the processes of one relay know of each other: a piece of shared memory in which each worker has a slot.
 
-A worker writes into its own place and reads those of the others, so the numbers need no lock. Only the last free
-connections under max-connections are given away in turns. The supervisor hands places out and clears them; when a
+A worker writes into its own slot and reads those of the others, so the numbers need no lock. Only the last free
+connections under max-connections are given away in turns. The supervisor hands slots out and clears them; when a
 worker is killed, its numbers are still there to be added up.
 
 The memory is a file without a name (memfd_create(2)) that nobody can make shorter. Beside it is an eventfd(2) by
@@ -24,13 +24,13 @@ from tproxy_relay.ipc.histogram import CONNECT, DURATION, Histogram
 from tproxy_relay.ipc.shared_counters import Table
 from tproxy_relay.outcome import Outcome
 
-PLACES = 128
+SLOTS = 128
 """Workers that can be there at the same time, those included that finish their last connections."""
 
-TURN_PATIENCE = 0.05
+TURN_TIMEOUT = 0.05
 """Seconds to wait for one's turn: it takes a worker some microseconds, but one that is stopped has it for ever."""
 
-# A place is so many words of 8 bytes.
+# A slot is so many words of 8 bytes.
 _STATE, _LIVE, _RESERVED, _BEAT, _ACCEPTED, _UP, _DOWN, _LOG_DROPPED, _CLOSED = range(9)
 _OUTCOMES = tuple(Outcome)
 # Of each histogram: microseconds, and the counts.
@@ -40,8 +40,8 @@ _WORDS = _DURATION + 1 + len(DURATION) + 1
 
 # In the first page: words 0 and 1, and a key of 16 bytes.
 _USED, _ENTRIES, _HASH_KEY = 0, 1, slice(64, 80)
-_PLACES_AT = mmap.PAGESIZE
-_TABLES_AT = _PLACES_AT + math.ceil(PLACES * _WORDS * 8 / mmap.PAGESIZE) * mmap.PAGESIZE
+_SLOTS_AT = mmap.PAGESIZE
+_TABLES_AT = _SLOTS_AT + math.ceil(SLOTS * _WORDS * 8 / mmap.PAGESIZE) * mmap.PAGESIZE
 _TABLES = 4
 
 ABSENT, RESTING, WATCHING, WAITING = range(4)
@@ -76,15 +76,15 @@ class Traffic(NamedTuple):
 NO_TRAFFIC = Traffic(0, 0, histogram.empty(CONNECT), histogram.empty(DURATION), 0)
 
 
-class Board:
+class Scoreboard:
     """The memory, as each process maps it."""
 
-    def __init__(self, memory: int, bell: int) -> None:
-        """Of these two descriptors, which become the board's."""
-        self._fd, self.bell = memory, bell
+    def __init__(self, memory: int, doorbell: int) -> None:
+        """Of these two descriptors, which become the scoreboard's."""
+        self._fd, self.doorbell = memory, doorbell
         self._map = mmap.mmap(memory, _TABLES_AT)
         self._words = memoryview(self._map).cast("Q")
-        self._places = self._words[_PLACES_AT // 8 :]
+        self._slots = self._words[_SLOTS_AT // 8 :]
         self._key = bytes(self._map[_HASH_KEY])
         self._tables_size = _size_of_tables(self._words[_ENTRIES])
         self._tables_map: mmap.mmap | None = None
@@ -94,11 +94,11 @@ class Board:
         self._rows: list[memoryview] = []
 
     @classmethod
-    def create(cls, connections: int) -> "Board":
+    def create(cls, connections: int) -> "Scoreboard":
         """A new one, for workers that have so many connections each."""
         entries = shared_counters.WINDOW * max(1, math.ceil(3 * connections / shared_counters.WINDOW))
         fd = os.memfd_create("tproxy-relay", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, _TABLES_AT + PLACES * _size_of_tables(entries))
+        os.ftruncate(fd, _TABLES_AT + SLOTS * _size_of_tables(entries))
         # A worker that was taken over by somebody must not be able to make the supervisor read beyond the end.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         os.pwrite(fd, secrets.token_bytes(16), _HASH_KEY.start)
@@ -107,15 +107,15 @@ class Board:
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """To be handed to another process, which makes its Board of them."""
-        return self._fd, self.bell
+        """To be handed to another process, which makes its Scoreboard of them."""
+        return self._fd, self.doorbell
 
     def ring(self) -> None:
-        """Make the workers look again. Nobody reads the bell: an epoll with EPOLLET tells of each ring."""
-        os.eventfd_write(self.bell, 1)
+        """Make the workers look again. Nobody reads the doorbell: an epoll with EPOLLET tells of each ring."""
+        os.eventfd_write(self.doorbell, 1)
 
     def close(self) -> None:
-        """Let the memory go. Places of this board must not be used any more."""
+        """Let the memory go. Slots of this scoreboard must not be used any more."""
         for tables in self._tables.values():
             for table in tables:
                 table.release()
@@ -123,29 +123,29 @@ class Board:
             self._tables_map.close()
         for row in self._rows:
             row.release()
-        self._places.release()
+        self._slots.release()
         self._words.release()
         self._map.close()
         os.close(self._fd)
-        os.close(self.bell)
+        os.close(self.doorbell)
 
     # --- for the supervisor
 
     def claim(self) -> int | None:
-        """The number of a place that nobody has, cleared; None if there is none."""
-        number = next((number for number in range(PLACES) if number not in self._claimed), None)
+        """The number of a slot that nobody has, cleared; None if there is none."""
+        number = next((number for number in range(SLOTS) if number not in self._claimed), None)
         if number is not None:
             self._claimed.add(number)
             self._words[_USED] = max(self._claimed) + 1
-            self._places[number * _WORDS + _BEAT] = time.monotonic_ns()
+            self._slots[number * _WORDS + _BEAT] = time.monotonic_ns()
         return number
 
     def clear(self, number: int) -> tuple[Numbers, Traffic]:
-        """Give a place back whose worker is gone. Returns what it had counted."""
+        """Give a slot back whose worker is gone. Returns what it had counted."""
         final = self.numbers(number), self.traffic(number)
         start = number * _WORDS
         for word in range(start, start + _WORDS):
-            self._places[word] = 0
+            self._slots[word] = 0
         with mmap.mmap(self._fd, self._tables_size, offset=_TABLES_AT + number * self._tables_size) as tables:
             tables.madvise(mmap.MADV_REMOVE)  # reads as zeroes afterwards
         self._claimed.discard(number)
@@ -153,18 +153,18 @@ class Board:
         return final
 
     def numbers(self, number: int) -> Numbers:
-        """What the worker of that place has counted so far."""
+        """What the worker of that slot has counted so far."""
         start = number * _WORDS
         # In this order: one that ends meanwhile is still live here, and none is there that was not accepted.
-        counts = self._places[start + _CLOSED : start + _CLOSED + len(_OUTCOMES)].tolist()
-        accepted = self._places[start + _ACCEPTED]
+        counts = self._slots[start + _CLOSED : start + _CLOSED + len(_OUTCOMES)].tolist()
+        accepted = self._slots[start + _ACCEPTED]
         closed = {outcome.value: count for outcome, count in zip(_OUTCOMES, counts) if count}
         return Numbers(accepted, accepted - sum(counts), closed)
 
     def traffic(self, number: int) -> Traffic:
         """What the connections of that worker have carried so far."""
         start = number * _WORDS
-        words = self._places[start : start + _WORDS].tolist()
+        words = self._slots[start : start + _WORDS].tolist()
         connect, duration = (
             Histogram(bounds, tuple(words[at + 1 : at + 2 + len(bounds)]), words[at] / 1e6)
             for at, bounds in ((_CONNECT, CONNECT), (_DURATION, DURATION))
@@ -172,32 +172,32 @@ class Board:
         return Traffic(words[_UP], words[_DOWN], connect, duration, words[_LOG_DROPPED])
 
     def silence(self, number: int) -> float:
-        """Seconds since the worker of that place last showed a sign of life."""
+        """Seconds since the worker of that slot last showed a sign of life."""
         return (time.monotonic_ns() - self._beat(number)) / 1e9
 
     def _beat(self, number: int) -> int:
-        return self._places[number * _WORDS + _BEAT]
+        return self._slots[number * _WORDS + _BEAT]
 
-    # --- for the places
+    # --- for the slots
 
     def column(self, word: int) -> list[int]:
-        """That word of all places in use."""
-        return self._places[word : self._words[_USED] * _WORDS : _WORDS].tolist()
+        """That word of all slots in use."""
+        return self._slots[word : self._words[_USED] * _WORDS : _WORDS].tolist()
 
     def row(self, number: int) -> memoryview:
-        """The words of one place."""
-        self._rows.append(self._places[number * _WORDS : (number + 1) * _WORDS])
+        """The words of one slot."""
+        self._rows.append(self._slots[number * _WORDS : (number + 1) * _WORDS])
         return self._rows[-1]
 
     def digest(self, text: str) -> bytes:
-        """The key of a text in the tables of this board; nobody outside can find two texts with the same one."""
+        """The key of a text in the tables of this scoreboard; nobody outside can find two texts with the same one."""
         return hashlib.blake2b(text.encode(), digest_size=shared_counters.KEY_BYTES, key=self._key).digest()
 
     def table(self, number: int, which: int) -> Table:
-        """One of the tables of a place."""
+        """One of the tables of a slot."""
         if number not in self._tables:
             if self._tables_map is None:  # one for all of them: Python keeps a descriptor for each
-                self._tables_map = mmap.mmap(self._fd, PLACES * self._tables_size, offset=_TABLES_AT)
+                self._tables_map = mmap.mmap(self._fd, SLOTS * self._tables_size, offset=_TABLES_AT)
             size = self._words[_ENTRIES] * shared_counters.ENTRY_BYTES
             with memoryview(self._tables_map)[number * self._tables_size :] as own:
                 self._tables[number] = [Table(own[index * size : (index + 1) * size]) for index in range(_TABLES)]
@@ -206,7 +206,7 @@ class Board:
     @contextmanager
     def turn(self) -> Iterator[bool]:
         """Only one process at a time is in here, in one thread; it may come in again. The kernel lets the next one
-        in when a process dies. False if the turn did not come within TURN_PATIENCE seconds."""
+        in when a process dies. False if the turn did not come within TURN_TIMEOUT seconds."""
         if not self._turns and not self._lock():
             yield False
             return
@@ -219,7 +219,7 @@ class Board:
                 fcntl.lockf(self._fd, fcntl.LOCK_UN, 1)
 
     def _lock(self) -> bool:
-        deadline = time.monotonic() + TURN_PATIENCE
+        deadline = time.monotonic() + TURN_TIMEOUT
         while True:
             try:
                 fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
@@ -230,12 +230,12 @@ class Board:
                 time.sleep(0.0002)
 
 
-class SharedCounts:
-    """What one worker counts for the others to see, and what they count, by the keys of Board.digest."""
+class SharedCounters:
+    """What one worker counts for the others to see, and what they count, by the keys of Scoreboard.digest."""
 
-    def __init__(self, board: Board, number: int, which: int) -> None:
-        self._board, self._number, self._which = board, number, which
-        self._own = board.table(number, which)
+    def __init__(self, scoreboard: Scoreboard, number: int, which: int) -> None:
+        self._scoreboard, self._number, self._which = scoreboard, number, which
+        self._own = scoreboard.table(number, which)
 
     def add(self, key: bytes) -> None:
         """Count it once more, for this worker."""
@@ -248,28 +248,28 @@ class SharedCounts:
     def elsewhere(self, key: bytes) -> int:
         """How often the other workers have it."""
         count = 0
-        for number, beat in enumerate(self._board.column(_BEAT)):
+        for number, beat in enumerate(self._scoreboard.column(_BEAT)):
             if beat and number != self._number:
-                count += self._board.table(number, self._which).count(key)
+                count += self._scoreboard.table(number, self._which).count(key)
         return count
 
 
-class Place:
+class Slot:
     """One worker's. Its methods are for that worker, in any of its threads one at a time."""
 
-    def __init__(self, board: Board, number: int) -> None:
-        self._board, self._number = board, number
-        self._row = board.row(number)
+    def __init__(self, scoreboard: Scoreboard, number: int) -> None:
+        self._scoreboard, self._number = scoreboard, number
+        self._row = scoreboard.row(number)
         self._closed_words = {outcome.value: _CLOSED + index for index, outcome in enumerate(_OUTCOMES)}
-        self.sources = SharedCounts(board, number, 0)
-        self.accepted_flows = SharedCounts(board, number, 1)
-        self.opened_flows = SharedCounts(board, number, 2)
-        self.arrivals = SharedCounts(board, number, 3)
+        self.sources = SharedCounters(scoreboard, number, 0)
+        self.accepted_flows = SharedCounters(scoreboard, number, 1)
+        self.opened_flows = SharedCounters(scoreboard, number, 2)
+        self.arrivals = SharedCounters(scoreboard, number, 3)
 
     @property
-    def board(self) -> Board:
-        """The one that it is a place of."""
-        return self._board
+    def scoreboard(self) -> Scoreboard:
+        """The one that it is a slot of."""
+        return self._scoreboard
 
     def beat(self) -> None:
         """Show a sign of life."""
@@ -309,12 +309,12 @@ class Place:
     @property
     def traffic(self) -> Traffic:
         """What the connections of this worker have carried."""
-        return self._board.traffic(self._number)
+        return self._scoreboard.traffic(self._number)
 
     @property
     def numbers(self) -> Numbers:
         """What this worker has counted."""
-        return self._board.numbers(self._number)
+        return self._scoreboard.numbers(self._number)
 
     @property
     def state(self) -> int:
@@ -333,22 +333,22 @@ class Place:
     @property
     def live_everywhere(self) -> int:
         """Connections of the whole relay."""
-        return sum(self._board.column(_LIVE))
+        return sum(self._scoreboard.column(_LIVE))
 
     @property
     def accepted_everywhere(self) -> int:
         """Connections that the whole relay has accepted so far, but for workers that are gone."""
-        return sum(self._board.column(_ACCEPTED))
+        return sum(self._scoreboard.column(_ACCEPTED))
 
     @property
     def alone(self) -> bool:
         """True if this worker is the only one."""
-        return sum(map(bool, self._board.column(_BEAT))) < 2
+        return sum(map(bool, self._scoreboard.column(_BEAT))) < 2
 
     @property
     def others_wait(self) -> bool:
         """True if some worker wants to hear of connections that end."""
-        return WAITING in self._board.column(_STATE)
+        return WAITING in self._scoreboard.column(_STATE)
 
     @contextmanager
     def admission(self, most: int) -> Iterator[bool]:
@@ -359,13 +359,13 @@ class Place:
             if total + workers <= most:
                 yield True  # even if all of them accept one now
                 return
-            with self._board.turn() as mine:
+            with self._scoreboard.turn() as mine:
                 yield mine and self._total()[0] <= most
         finally:
             self._row[_RESERVED] = 0
 
     def _total(self) -> tuple[int, int]:
-        live, reserved = self._board.column(_LIVE), self._board.column(_RESERVED)
+        live, reserved = self._scoreboard.column(_LIVE), self._scoreboard.column(_RESERVED)
         return sum(live) + sum(reserved), len(live)
 
     def fewer_elsewhere(self, state: int) -> bool:
@@ -375,7 +375,7 @@ class Place:
         if not mine:
             return False
         fewer = mine - math.isqrt(mine - 1)
-        states, live = self._board.column(_STATE), self._board.column(_LIVE)
+        states, live = self._scoreboard.column(_STATE), self._scoreboard.column(_LIVE)
         return any(one == state and count < fewer for one, count in zip(states, live))
 
 

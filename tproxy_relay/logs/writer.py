@@ -35,10 +35,10 @@ GATHER = 0.01
 """Seconds in which records may gather after some were written: a relay thread that wakes the writer has to give way to
 it."""
 
-MOST_AT_ONCE = 200
+MAX_AT_ONCE = 200
 """Records that are written in one piece: some 100 KiB."""
 
-MOST_CHUNKS = 16
+MAX_CHUNKS = 16
 """Pieces of the workers' logs that may wait for it too, up to 64 KiB each; more wait in the workers."""
 
 DROP_REPORT_INTERVAL = 1.0
@@ -251,7 +251,7 @@ class LogWriter:
     def __init__(self, settings: Settings, descriptor: int | None) -> None:
         """To this descriptor, if `settings` name no file; None: to nowhere."""
         self._records: Waiting = queue.SimpleQueue()
-        self._room_for_chunks = threading.BoundedSemaphore(MOST_CHUNKS)
+        self._room_for_chunks = threading.BoundedSemaphore(MAX_CHUNKS)
         self._entrance = _Enqueue(self._records)
         self._descriptor = descriptor
         self._sink = Sink(settings, descriptor)
@@ -316,7 +316,7 @@ class LogWriter:
     def _write_all(self, first: "logging.LogRecord | bytes | Sink | None") -> None:
         """That one, and what has gathered behind it."""
         records: list[logging.LogRecord] = []
-        for item in (first, *(self._records.get() for _ in range(min(self._records.qsize(), MOST_AT_ONCE)))):
+        for item in (first, *(self._records.get() for _ in range(min(self._records.qsize(), MAX_AT_ONCE)))):
             if isinstance(item, logging.LogRecord):
                 records.append(item)
             elif item is not None:

@@ -26,9 +26,9 @@ from tproxy_relay.relay.access_record import ConnectionRecord
 from tproxy_relay.relay.policy import Destinations, RefusedError
 from tproxy_relay.relay.pumps import HangupWatch, Leg, Relay
 from tproxy_relay.relay.registry import NO_TRAFFIC, Flow, Registry
-from tproxy_relay.relay.thread_pool import RelayThreads
+from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.settings import Settings
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 
 THREADS = 2
 """That a connection needs: one for each pump."""
@@ -64,9 +64,9 @@ class Context:
     to_server: PathTuning
     destinations: Destinations
     registry: "Registry[Connection]"
-    threads: RelayThreads
+    threads: ThreadPool
     watch: HangupWatch
-    processors: Processors
+    processors: CpuPlacement
     refused: "deque[dict[str, object]]"
     """The last records of connections that did not end as TCP connections do."""
     ended: Callable[[], None]

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tproxy_relay.net import sockets
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 
 SMALL_READ = 1024
 """Bytes. What a resting connection costs; a message that fills it makes the next read larger."""
@@ -35,7 +35,7 @@ SMALL_READS_IN_BULK = 16
 """In a row, after which it is given back too: the stream has become a trickle."""
 ESTABLISHED = 16
 """Reads after which a connection is one of many messages: shorter ones do not pay two system calls for it."""
-FLUSH_PATIENCE = 5.0
+FLUSH_TIMEOUT = 5.0
 """Seconds without progress after which a peer that acknowledges nothing gets its reset with data undelivered."""
 
 
@@ -84,7 +84,7 @@ class Relay:
         "_hangup_patience",
     )
 
-    def __init__(self, client: Leg, upstream: Leg, watch: HangupWatch, processors: Processors) -> None:
+    def __init__(self, client: Leg, upstream: Leg, watch: HangupWatch, processors: CpuPlacement) -> None:
         self.client = client
         self.upstream = upstream
         upstream.moved_at = time.monotonic()  # connecting is no idle time
@@ -193,7 +193,7 @@ class Relay:
         """Before the reset of a broken connection: let a healthy peer have the data that came before it.
 
         Returns when its kernel has acknowledged everything, when it has acknowledged nothing more for
-        FLUSH_PATIENCE seconds, or at `abort`. For the last thread that left.
+        FLUSH_TIMEOUT seconds, or at `abort`. For the last thread that left.
         """
         pause = 0.001
         for leg in (self.client, self.upstream):
@@ -213,12 +213,12 @@ class Patience:
         self._progress_at = 0.0
 
     def ended(self, sock: socket.socket) -> bool:
-        """True if nothing is queued any more, or FLUSH_PATIENCE seconds have gone by without progress."""
+        """True if nothing is queued any more, or FLUSH_TIMEOUT seconds have gone by without progress."""
         left, now = sockets.unacknowledged(sock), time.monotonic()
         if self._left < 0 or left < self._left:
             self._progress_at = now
         self._left = left
-        return left == 0 or now - self._progress_at > FLUSH_PATIENCE
+        return left == 0 or now - self._progress_at > FLUSH_TIMEOUT
 
 
 def _reset_by_peer() -> OSError:
@@ -273,7 +273,7 @@ def _send_all(data: bytes | memoryview, src: Leg, dst: Leg, stopped: Callable[[]
 def _was_reset_behind_our_back(src: Leg) -> bool:
     """Nobody reads a source while its destination takes nothing. If it is reset meanwhile, that must not wait for
     ever. (After our own FIN a dead socket may be one whose FIN has come and waits to be read.)"""
-    rests = time.monotonic() - src.moved_at > FLUSH_PATIENCE
+    rests = time.monotonic() - src.moved_at > FLUSH_TIMEOUT
     return rests and not src.fin_sent and sockets.is_dead(src.sock)
 
 
@@ -290,7 +290,7 @@ class Reader:
 
     __slots__ = ("_sock", "_processors", "_size", "_bulk", "_small_reads", "_reads_left", "_waits")
 
-    def __init__(self, sock: socket.socket, processors: Processors) -> None:
+    def __init__(self, sock: socket.socket, processors: CpuPlacement) -> None:
         self._sock = sock
         self._processors = processors
         self._size = SMALL_READ

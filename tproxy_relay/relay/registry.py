@@ -1,7 +1,7 @@
 """Which connections are live, how many each client has, and whether one of them is the relay itself.
 
-The connections are those of this worker; what the other workers must know of them is in the shared memory of board.py.
-One lock, held for a few dictionary operations; nothing here blocks or closes anything.
+The connections are those of this worker; what the other workers must know of them is in the shared memory of
+scoreboard.py. One lock, held for a few dictionary operations; nothing here blocks or closes anything.
 """
 
 import threading
@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from tproxy_relay.ipc.scoreboard import Place, SharedCounts
+from tproxy_relay.ipc.scoreboard import SharedCounters, Slot
 from tproxy_relay.net.endpoint import Endpoint
 
 
@@ -69,11 +69,11 @@ M = TypeVar("M", bound=Member)
 
 
 class Registry(Generic[M]):
-    """The live connections of this worker, at its place among the others."""
+    """The live connections of this worker, in its slot beside the others."""
 
-    def __init__(self, place: Place, *, share_sources: bool = False) -> None:
+    def __init__(self, slot: Slot, *, share_sources: bool = False) -> None:
         """`share_sources`: let the other workers know how many connections each client has here."""
-        self._place = place
+        self._slot = slot
         self._share_sources = share_sources
         self._lock = threading.Lock()
         self._live: dict[str, M] = {}
@@ -94,14 +94,14 @@ class Registry(Generic[M]):
         workers share that, or with this one."""
         host = connection.client.host
         with self._lock:
-            self._place.came()
+            self._slot.came()
             self._live[connection.id] = connection
             self._per_source[host] += 1
             if not self._share_sources:
                 return self._per_source[host]
-            key = self._place.board.digest(host)
-            self._place.sources.add(key)
-            return self._per_source[host] + self._place.sources.elsewhere(key)
+            key = self._slot.scoreboard.digest(host)
+            self._slot.sources.add(key)
+            return self._per_source[host] + self._slot.sources.elsewhere(key)
 
     def remove(self, connection: M, outcome: str) -> None:
         """Count it out; a second call for the same connection does nothing."""
@@ -109,17 +109,17 @@ class Registry(Generic[M]):
             if self._live.pop(connection.id, None) is None:
                 return
             self._look_at(connection, 0.0)
-            self._place.went(outcome)
-            self._place.lasted(time.monotonic() - connection.born_at)
+            self._slot.went(outcome)
+            self._slot.lasted(time.monotonic() - connection.born_at)
             host = connection.client.host
             if self._share_sources:
-                self._place.sources.remove(self._place.board.digest(host))
+                self._slot.sources.remove(self._slot.scoreboard.digest(host))
             self._per_source[host] -= 1
             if not self._per_source[host]:
                 del self._per_source[host]
             for flows, shared in (
-                (self._accepted, self._place.accepted_flows),
-                (self._opened, self._place.opened_flows),
+                (self._accepted, self._slot.accepted_flows),
+                (self._opened, self._slot.opened_flows),
             ):
                 for flow in connection.flows:
                     noted = flows.get(flow)
@@ -130,7 +130,7 @@ class Registry(Generic[M]):
     def connected(self, seconds: float) -> None:
         """One of them has reached its server, and that took so long."""
         with self._lock:
-            self._place.connected(seconds)
+            self._slot.connected(seconds)
 
     def look(self, seconds: float) -> None:
         """Count what all of them have moved since the last look, so many seconds ago."""
@@ -146,7 +146,7 @@ class Registry(Generic[M]):
                 connection.traffic = Traffic(up, down, 0.0, 0.0)
             return
         more_up, more_down = up - before.up, down - before.down
-        self._place.carried(more_up, more_down)
+        self._slot.carried(more_up, more_down)
         if seconds:
             connection.traffic = Traffic(up, down, more_up / seconds, more_down / seconds)
 
@@ -157,18 +157,18 @@ class Registry(Generic[M]):
         learns its own port only from connect(). Whoever comes second sees it.
         """
         with self._lock:
-            key = self._note(self._accepted, self._place.accepted_flows, flow, connection)
-            return _is_anothers(self._opened.get(flow), connection) or self._place.opened_flows.elsewhere(key) > 0
+            key = self._note(self._accepted, self._slot.accepted_flows, flow, connection)
+            return _is_anothers(self._opened.get(flow), connection) or self._slot.opened_flows.elsewhere(key) > 0
 
     def is_loop_opened(self, connection: M, flow: Flow) -> bool:
         """Note what was opened towards a server. True if another connection of this relay was accepted from it."""
         with self._lock:
-            key = self._note(self._opened, self._place.opened_flows, flow, connection)
-            return _is_anothers(self._accepted.get(flow), connection) or self._place.accepted_flows.elsewhere(key) > 0
+            key = self._note(self._opened, self._slot.opened_flows, flow, connection)
+            return _is_anothers(self._accepted.get(flow), connection) or self._slot.accepted_flows.elsewhere(key) > 0
 
-    def _note(self, flows: "dict[Flow, _Noted]", shared: SharedCounts, flow: Flow, connection: M) -> bytes:
+    def _note(self, flows: "dict[Flow, _Noted]", shared: SharedCounters, flow: Flow, connection: M) -> bytes:
         before = flows.get(flow)
-        key = self._place.board.digest(str(flow)) if before is None else before.key
+        key = self._slot.scoreboard.digest(str(flow)) if before is None else before.key
         if before is None:
             shared.add(key)
         flows[flow] = _Noted(connection.id, key)

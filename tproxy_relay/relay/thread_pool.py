@@ -47,7 +47,7 @@ class _Start:
         self.cancelled = False
 
 
-class RelayThreads:
+class ThreadPool:
     """A ThreadPoolExecutor that grows by reservation and shrinks when it rests."""
 
     def __init__(self, limit: int, spare: int = SPARE) -> None:

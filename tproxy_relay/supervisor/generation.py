@@ -23,12 +23,12 @@ from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.system import cpu, limits, privileges
-from tproxy_relay.worker.spec import Assignment
+from tproxy_relay.worker.spec import WorkerSpec
 
 FIXED = ("mode", "interface", "backend", "mark_mask", "route_table", "route_priority")
 """Settings that live connections depend on: with other marks, routes or listeners the kernel would not know them."""
 
-LOOKUP_PATIENCE = 3.0
+LOOKUP_TIMEOUT = 3.0
 """Seconds for the address of `target`, by name. At a reload, nothing else is done meanwhile."""
 
 log = logging.getLogger(__name__)
@@ -44,11 +44,11 @@ class Prepared:
     """Of the listeners."""
     plan: Plan | None
     """Of the ruleset; None: there is nothing to intercept."""
-    assignment: Assignment
+    spec: WorkerSpec
     command: tuple[str, ...]
     """That becomes a worker with the right account and capabilities."""
     workers: int
-    homes: tuple[int, ...]
+    cpus: tuple[int, ...]
     """The processors that the workers stay on; empty: wherever the scheduler wants."""
 
 
@@ -75,18 +75,18 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
         own_ports = frozenset(one.endpoint.port for one in ready)
         workers = settings.workers or cpu.worth()
         descriptors, memory = limits.raise_descriptor_limit(), limits.usable_memory()
-        assignment = Assignment(
+        spec = WorkerSpec(
             settings,
             Tuning(settings.keepalive, settings.user_timeout, mark if "net_raw" in keep else 0),
             Destinations.of_settings(settings, own_ports | _admin_port(settings), target),
             limits.of_relay(settings.max_connections, descriptors, len(ready), workers, memory),
         )
-        wanted = _plan(settings, assignment.tuning.mark, own_ports)
+        wanted = _plan(settings, spec.tuning.mark, own_ports)
     except BaseException:
         listeners.close_all([one for one in ready if one not in kept])
         raise
-    homes = cpu.homes(settings.cpu_affinity, workers)
-    return Prepared(settings, tuple(ready), tuning, wanted, assignment, tuple(command), workers, homes)
+    cpus = cpu.cpus(settings.cpu_affinity, workers)
+    return Prepared(settings, tuple(ready), tuning, wanted, spec, tuple(command), workers, cpus)
 
 
 def _admin_port(settings: Settings) -> frozenset[int]:
@@ -131,9 +131,9 @@ def _resolve_target(settings: Settings) -> Endpoint | None:
     answers: queue.SimpleQueue[Endpoint | OSError] = queue.SimpleQueue()
     threading.Thread(target=_look_up, args=(settings.target, answers), name="lookup", daemon=True).start()
     try:
-        found = answers.get(timeout=LOOKUP_PATIENCE)
+        found = answers.get(timeout=LOOKUP_TIMEOUT)
     except queue.Empty:
-        found = TimeoutError(errno.ETIMEDOUT, f"no answer from the name servers within {LOOKUP_PATIENCE:g} s")
+        found = TimeoutError(errno.ETIMEDOUT, f"no answer from the name servers within {LOOKUP_TIMEOUT:g} s")
     if isinstance(found, OSError):
         raise ConfigError(f"target: cannot resolve {settings.target.host!r}: {found.strerror}") from found
     return found

@@ -14,7 +14,7 @@ from tproxy_relay.logs.recent import Problems
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.supervisor.generation import Prepared
-from tproxy_relay.supervisor.worker_process import WorkerHandle
+from tproxy_relay.supervisor.worker_process import WorkerProcess
 from tproxy_relay.supervisor.workers import DEATHS_PERIOD
 
 NEARLY_FULL = 0.9
@@ -28,7 +28,7 @@ class Facts(NamedTuple):
     """time.time()"""
     state: str
     prepared: Prepared
-    workers: Sequence[WorkerHandle]
+    workers: Sequence[WorkerProcess]
     numbers: Numbers
     traffic: Traffic
     log_dropped: int
@@ -47,7 +47,7 @@ class Facts(NamedTuple):
 
 def document(facts: Facts) -> dict[str, object]:
     """All of it, as JSON takes it."""
-    now, limits = time.time(), facts.prepared.assignment.limits
+    now, limits = time.time(), facts.prepared.spec.limits
     complaints = list(_complaints(facts))
     last = facts.history.last_accepted
     return {
@@ -101,7 +101,7 @@ def document(facts: Facts) -> dict[str, object]:
 def _complaints(facts: Facts) -> "list[str]":
     """What an operator should know of, in words."""
     found = []
-    health, limits = facts.health, facts.prepared.assignment.limits
+    health, limits = facts.health, facts.prepared.spec.limits
     if facts.state != "running":
         found.append(f"the relay is {facts.state}")
     if health is not None and facts.state == "running":

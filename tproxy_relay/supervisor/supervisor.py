@@ -1,4 +1,4 @@
-"""The supervisor: it keeps the listeners, the ruleset and a crew of workers, and touches no connection itself.
+"""The supervisor: it keeps the listeners, the ruleset and the workers, and touches no connection itself.
 
 Its workers come in generations. The first one is started at the start, a new one at every reload; when all of a
 new generation are ready, it takes the new clients, and the one before finishes its connections and ends. Everything
@@ -23,7 +23,7 @@ from tproxy_relay.guard.guard_client import Interception
 from tproxy_relay.intercept import ruleset
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
-from tproxy_relay.ipc.scoreboard import Board
+from tproxy_relay.ipc.scoreboard import Scoreboard
 from tproxy_relay.logs.recent import Problems
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.logs.writer import LogWriter, Sink
@@ -36,21 +36,21 @@ from tproxy_relay.supervisor import takeover
 from tproxy_relay.supervisor.generation import Prepared, fixed, prepare
 from tproxy_relay.supervisor.status import Facts
 from tproxy_relay.supervisor.takeover import Door, Offer
-from tproxy_relay.supervisor.worker_process import WorkerHandle
-from tproxy_relay.supervisor.workers import DEATHS_PERIOD, LOOK_INTERVAL, MOST_DEATHS, Crew, Deaths, Generation
+from tproxy_relay.supervisor.worker_process import WorkerProcess
+from tproxy_relay.supervisor.workers import DEATHS_PERIOD, LOOK_INTERVAL, MAX_DEATHS, Deaths, Generation, Workers
 from tproxy_relay.system import systemd
 from tproxy_relay.system.wakeup import Wakeup
 from tproxy_relay.worker.worker import ABORT_GRACE
 
-LEAVE_PATIENCE = 2.0
+LEAVE_TIMEOUT = 2.0
 """Seconds for workers that are told to take no more clients to have heard of it; it takes some milliseconds."""
 HANDSHAKE_GRACE = 1.0
 """Seconds for the handshakes that are under way when a listener takes no new connections any more: a round trip, and
 one retransmission on a short path."""
-END_PATIENCE = ABORT_GRACE + 1.5
+END_TIMEOUT = ABORT_GRACE + 1.5
 """Seconds for workers to end that have nothing to wait for; then they are killed."""
 
-LOG_PATIENCE = 1.0
+LOG_TIMEOUT = 1.0
 """Seconds for the last log lines of workers that have ended."""
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeup, selectors.EVENT_READ)
         self._pipes = LogPipes(writer)
-        self._crew: Crew
+        self._workers: Workers
         self._generations = 0
         self._now: Generation | None = None
         self._rising: Generation | None = None
@@ -120,18 +120,18 @@ class Supervisor:
             self._tune(prepared)
         if self._settings.admin is not None and self._offer is None:
             self._admin = address.listen(self._settings.admin)
-        self._crew = Crew(self._selector, Board.create(prepared.assignment.limits.room), self._pipes)
+        self._workers = Workers(self._selector, Scoreboard.create(prepared.spec.limits.room), self._pipes)
         try:
             self._raise(prepared)
             while self._now is None:
                 self._turn()
                 if self._stop_wanted:
-                    self._crew.dismiss(self._crew)
+                    self._workers.dismiss(self._workers)
                     self._close_admin()
                     log.info("stopped before it was ready")
                     return False
         except BaseException:
-            self._crew.dismiss(self._crew)
+            self._workers.dismiss(self._workers)
             self._close_admin()
             raise
         self._door = Door(self._selector, self)
@@ -152,7 +152,7 @@ class Supervisor:
         self._generations += 1
         self._rising = Generation(self._generations, prepared)
         for _ in range(prepared.workers):
-            self._crew.start(self._rising)
+            self._workers.start(self._rising)
 
     @staticmethod
     def _tune(prepared: Prepared) -> None:
@@ -161,7 +161,7 @@ class Supervisor:
 
     @staticmethod
     def _say_listening(prepared: Prepared) -> None:
-        settings, assignment = prepared.settings, prepared.assignment
+        settings, spec = prepared.settings, prepared.spec
         log.info(
             "listening",
             extra={
@@ -169,8 +169,8 @@ class Supervisor:
                 "listeners": ", ".join(one.name for one in prepared.listeners),
                 "mode": settings.mode,
                 "preserve_source": settings.preserve_source,
-                "max_connections": assignment.limits.most,
-                "mark": f"{assignment.tuning.mark:#x}",
+                "max_connections": spec.limits.most,
+                "mark": f"{spec.tuning.mark:#x}",
                 "workers": prepared.workers,
             },
         )
@@ -192,7 +192,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Until told to stop. Returns the exit code."""
-        while len(self._crew) or not self._stopping:
+        while len(self._workers) or not self._stopping:
             self._turn()
             if self._stop_wanted and not self._stopping:
                 self._stop(at_once=False)
@@ -201,7 +201,7 @@ class Supervisor:
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(self._patience()):
-            if isinstance(key.data, WorkerHandle):
+            if isinstance(key.data, WorkerProcess):
                 self._hear(key.data)
             elif isinstance(key.data, Door):
                 key.data.fired(key.fileobj)
@@ -245,13 +245,13 @@ class Supervisor:
             self._stop(at_once=number == signal.SIGINT or self._stopping and not self._handed_over)
 
     def _show_live(self) -> None:
-        for worker in self._crew:
+        for worker in self._workers:
             worker.show_live()
-        log.info("connections", extra=self._crew.numbers._asdict())
+        log.info("connections", extra=self._workers.numbers._asdict())
 
     def _reap_orphans(self) -> None:
         """As PID 1 of a container: what other programs have left behind is ours."""
-        own = {worker.pid for worker in self._crew}
+        own = {worker.pid for worker in self._workers}
         while True:
             try:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -263,24 +263,24 @@ class Supervisor:
 
     # --- workers that come
 
-    def _hear(self, worker: WorkerHandle) -> None:
+    def _hear(self, worker: WorkerProcess) -> None:
         if not worker.hear():
             self._has_ended(worker)
         elif worker.ready and not worker.serving and not worker.leaving:
             self._is_ready(worker)
 
-    def _is_ready(self, worker: WorkerHandle) -> None:
+    def _is_ready(self, worker: WorkerProcess) -> None:
         if self._rising is None or worker.generation != self._rising.number:
             worker.serve()  # in the place of one that has died
             return
-        fresh = self._crew.of(self._rising)
+        fresh = self._workers.of(self._rising)
         if all(one.ready for one in fresh):
             try:
                 self._promote(self._rising, fresh)
             except RelayError as error:
                 self._give_up(error)
 
-    def _promote(self, generation: Generation, fresh: Sequence[WorkerHandle]) -> None:
+    def _promote(self, generation: Generation, fresh: Sequence[WorkerProcess]) -> None:
         """The new generation takes over: the ruleset leads to it, and it accepts what has come meanwhile."""
         before, offer = self._now, self._offer
         if offer is None:
@@ -301,7 +301,7 @@ class Supervisor:
         rising, self._rising = self._rising, None
         if self._now is None or rising is None:
             raise error
-        self._crew.dismiss(self._crew.of(rising))
+        self._workers.dismiss(self._workers.of(rising))
         if self._sink is not None:
             self._sink.close()
         kept = self._now.prepared.listeners
@@ -310,8 +310,8 @@ class Supervisor:
 
     # --- workers that go
 
-    def _has_ended(self, worker: WorkerHandle) -> None:
-        how = self._crew.bury(worker)
+    def _has_ended(self, worker: WorkerProcess) -> None:
+        how = self._workers.reap(worker)
         if os.getpid() == 1:
             self._reap_orphans()  # those behind it
         if self._rising is not None and worker.generation == self._rising.number:
@@ -327,14 +327,14 @@ class Supervisor:
         if pause is not None:
             self._replace_at.append(now + pause)
             return
-        log.critical("workers die again and again, stopping", extra={"deaths": MOST_DEATHS, "seconds": DEATHS_PERIOD})
+        log.critical("workers die again and again, stopping", extra={"deaths": MAX_DEATHS, "seconds": DEATHS_PERIOD})
         self._failed = True
         self._stop(at_once=False)
 
     def _start_replacement(self) -> None:
         assert self._now is not None
         try:
-            self._crew.start(self._now)
+            self._workers.start(self._now)
         except SystemRefusedError as error:
             log.error("%s", error)
             self._replace_at.append(time.monotonic() + LOOK_INTERVAL)
@@ -343,7 +343,7 @@ class Supervisor:
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
-            for worker in self._crew:
+            for worker in self._workers:
                 worker.kill()
         due = [at for at in self._replace_at if at <= now]
         self._replace_at = [at for at in self._replace_at if at > now]
@@ -356,21 +356,21 @@ class Supervisor:
             self._sample()
             self._answer_elsewhere()
             systemd.notify("WATCHDOG=1", self._environ)
-            self._crew.kill_stalled()
+            self._workers.kill_stalled()
 
     # --- looking in
 
     def _sample(self) -> None:
-        numbers, traffic = self._crew.numbers, self._crew.traffic
+        numbers, traffic = self._workers.numbers, self._workers.traffic
         failed = status_document.failed(numbers)
         self._history.add(
             Sample(time.time(), numbers.accepted, numbers.live, failed, traffic.bytes_up, traffic.bytes_down)
         )
 
     @property
-    def askable(self) -> Sequence[WorkerHandle]:
+    def askable(self) -> Sequence[WorkerProcess]:
         """The workers that may have connections."""
-        return [worker for worker in self._crew if worker.serving]
+        return [worker for worker in self._workers if worker.serving]
 
     @property
     def ready(self) -> str | None:
@@ -389,16 +389,16 @@ class Supervisor:
     def status(self) -> dict[str, object]:
         """The document of /status, but for what is asked of the workers."""
         assert self._now is not None
-        traffic = self._crew.traffic
+        traffic = self._workers.traffic
         facts = Facts(
             started=self._started,
             state=self._state,
             prepared=self._now.prepared,
-            workers=list(self._crew),
-            numbers=self._crew.numbers,
+            workers=list(self._workers),
+            numbers=self._workers.numbers,
             traffic=traffic,
             log_dropped=traffic.log_dropped + self._writer.dropped,
-            deaths=self._crew.deaths,
+            deaths=self._workers.deaths,
             recent_deaths=self._deaths.recent(time.monotonic()),
             reloads=self._reloads,
             reloads_refused=self._reloads_refused,
@@ -460,14 +460,14 @@ class Supervisor:
         old, new = before.prepared, after.prepared
         self._settings = new.settings
         gone = [one for one in old.listeners if one not in new.listeners]
-        for worker in self._crew.of(before):
+        for worker in self._workers.of(before):
             worker.leave(*self._last_clients(gone), None)
         listeners.close_all(list(gone))
         self._tune(new)
-        self._retiring, self._retired_by = before, time.monotonic() + LEAVE_PATIENCE
+        self._retiring, self._retired_by = before, time.monotonic() + LEAVE_TIMEOUT
 
     def _await_retirement(self, before: Generation) -> None:
-        leaving = (worker for worker in self._crew.of(before) if not worker.left)
+        leaving = (worker for worker in self._workers.of(before) if not worker.left)
         if any(leaving) and time.monotonic() < self._retired_by:
             return
         self._retiring = None
@@ -556,14 +556,14 @@ class Supervisor:
         if self._interception is not None and guard is not None:
             self._interception.hand_over(guard, pid)
         ours = self._now.prepared.listeners
-        for worker in self._crew:
+        for worker in self._workers:
             worker.leave(*self._last_clients([one for one in ours if one.name not in kept]), None)
         listeners.close_all(list(ours))
         if self._looking_in is not None:
             self._looking_in.also(None)  # that is the other one's now
         self._stopping = self._handed_over = True
         self._replace_at = []
-        log.info("handed over", extra={"pid": pid, "live": self._crew.numbers.live})
+        log.info("handed over", extra={"pid": pid, "live": self._workers.numbers.live})
 
     # --- the end
 
@@ -574,15 +574,15 @@ class Supervisor:
             self._interception.drain()  # so that its guard need not tell us to
         self._handed_over = False
         if at_once:
-            for worker in self._crew:
+            for worker in self._workers:
                 worker.stop()
-            self._deadline = time.monotonic() + END_PATIENCE
+            self._deadline = time.monotonic() + END_TIMEOUT
             return
         timeout = self._settings.drain_timeout
-        for worker in self._crew:
+        for worker in self._workers:
             worker.leave(None, grace, timeout)
-        log.info("draining", extra={"live": self._crew.numbers.live, "drain_timeout": timeout})
-        self._deadline = time.monotonic() + grace + timeout + END_PATIENCE
+        log.info("draining", extra={"live": self._workers.numbers.live, "drain_timeout": timeout})
+        self._deadline = time.monotonic() + grace + timeout + END_TIMEOUT
 
     def _begin_to_stop(self) -> float:
         """Returns the seconds for which clients may still come that were intercepted before."""
@@ -600,7 +600,7 @@ class Supervisor:
             if generation is not None:
                 listeners.close_all(list(generation.prepared.listeners))
         if self._rising is not None:
-            self._crew.dismiss(self._crew.of(self._rising))
+            self._workers.dismiss(self._workers.of(self._rising))
             self._rising = None
         return grace
 
@@ -612,11 +612,11 @@ class Supervisor:
     def _end(self) -> None:
         if self._looking_in is not None:
             self._looking_in.close()
-        self._pipes.drain(LOG_PATIENCE)
+        self._pipes.drain(LOG_TIMEOUT)
         if self._interception is not None and not self._refuses_when_failed:
             self._interception.remove()  # nothing happens if another relay has it now
-        dropped = self._crew.traffic.log_dropped + self._writer.dropped
-        log.info("stopped", extra={**self._crew.numbers._asdict(), "log_dropped": dropped})
+        dropped = self._workers.traffic.log_dropped + self._writer.dropped
+        log.info("stopped", extra={**self._workers.numbers._asdict(), "log_dropped": dropped})
 
 
 def changed(before: Settings, after: Settings) -> list[str]:

@@ -18,7 +18,7 @@ from tproxy_relay.admin import address
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.plan import Plan
-from tproxy_relay.ipc.channel import MOST_DESCRIPTORS, Channel, Message
+from tproxy_relay.ipc.channel import MAX_DESCRIPTORS, Channel, Message
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
@@ -34,14 +34,14 @@ PROTOCOL = 1
 PATIENCE = 5.0
 """Seconds for an answer; it takes some milliseconds, but the other relay may be busy with its ruleset."""
 
-TAKING_PATIENCE = 60.0
+TAKING_TIMEOUT = 60.0
 """Seconds from the first question to `commit`; workers start in a tenth of one. Nothing else happens meanwhile."""
 
 FULL_PAUSE = 0.05
 """Seconds that everything waits when there is no descriptor for one who asks: the question stays, and the selector
 tells of it again and again."""
 
-MOST_REFUSED = 8
+MAX_REFUSED = 8
 """That may be connected at the same time, before they have asked anything."""
 
 
@@ -106,8 +106,8 @@ class Door:
             busy = "only root and the account of this relay may ask"
         if busy is None:
             self._turn_away()
-            self._asking, self._until = asking, time.monotonic() + TAKING_PATIENCE
-        elif len(self._refused) < MOST_REFUSED:
+            self._asking, self._until = asking, time.monotonic() + TAKING_TIMEOUT
+        elif len(self._refused) < MAX_REFUSED:
             self._refused[asking] = busy
         else:
             asking.close()
@@ -151,7 +151,7 @@ class Door:
             self._giver.offer_to(asking)
             return
         if not self.in_use:
-            raise SystemRefusedError(f"it took more than {TAKING_PATIENCE:g} s to get ready")
+            raise SystemRefusedError(f"it took more than {TAKING_TIMEOUT:g} s to get ready")
         pid, kept = message["commit"], message.get("kept")
         if type(pid) is not int or not isinstance(kept, list):
             raise SystemRefusedError("it is of another version")
@@ -202,8 +202,8 @@ class Offer(NamedTuple):
 
 def offer(to: Channel, settings: Settings, ours: Sequence[Listener], plan: Plan | None) -> None:
     """Answer one who asks. Raises SystemRefusedError if there is more than a message can take."""
-    if len(ours) > MOST_DESCRIPTORS:
-        raise SystemRefusedError(f"it has more than {MOST_DESCRIPTORS} listeners")
+    if len(ours) > MAX_DESCRIPTORS:
+        raise SystemRefusedError(f"it has more than {MAX_DESCRIPTORS} listeners")
     message = {
         "protocol": PROTOCOL,
         "listeners": [listener.wanted for listener in ours],

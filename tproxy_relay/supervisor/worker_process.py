@@ -12,12 +12,12 @@ from tproxy_relay import errors
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Message
-from tproxy_relay.ipc.scoreboard import Board, Numbers, Traffic
+from tproxy_relay.ipc.scoreboard import Numbers, Scoreboard, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.supervisor import launch
 from tproxy_relay.supervisor.generation import Prepared
 
-LAST_PATIENCE = 1.0
+LAST_TIMEOUT = 1.0
 """Seconds for a worker to be gone after it has closed its channel, and for its last words to be read."""
 
 log = logging.getLogger(__name__)
@@ -26,23 +26,23 @@ _OF_THE_MANAGER = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"})
 """sd_notify(3), sd_watchdog_enabled(3): the supervisor's."""
 
 
-class WorkerHandle:
-    """The process, its channel and its place on the board. Main thread only: the process dies with the thread that
+class WorkerProcess:
+    """The process, its channel and its slot of the scoreboard. Main thread only: the process dies with the thread that
     has started it (prctl(2), PR_SET_PDEATHSIG)."""
 
     def __init__(
-        self, prepared: Prepared, generation: int, board: Board, place: int, home: int | None, pipes: LogPipes
+        self, prepared: Prepared, generation: int, scoreboard: Scoreboard, slot: int, cpu: int | None, pipes: LogPipes
     ) -> None:
         """Start it. Raises SystemRefusedError."""
         self.generation = generation
-        self.place = place
-        self.home = home
+        self.slot = slot
+        self.cpu = cpu
         """The processor that it stays on; None: any."""
         self.stall_timeout = prepared.settings.stall_timeout
         """Seconds; 0: it may be silent for as long as it likes."""
         self.ready = self.serving = self.leaving = self.left = self.suspected = self.stalled = self.unwanted = False
         self._failure: Message | None = None
-        self._board = board
+        self._scoreboard = scoreboard
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             try:
                 self._channel, control = channel.pair()
@@ -57,7 +57,7 @@ class WorkerHandle:
                 raise SystemRefusedError(f"cannot start a worker: {error.strerror}") from error
         self.pid = self._process.pid
         self._words.belong_to(self.pid)
-        self._channel.send(prepared.assignment.to_message(place, home), board.descriptors)
+        self._channel.send(prepared.spec.to_message(slot, cpu), scoreboard.descriptors)
 
     def fileno(self) -> int:
         """Readable when the worker says something, or has ended."""
@@ -117,27 +117,27 @@ class WorkerHandle:
     @property
     def silence(self) -> float:
         """Seconds since it last showed a sign of life."""
-        return self._board.silence(self.place)
+        return self._scoreboard.silence(self.slot)
 
     @property
     def numbers(self) -> Numbers:
         """What it has counted."""
-        return self._board.numbers(self.place)
+        return self._scoreboard.numbers(self.slot)
 
     @property
     def traffic(self) -> Traffic:
         """What its connections have carried."""
-        return self._board.traffic(self.place)
+        return self._scoreboard.traffic(self.slot)
 
     def kill(self) -> None:
         """At once; its end is heard like any other. Both ends of its connections see a reset."""
         self._process.kill()
 
-    def bury(self) -> str:
-        """After its end was heard: give back everything but its place. Returns how it went."""
+    def reap(self) -> str:
+        """After its end was heard: give back everything but its slot. Returns how it went."""
         self._channel.close()
         try:
-            code = self._process.wait(LAST_PATIENCE)
+            code = self._process.wait(LAST_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
@@ -147,7 +147,7 @@ class WorkerHandle:
         """For one that has ended before it was ready: the error that it met, as if it had happened here."""
         if self._failure is not None:
             return errors.of_exit_code(self._failure["exit_code"], self._failure["message"])
-        self._words.ended.wait(LAST_PATIENCE)
+        self._words.ended.wait(LAST_TIMEOUT)
         return SystemRefusedError(f"a worker could not start ({how}): {self._words.last or 'it said nothing'}")
 
 

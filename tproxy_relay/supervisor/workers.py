@@ -12,20 +12,20 @@ from typing import NamedTuple
 
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.ipc import histogram
-from tproxy_relay.ipc.scoreboard import NO_TRAFFIC, Board, Numbers, Traffic
+from tproxy_relay.ipc.scoreboard import NO_TRAFFIC, Numbers, Scoreboard, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.supervisor.generation import Prepared
-from tproxy_relay.supervisor.worker_process import WorkerHandle
+from tproxy_relay.supervisor.worker_process import WorkerProcess
 
-BOOT_PATIENCE = 30.0
+BOOT_TIMEOUT = 30.0
 """Seconds for a worker to get ready; it takes a tenth of one."""
 LOOK_INTERVAL = 1.0
 """Seconds between two looks at the workers."""
 LATE = 2.0
 """Seconds between two looks after which it was this process or the whole host that stood still, and nothing is said
 against the workers."""
-MOST_DEATHS = 5
+MAX_DEATHS = 5
 DEATHS_PERIOD = 60.0
 """So many workers that die within so many seconds stop the relay."""
 FIRST_PAUSE = 0.1
@@ -41,56 +41,56 @@ class Generation(NamedTuple):
     prepared: Prepared
 
 
-class Crew:
+class Workers:
     """All workers that there are, of whatever generation."""
 
-    def __init__(self, selector: selectors.BaseSelector, board: Board, pipes: LogPipes) -> None:
+    def __init__(self, selector: selectors.BaseSelector, scoreboard: Scoreboard, pipes: LogPipes) -> None:
         """The selector will tell of workers, with the worker as its data."""
         self._selector = selector
-        self._board = board
+        self._scoreboard = scoreboard
         self._pipes = pipes
-        self._workers: list[WorkerHandle] = []
+        self._workers: list[WorkerProcess] = []
         self._past, self._past_traffic = Numbers(0, 0, {}), NO_TRAFFIC
         self.deaths = 0
         """Of workers, and nobody had told them to end."""
         self._looked_at = time.monotonic()
         self._forgiving_until = 0.0
 
-    def __iter__(self) -> Iterator[WorkerHandle]:
+    def __iter__(self) -> Iterator[WorkerProcess]:
         return iter(list(self._workers))
 
     def __len__(self) -> int:
         return len(self._workers)
 
-    def of(self, generation: Generation) -> list[WorkerHandle]:
+    def of(self, generation: Generation) -> list[WorkerProcess]:
         """The workers of one generation."""
         return [worker for worker in self._workers if worker.generation == generation.number]
 
     def start(self, generation: Generation) -> None:
         """Start one more of its workers. Raises SystemRefusedError."""
-        place = self._board.claim()
-        if place is None:
+        slot = self._scoreboard.claim()
+        if slot is None:
             raise SystemRefusedError("too many workers still finish their connections: wait for them, or restart")
         try:
-            home = self._home(generation)
-            worker = WorkerHandle(generation.prepared, generation.number, self._board, place, home, self._pipes)
+            cpu = self._own_cpu(generation)
+            worker = WorkerProcess(generation.prepared, generation.number, self._scoreboard, slot, cpu, self._pipes)
         except BaseException:
-            self._board.clear(place)
+            self._scoreboard.clear(slot)
             raise
         self._workers.append(worker)
         self._selector.register(worker, selectors.EVENT_READ, worker)
         log.info("worker started", extra={"pid": worker.pid, "generation": generation.number})
 
-    def _home(self, generation: Generation) -> int | None:
+    def _own_cpu(self, generation: Generation) -> int | None:
         """The processor that has the fewest of its workers."""
-        taken = Counter(worker.home for worker in self.of(generation))
-        return min(generation.prepared.homes, key=lambda home: taken[home], default=None)
+        taken = Counter(worker.cpu for worker in self.of(generation))
+        return min(generation.prepared.cpus, key=lambda cpu: taken[cpu], default=None)
 
-    def bury(self, worker: WorkerHandle) -> str:
+    def reap(self, worker: WorkerProcess) -> str:
         """After the end of its channel. Returns how it has ended; its last connections were reset by the kernel."""
         self._selector.unregister(worker)
         self._workers.remove(worker)
-        how, (numbers, traffic) = worker.bury(), self._board.clear(worker.place)
+        how, (numbers, traffic) = worker.reap(), self._scoreboard.clear(worker.slot)
         self._past = added([self._past, with_lost(numbers)])
         self._past_traffic = traffic_of([self._past_traffic, traffic])
         expected = worker.unwanted or worker.leaving and how == "exit 0"
@@ -115,11 +115,11 @@ class Crew:
         late = self._looked_at + LATE
         self._looked_at = now
         if now > late:
-            self._forgiving_until = now + BOOT_PATIENCE
+            self._forgiving_until = now + BOOT_TIMEOUT
         if now < self._forgiving_until:
             return
         for worker in self._workers:
-            most = worker.stall_timeout if worker.serving else BOOT_PATIENCE
+            most = worker.stall_timeout if worker.serving else BOOT_TIMEOUT
             silence = worker.silence
             suspected, worker.suspected = worker.suspected, bool(most) and silence > most
             # At the first look it may only have been stopped together with this process, and be about to go on.
@@ -129,7 +129,7 @@ class Crew:
                 worker.kill()
 
     @staticmethod
-    def dismiss(workers: Iterable[WorkerHandle]) -> None:
+    def dismiss(workers: Iterable[WorkerProcess]) -> None:
         """Kill workers that have no connections yet, and are not needed any more."""
         for worker in workers:
             worker.unwanted = True
@@ -140,7 +140,7 @@ class Deaths:
     """How quickly workers die, and how long to wait before the next one is started."""
 
     def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=MOST_DEATHS)
+        self._times: deque[float] = deque(maxlen=MAX_DEATHS)
 
     def recent(self, now: float) -> int:
         """Within DEATHS_PERIOD seconds."""
@@ -151,7 +151,7 @@ class Deaths:
         processors; None: stop trying."""
         self._times.append(now)
         recent = self.recent(now)
-        if recent >= MOST_DEATHS:
+        if recent >= MAX_DEATHS:
             return None
         return float(FIRST_PAUSE * 2 ** (recent - 2)) if recent > 1 else 0.0
 

@@ -43,7 +43,7 @@ def _worth_of(limit: str) -> float:
         return math.inf  # `max`
 
 
-def homes(affinity: str, workers: int) -> tuple[int, ...]:
+def cpus(affinity: str, workers: int) -> tuple[int, ...]:
     """The processors to keep so many workers on, each on one of them; empty: wherever the scheduler wants.
 
     `affinity` is `on`, `off`, or `auto`: only if there is a worker for each processor. Fewer of them, say those of many
@@ -53,23 +53,23 @@ def homes(affinity: str, workers: int) -> tuple[int, ...]:
     return tuple(mine) if affinity == "on" or affinity == "auto" and workers >= len(mine) else ()
 
 
-class Processors:
+class CpuPlacement:
     """Those of one worker. Its methods are about the thread that calls them, and never fail: where a sandbox forbids it
     (EPERM of seccomp(2)), everything runs as it comes."""
 
-    def __init__(self, home: int | None) -> None:
-        """`home` is the processor to stay on."""
+    def __init__(self, cpu: int | None) -> None:
+        """`cpu` is the number of the processor to stay on; None: any."""
         self._anywhere = os.sched_getaffinity(0)
-        self._home = self._anywhere if home is None else {home}
-        self._movable = home is not None
+        self._own_cpu = self._anywhere if cpu is None else {cpu}
+        self._movable = cpu is not None
         self._patient = True
 
     def stay(self) -> None:
-        """Run at home, as will the threads that this one starts."""
-        self._move(self._home)
+        """Stay on the own processor, as will the threads that this one starts."""
+        self._move(self._own_cpu)
 
     def roam(self) -> None:
-        """Run anywhere, for now: a stream takes a whole processor, and the one at home may have others to serve."""
+        """Run anywhere, for now: a stream takes a whole processor, and the own one may have others to serve."""
         self._move(self._anywhere)
 
     def _move(self, processors: set[int]) -> None:

@@ -17,11 +17,11 @@ from typing import NoReturn
 from tproxy_relay.errors import RelayError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
-from tproxy_relay.ipc.scoreboard import Board, Place
+from tproxy_relay.ipc.scoreboard import Scoreboard, Slot
 from tproxy_relay.logs import writer as logs
 from tproxy_relay.net import listeners
 from tproxy_relay.system import proc_title
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.worker import spec
 from tproxy_relay.worker.worker import Worker
 
@@ -54,17 +54,17 @@ def main() -> int:
         return 0  # the supervisor has changed its mind
     message, descriptors = given
     order = spec.of_message(message)
-    processors = Processors(message["home"])
+    processors = CpuPlacement(message["cpu"])
     processors.stay()  # before any thread is started
     sys.setswitchinterval(SWITCH_INTERVAL)
     writer = logs.LogWriter(replace(order.settings, log_file=None), sys.stdout.fileno())
     try:
-        place = Place(Board(*descriptors), message["place"])
+        slot = Slot(Scoreboard(*descriptors), message["slot"])
         worker = Worker(
             order.settings,
             listeners.adopt_all(order.settings, os.environ)[0],
             control,
-            place,
+            slot,
             tuning=order.tuning,
             destinations=order.destinations,
             limits=order.limits,
@@ -76,10 +76,10 @@ def main() -> int:
         return error.exit_code
     writer.start()
     control.send({"event": "ready"})
-    _serve(worker, control, place, writer)
+    _serve(worker, control, slot, writer)
 
 
-def _serve(worker: Worker, control: Channel, place: Place, writer: logs.LogWriter) -> NoReturn:
+def _serve(worker: Worker, control: Channel, slot: Slot, writer: logs.LogWriter) -> NoReturn:
     """It ends by _exit, because the interpreter would wait for every pool thread, and one of them may be blocked in a
     send() for as long as its peer likes; the kernel then resets what is still open."""
     code = 0
@@ -91,7 +91,7 @@ def _serve(worker: Worker, control: Channel, place: Place, writer: logs.LogWrite
         log.critical("the accept loop met a bug", exc_info=True)
         code = 1
     writer.stop(LOG_FLUSH)
-    place.log_dropped(writer.dropped)
+    slot.log_dropped(writer.dropped)
     os._exit(code)
 
 

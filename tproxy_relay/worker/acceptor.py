@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from tproxy_relay.ipc import scoreboard
-from tproxy_relay.ipc.scoreboard import Place
+from tproxy_relay.ipc.scoreboard import Slot
 from tproxy_relay.net import endpoint, listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.relay.connection import THREADS
-from tproxy_relay.relay.thread_pool import RelayThreads
+from tproxy_relay.relay.thread_pool import ThreadPool
 
 ACCEPT_BATCH = 64
 """Connections taken from one listener before the others, and the orders, get their turn."""
@@ -81,8 +81,8 @@ class Acceptor:
         self,
         epoll: select.epoll,
         open_listeners: Sequence[Listener],
-        place: Place,
-        threads: RelayThreads,
+        slot: Slot,
+        threads: ThreadPool,
         *,
         most: int,
         room: int,
@@ -95,7 +95,7 @@ class Acceptor:
         end, if it can."""
         self._epoll = epoll
         self._listeners = list(open_listeners)
-        self._place = place
+        self._slot = slot
         self._threads = threads
         self._most = most
         self._room = room
@@ -116,14 +116,14 @@ class Acceptor:
 
     def start(self) -> None:
         """Take clients from now on."""
-        self._epoll.register(self._place.board.bell, select.EPOLLIN | select.EPOLLET)
+        self._epoll.register(self._slot.scoreboard.doorbell, select.EPOLLIN | select.EPOLLET)
         self._watch()
 
     def fired(self, fd: int) -> bool:
         """The epoll reported this descriptor. False if it is none of these."""
         if fd in self._by_fd:
             self._accept_from(self._by_fd[fd])
-        elif fd == self._place.board.bell:
+        elif fd == self._slot.scoreboard.doorbell:
             self._look()
         else:
             return False
@@ -163,11 +163,11 @@ class Acceptor:
             self._epoll.register(listener.sock.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
 
     def _next_look(self) -> float | None:
-        return None if self._place.alone else time.monotonic() + WATCH_PAUSE
+        return None if self._slot.alone else time.monotonic() + WATCH_PAUSE
 
     def _show(self, state: int) -> None:
         """To the other workers, which count on one that leaves no more."""
-        self._place.state = scoreboard.ABSENT if self._leaving else state
+        self._slot.state = scoreboard.ABSENT if self._leaving else state
 
     def _unwatch(self, state: int) -> None:
         self._show(state)
@@ -191,7 +191,7 @@ class Acceptor:
         """The next client. False if there is none, or if it has to wait."""
         lack = self._lack()
         if lack is None:
-            with self._place.admission(self._most) as admitted:
+            with self._slot.admission(self._most) as admitted:
                 if admitted:
                     return self._accept_one(listener, self._admit_with_threads)
             lack = "max-connections"
@@ -222,7 +222,7 @@ class Acceptor:
     def _lack(self) -> str | None:
         """What this worker has too little of for one more connection. None with two threads set aside, and descriptors
         left for a connection of theirs."""
-        if self._place.live >= self._room:
+        if self._slot.live >= self._room:
             return "descriptors" if self._room < self._most else "max-connections"
         if not self._pair_reserved and not self._threads.reserve(THREADS):
             return "no more threads"
@@ -233,12 +233,12 @@ class Acceptor:
 
     def _is_needed(self) -> bool:
         """True if no other worker is to take the next clients."""
-        return self._distrust_until > time.monotonic() or not self._place.fewer_elsewhere(scoreboard.WATCHING)
+        return self._distrust_until > time.monotonic() or not self._slot.fewer_elsewhere(scoreboard.WATCHING)
 
     def _watch_others(self, now: float) -> None:
         """One that has been stopped seems to watch the listeners, too."""
-        accepted = self._place.accepted_everywhere
-        if self._place.state == scoreboard.RESTING and accepted == self._accepted and self._somebody_waits():
+        accepted = self._slot.accepted_everywhere
+        if self._slot.state == scoreboard.RESTING and accepted == self._accepted and self._somebody_waits():
             self._distrust_until = now + DISTRUST
         self._accepted = accepted
 
@@ -247,17 +247,17 @@ class Acceptor:
         if self._leaving:
             return False
         if self._is_needed():
-            if self._place.fewer_elsewhere(scoreboard.RESTING):
-                self._place.board.ring()
+            if self._slot.fewer_elsewhere(scoreboard.RESTING):
+                self._slot.scoreboard.ring()
             return False
         self._unwatch(scoreboard.RESTING)
         if self._is_needed():
             self._watch()  # the other one has begun to rest in the same moment, trusting in us
             return False
-        self._accepted = self._place.accepted_everywhere
+        self._accepted = self._slot.accepted_everywhere
         self._look_at = time.monotonic() + REST_PAUSE
         if self._somebody_waits():
-            self._place.board.ring()  # the kernel may have woken nobody but us for that client
+            self._slot.scoreboard.ring()  # the kernel may have woken nobody but us for that client
         return True
 
     # --- no room
@@ -265,10 +265,10 @@ class Acceptor:
     def _wait(self, why: str) -> None:
         """Leave new clients in the backlog until a connection ends, or for CAPACITY_PAUSE seconds."""
         now = time.monotonic()
-        if not self._told_of_it and not self._place.others_wait and now >= self._tell_at:
+        if not self._told_of_it and not self._slot.others_wait and now >= self._tell_at:
             self._told_of_it = True
             self._tell_at = now + TELL_PAUSE
-            log.warning("not accepting", extra={"reason": why, "live": self._place.live_everywhere})
+            log.warning("not accepting", extra={"reason": why, "live": self._slot.live_everywhere})
         self._full = why
         self._someone_left = False
         self._look_at = now + CAPACITY_PAUSE
@@ -285,15 +285,15 @@ class Acceptor:
             self._accept_backlog(listener)
         if self._full is None and self._told_of_it:
             self._told_of_it = False
-            log.info("accepting again", extra={"reason": why, "live": self._place.live_everywhere})
+            log.info("accepting again", extra={"reason": why, "live": self._slot.live_everywhere})
 
     def one_has_ended(self) -> bool:
         """From the thread of a connection that has ended: True if this worker's main thread is to be woken."""
         if self._full is not None:
             self._someone_left = True
             return True
-        if self._place.others_wait:
-            self._place.board.ring()
+        if self._slot.others_wait:
+            self._slot.scoreboard.ring()
         return False
 
     # --- the end
@@ -303,8 +303,8 @@ class Acceptor:
         self._leaving = True
         self._full = self._look_at = None
         self._unwatch(scoreboard.ABSENT)
-        self._epoll.unregister(self._place.board.bell)
-        self._place.board.ring()  # others may rest because of this one
+        self._epoll.unregister(self._slot.scoreboard.doorbell)
+        self._slot.scoreboard.ring()  # others may rest because of this one
         kept = [listener for listener in self._listeners if names is None or listener.name in names]
         listeners.close_all([listener for listener in self._listeners if listener not in kept])
         self._listeners = kept

@@ -8,18 +8,18 @@ as often as it may be.
 import time
 from collections import Counter, defaultdict
 
-from tproxy_relay.ipc.scoreboard import Place
+from tproxy_relay.ipc.scoreboard import Slot
 
 
-class Arrivals:
-    """Those of one worker; the other workers' are in the tables of the board. Main thread only."""
+class RateLimit:
+    """Those of one worker; the other workers' are in the tables of the scoreboard. Main thread only."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
         self._seconds: defaultdict[int, Counter[str]] = defaultdict(Counter)
 
     def admit(self, host: str, most: int) -> bool:
-        """Count one more, unless `most` have come within a second already. At the board's turn, or two workers may
+        """Count one more, unless `most` have come within a second already. At the scoreboard's turn, or two workers may
         each admit the last one."""
         now = time.monotonic()  # of the whole machine: the workers have the same seconds
         second = int(now)
@@ -28,17 +28,17 @@ class Arrivals:
         if before + self._count(host, second) >= most:
             return False
         self._seconds[second][host] += 1
-        self._place.arrivals.add(self._key(host, second))
+        self._slot.arrivals.add(self._key(host, second))
         return True
 
     def _count(self, host: str, second: int) -> int:
-        return self._seconds[second][host] + self._place.arrivals.elsewhere(self._key(host, second))
+        return self._seconds[second][host] + self._slot.arrivals.elsewhere(self._key(host, second))
 
     def _key(self, host: str, second: int) -> bytes:
-        return self._place.board.digest(f"{host} {second}")
+        return self._slot.scoreboard.digest(f"{host} {second}")
 
     def _forget(self, second: int) -> None:
         for old in [one for one in self._seconds if one < second - 1]:
             for host, count in self._seconds.pop(old).items():
                 for _ in range(count):
-                    self._place.arrivals.remove(self._key(host, old))
+                    self._slot.arrivals.remove(self._key(host, old))

@@ -24,7 +24,7 @@ PATIENCE = 5.0
 """Seconds for the supervisor to take the next piece."""
 PIECE, LARGE_PIECE = 32, 512
 """Connections that are written, or looked at from far, before others get their turn: about a millisecond."""
-MOST_REFUSED = 20
+MAX_REFUSED = 20
 """Records of connections that were refused which are kept."""
 
 T = TypeVar("T")

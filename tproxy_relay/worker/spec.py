@@ -13,7 +13,7 @@ from tproxy_relay.system.limits import Limits
 
 
 @dataclass(frozen=True)
-class Assignment:
+class WorkerSpec:
     """All that a worker needs beside its descriptors."""
 
     settings: Settings
@@ -22,12 +22,12 @@ class Assignment:
     destinations: Destinations
     limits: Limits
 
-    def to_message(self, place: int, home: int | None) -> Message:
-        """For the worker that has this place on the board, and stays on that processor (None: on any)."""
+    def to_message(self, slot: int, cpu: int | None) -> Message:
+        """For the worker that has this slot on the scoreboard, and stays on that processor (None: on any)."""
         destinations = {"own_ports": sorted(self.destinations.own_ports), "target": self.destinations.target}
         return {
-            "place": place,
-            "home": home,
+            "slot": slot,
+            "cpu": cpu,
             "settings": asdict(self.settings),
             "tuning": asdict(self.tuning),
             "destinations": destinations,
@@ -35,10 +35,10 @@ class Assignment:
         }
 
 
-def of_message(message: Message) -> Assignment:
+def of_message(message: Message) -> WorkerSpec:
     """The other way."""
     settings = _settings(message["settings"])
-    return Assignment(
+    return WorkerSpec(
         settings,
         Tuning(**message["tuning"]),
         _destinations(message["destinations"], settings),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tproxy_relay import session_query
 from tproxy_relay.errors import ConfigError
 from tproxy_relay.ipc.channel import Channel, Message
-from tproxy_relay.ipc.scoreboard import Place
+from tproxy_relay.ipc.scoreboard import Slot
 from tproxy_relay.net import sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
@@ -30,16 +30,16 @@ from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay.connection import THREADS, Connection, Context
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.relay.registry import Registry
-from tproxy_relay.relay.thread_pool import RelayThreads
+from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.settings import Settings
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.system.limits import Limits
 from tproxy_relay.system.wakeup import Wakeup
 from tproxy_relay.worker import sessions
 from tproxy_relay.worker.acceptor import Acceptor
 from tproxy_relay.worker.eviction import Eviction
 from tproxy_relay.worker.hangups import Hangups
-from tproxy_relay.worker.rate_limit import Arrivals
+from tproxy_relay.worker.rate_limit import RateLimit
 
 TRIM_INTERVAL = 1.0
 """Seconds between two looks at threads that nobody needs any more."""
@@ -76,31 +76,31 @@ class Worker:
         settings: Settings,
         open_listeners: list[Listener],
         control: Channel,
-        place: Place,
+        slot: Slot,
         *,
         tuning: Tuning,
         destinations: Destinations,
         limits: Limits,
-        processors: Processors,
+        processors: CpuPlacement,
         log_dropped: Callable[[], int],
     ) -> None:
         """`log_dropped` tells how many log records were lost. Raises ConfigError for what this process may not set."""
         paths = _paths(settings)  # before there are threads
         self._settings = settings
         self._control = control
-        self._place = place
+        self._slot = slot
         self._wakeup = Wakeup()
         self._epoll = select.epoll()
-        self._registry: Registry[Connection] = Registry(place, share_sources=settings.max_per_source > 0)
-        self._arrivals = Arrivals(place)
-        self._refused: deque[dict[str, object]] = deque(maxlen=sessions.MOST_REFUSED)
+        self._registry: Registry[Connection] = Registry(slot, share_sources=settings.max_per_source > 0)
+        self._rate_limit = RateLimit(slot)
+        self._refused: deque[dict[str, object]] = deque(maxlen=sessions.MAX_REFUSED)
         self._eviction = Eviction(self._registry)
-        self._threads = RelayThreads(THREADS * limits.room)
+        self._threads = ThreadPool(THREADS * limits.room)
         self._hangups = Hangups(self._epoll)
         self._acceptor = Acceptor(
             self._epoll,
             open_listeners,
-            place,
+            slot,
             self._threads,
             most=limits.most,
             room=limits.room,
@@ -149,7 +149,7 @@ class Worker:
 
     def _turn(self, patience: float | None) -> None:
         """Whatever happens within so many seconds."""
-        self._place.beat()
+        self._slot.beat()
         for fd, _events in self._epoll.poll(self._patience(patience)):
             if fd == self._control.fileno():
                 self._obey()
@@ -205,11 +205,12 @@ class Worker:
             self._registry.add(connection)
             return None
         host = connection.client.host
-        with self._place.board.turn():  # two workers would otherwise each refuse, or admit, the last one under the cap
+        # Two workers would otherwise each refuse, or admit, the last one under the cap.
+        with self._slot.scoreboard.turn():
             count = self._registry.add(connection)
             if most and count > most:
                 return f"{host} has {most} connections (max-per-source)"
-            if rate and not self._arrivals.admit(host, rate):
+            if rate and not self._rate_limit.admit(host, rate):
                 return f"{host} has opened {rate} connections within a second (max-rate-per-source)"
         return None
 
@@ -241,7 +242,7 @@ class Worker:
     def _look(self, now: float) -> None:
         """Tell the others what has moved, without taking more than a small part of the time for it."""
         self._registry.look(now - self._looked_at)
-        self._place.log_dropped(self._log_dropped())
+        self._slot.log_dropped(self._log_dropped())
         self._looked_at = now
         self._look_at = now + max(LOOK_INTERVAL, LOOK_SHARE * (time.monotonic() - now))
 
@@ -327,7 +328,7 @@ class Worker:
         while (live := self._registry.live()) and time.monotonic() < deadline:
             for connection in live:
                 connection.abort(outcome)
-            self._place.beat()
+            self._slot.beat()
             self._epoll.poll(0.1)
             self._wakeup.clear()
         for connection in self._registry.live():

@@ -150,7 +150,7 @@ def test_a_foreign_name(tcp: Desk, tmp_path: object) -> None:
 
 
 def test_half_a_request_ends(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_PATIENCE", 0.3)
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT", 0.3)
     began = time.monotonic()
     with desk.dial() as sock:
         sock.sendall(b"GET / HT")
@@ -168,7 +168,7 @@ def test_a_request_without_an_end(desk: Desk) -> None:
 
 
 def test_who_takes_no_answer_is_left(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "ANSWER_PATIENCE", 0.3)
+    monkeypatch.setattr(server, "ANSWER_TIMEOUT", 0.3)
     with desk.dial() as sock:
         sock.sendall(get("/large"))
         wait_until(lambda: desk.conversations, "it is there")

@@ -124,7 +124,7 @@ def test_what_several_workers_have_is_put_in_one_order(desk: Desk) -> None:
 
 
 def test_who_does_not_answer_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "WORKER_PATIENCE", 0.3)
+    monkeypatch.setattr(api, "WORKER_TIMEOUT", 0.3)
     cut_short = answer((1, "a"))[:-1]
     desk.relay.askable = [Someone(1, answer((1, "a"))), Someone(2, None), Someone(3, b""), Someone(4, cut_short)]
     found = desk.client.get("/sessions")
@@ -148,7 +148,7 @@ def test_a_worker_that_talks_nonsense_hurts_nobody(desk: Desk, nonsense: bytes) 
 
 def test_a_bug_stays_here(desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     desk.relay.bug = ZeroDivisionError("a bug")
-    monkeypatch.setattr("tproxy_relay.admin.server.ANSWER_PATIENCE", 0.2)
+    monkeypatch.setattr("tproxy_relay.admin.server.ANSWER_TIMEOUT", 0.2)
     with pytest.raises(RelayError, match="does not answer"):
         desk.client.get("/status")
     assert "the admin interface met a bug" in caplog.text and "ZeroDivisionError" in caplog.text
@@ -168,10 +168,10 @@ def test_the_last_refusals_of_all(desk: Desk) -> None:
 def test_only_some_ask_at_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.relay.askable = [Someone(1, None)]
     with contextlib.ExitStack() as stack:
-        for _ in range(api.MOST_QUESTIONS):
+        for _ in range(api.MAX_QUESTIONS):
             sock = stack.enter_context(address.dial(os.getpid(), PATIENCE))
             sock.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n")
-        wait_until(lambda: len(desk.looking_in._questions) == api.MOST_QUESTIONS, "they wait")
+        wait_until(lambda: len(desk.looking_in._questions) == api.MAX_QUESTIONS, "they wait")
         with pytest.raises(SystemRefusedError, match="too many ask at once"):
             desk.client.get("/sessions")
         assert desk.client.get("/history")["at"] == [], "what is known here is told"

@@ -107,7 +107,7 @@ def test_a_huge_file(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_greatest_size(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"#" * conf_file.MOST_BYTES)
+    (tmp_path / "a").write_bytes(b"#" * conf_file.MAX_BYTES)
     assert texts(conf_file.read(str(tmp_path / "a"))) == {}
 
 

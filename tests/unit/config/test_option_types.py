@@ -327,7 +327,7 @@ def test_port_ranges(text: str, ranges: tuple[tuple[int, int], ...]) -> None:
         ("80,80", "80 and 80 overlap in '80,80'"),
         ("443,8000-8100,8100-8200", "8000-8100 and 8100-8200 overlap"),
         ("1-65535,22", "1-65535 and 22 overlap"),
-        (",".join(map(str, range(1, 2 * option_types.MOST_ITEMS + 2, 2))), "64"),
+        (",".join(map(str, range(1, 2 * option_types.MAX_ITEMS + 2, 2))), "64"),
     ],
 )
 def test_what_are_no_port_ranges(text: str, why: str) -> None:
@@ -389,7 +389,7 @@ def test_networks(text: str, networks: tuple[Network, ...]) -> None:
         ("10.0.0.0/８", "not a network"),
         ("10.0.0.0/8\n", "not a network"),
         ("10.0.0.0/8; accept", "not a network"),
-        (",".join(f"10.0.0.{number}" for number in range(option_types.MOST_ITEMS + 1)), "65 items are too many"),
+        (",".join(f"10.0.0.{number}" for number in range(option_types.MAX_ITEMS + 1)), "65 items are too many"),
     ],
 )
 def test_what_are_no_networks(text: str, why: str) -> None:

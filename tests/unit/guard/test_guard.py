@@ -554,7 +554,7 @@ def test_iptables_refuses_when_the_former_one_is_gone() -> None:
 
 @in_network
 def test_iptables_does_not_wait_for_ever_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "CLOSED_PATIENCE", 0.1)
+    monkeypatch.setattr(guard, "CLOSED_TIMEOUT", 0.1)
     monkeypatch.setattr(guard, "FAREWELL", 0.1)
     (former, theirs), (second, seconds) = channel.pair(), channel.pair()
     one = guard.Guard(theirs, CLOSED, "iptables-nft", "active", 1)

@@ -174,12 +174,12 @@ def test_a_guard_that_dies_while_it_replaces_leaves_the_old_plan(said: Lines, ki
 
 @in_network
 def test_a_guard_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, said: Lines) -> None:
-    monkeypatch.setattr(guard_client, "INSTALL_PATIENCE", 30)
+    monkeypatch.setattr(guard_client, "INSTALL_TIMEOUT", 30)
     interception = Interception(PLAN, "nft")
     interception.install()
     (pid,) = guards()
     os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setattr(guard_client, "INSTALL_PATIENCE", 0.1)
+    monkeypatch.setattr(guard_client, "INSTALL_TIMEOUT", 0.1)
     with pytest.raises(RelayError, match="did not answer within 0.1 s"):
         interception.replace(OTHER)
     os.kill(pid, signal.SIGCONT)

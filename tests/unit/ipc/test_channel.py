@@ -16,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tproxy_relay.ipc import channel
-from tproxy_relay.ipc.channel import MOST_BYTES, MOST_DESCRIPTORS, Channel
+from tproxy_relay.ipc.channel import MAX_BYTES, MAX_DESCRIPTORS, Channel
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -70,11 +70,11 @@ def test_whatever_is_said_is_heard(message: channel.Message) -> None:
 def test_the_longest_message(ends: Ends) -> None:
     one, other = ends
     frame = len('{"text":""}')
-    longest = {"text": "x" * (MOST_BYTES - frame)}
+    longest = {"text": "x" * (MAX_BYTES - frame)}
     assert one.send(longest)
     assert said(other) == longest
-    with pytest.raises(ValueError, match=f"a message of {MOST_BYTES + 1} bytes and 0 descriptors is too long"):
-        one.send({"text": "x" * (MOST_BYTES - frame + 1)})
+    with pytest.raises(ValueError, match=f"a message of {MAX_BYTES + 1} bytes and 0 descriptors is too long"):
+        one.send({"text": "x" * (MAX_BYTES - frame + 1)})
     assert one.send({"still": "alive"})
     assert said(other) == {"still": "alive"}
 
@@ -129,12 +129,12 @@ def test_descriptors_arrive_with_their_message(ends: Ends) -> None:
 def test_as_many_descriptors_as_the_kernel_allows(ends: Ends) -> None:
     one, other = ends
     with open(os.devnull, encoding="ascii") as file:
-        assert one.send({}, [file.fileno()] * MOST_DESCRIPTORS)
+        assert one.send({}, [file.fileno()] * MAX_DESCRIPTORS)
         with pytest.raises(ValueError, match="254 descriptors is too long"):
-            one.send({}, [file.fileno()] * (MOST_DESCRIPTORS + 1))
+            one.send({}, [file.fileno()] * (MAX_DESCRIPTORS + 1))
     told = other.receive(PATIENCE)
     assert told is not None
-    assert len(told[1]) == MOST_DESCRIPTORS
+    assert len(told[1]) == MAX_DESCRIPTORS
     for fd in told[1]:
         os.close(fd)
 
@@ -216,7 +216,7 @@ NO_MESSAGES = {
     "a word": b'"text"',
     "a number without end": b'{"a": ' + b"9" * 5_000 + b"}",
     "too deep": b"[" * 100_000,
-    "too long": b'{"text": "' + b"x" * MOST_BYTES + b'"}',
+    "too long": b'{"text": "' + b"x" * MAX_BYTES + b'"}',
 }
 
 

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 import lines as lines_module
 import loopback
-import places
 import pytest
+import slots
 from deadlines import PATIENCE, wait_until
 from lines import Lines
 from loopback import FIN, RST
@@ -35,9 +35,9 @@ from tproxy_relay.relay import pumps as relay_module
 from tproxy_relay.relay.connection import THREADS, Connection, Context
 from tproxy_relay.relay.policy import Destinations, RefusedError
 from tproxy_relay.relay.registry import Flow, Registry
-from tproxy_relay.relay.thread_pool import RelayThreads
+from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.settings import Network, Settings
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.worker.hangups import Hangups
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -56,10 +56,10 @@ class Desk:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sockets.tune(raw, loopback.UNTUNED)
         self.listener = Listener(raw)
-        self._places = places.places()
-        (self.place,) = self._places.__enter__()
-        self.registry: Registry[Connection] = Registry(self.place)
-        self.threads = RelayThreads(limit=8, spare=2)
+        self._slots = slots.slots()
+        (self.slot,) = self._slots.__enter__()
+        self.registry: Registry[Connection] = Registry(self.slot)
+        self.threads = ThreadPool(limit=8, spare=2)
         self.ended = threading.Semaphore(0)
         self.refused: deque[dict[str, object]] = deque(maxlen=3)
         self._epoll = select.epoll()
@@ -68,7 +68,7 @@ class Desk:
         destinations = Destinations.of_settings(settings, ports, target)
         self.context = Context(
             settings, loopback.UNTUNED, PLAIN, PLAIN, destinations, self.registry, self.threads,
-            self._hangups, Processors(None), self.refused, self.ended.release,
+            self._hangups, CpuPlacement(None), self.refused, self.ended.release,
         )  # fmt: skip
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watch")
@@ -91,7 +91,7 @@ class Desk:
         self._closing.set()
         self._watcher.join(PATIENCE)
         self._epoll.close()
-        self._places.__exit__(None, None, None)
+        self._slots.__exit__(None, None, None)
         threading.stack_size(0)
 
     def accept(self) -> Connection:
@@ -201,7 +201,7 @@ def test_a_completed_connection_and_every_field_of_its_line(
     assert (record.levelno, record.name) == (logging.INFO, "tproxy_relay.access")
     (opened,) = lines.of("connection open")
     assert opened.levelno == logging.DEBUG
-    assert desk.place.numbers.closed == {"completed": 1}
+    assert desk.slot.numbers.closed == {"completed": 1}
 
 
 def test_the_original_destination_is_where_it_goes(desks: DeskMaker, lines: Lines) -> None:
@@ -316,7 +316,7 @@ def assert_refused(desk: Desk, client: socket.socket, lines: Lines, outcome: str
     assert line["error"]
     assert lines.of("connection closed")[0].levelno == level
     desk.await_end()
-    assert desk.place.numbers.closed == {outcome: 1}
+    assert desk.slot.numbers.closed == {outcome: 1}
     assert len(desk.registry) == 0
     return line
 
@@ -380,7 +380,7 @@ def test_loop(desks: DeskMaker, lines: Lines) -> None:
         assert loopback.read_to_end(client)[1] == RST
         assert "loop" in lines.outcomes(2)
     assert "ruleset lacks the rule" in str([line.get("error") for line in lines.closed(2)])
-    assert desk.place.numbers.accepted == 2, "it went round once"
+    assert desk.slot.numbers.accepted == 2, "it went round once"
     desk.await_end()
     desk.await_end()
     assert not desk.registry._accepted and not desk.registry._opened
@@ -704,7 +704,7 @@ def test_abort_after_the_end(desks: DeskMaker, server: socket.socket, lines: Lin
     started.abandon()
     started.refuse(RefusedError(Outcome.OVER_LIMIT, "late"))
     assert lines.outcomes() == ["completed"]
-    assert desk.place.numbers.closed == {"completed": 1}
+    assert desk.slot.numbers.closed == {"completed": 1}
 
 
 def test_abandon_records_what_is_stuck_and_its_thread_does_not_record_again(
@@ -789,7 +789,7 @@ def test_a_snapshot_shows_it_live(desks: DeskMaker, server: socket.socket) -> No
 def test_an_undelivered_flush_is_bounded(
     desks: DeskMaker, server: socket.socket, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_module, "FLUSH_PATIENCE", 0.2)
+    monkeypatch.setattr(relay_module, "FLUSH_TIMEOUT", 0.2)
     desk = desks(target_of(server))
     with desk.dial(receive_buffer=4096) as client:
         started = desk.start()

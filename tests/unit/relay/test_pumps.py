@@ -16,12 +16,12 @@ from loopback import FIN, RST
 from tproxy_relay.net import sockets
 from tproxy_relay.relay import pumps as relay_module
 from tproxy_relay.relay.pumps import BULK_READ, LARGE_READ, SMALL_READ, Leg, Patience, Reader, Relay
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.worker.hangups import Hangups
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
-ANYWHERE = Processors(None)
+ANYWHERE = CpuPlacement(None)
 STUCK = sockets.SEND_TICK + 0.5
 """Seconds within which a pump that is stuck in send() must notice an abort."""
 
@@ -208,7 +208,7 @@ def test_a_slow_reader_gets_all_the_data_before_the_reset(who: str) -> None:
 
 
 def test_a_reader_that_never_reads_is_reset_when_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "FLUSH_PATIENCE", 0.3)
+    monkeypatch.setattr(relay_module, "FLUSH_TIMEOUT", 0.3)
     with Rig(client_buffer=4096) as rig:
         rig.server.sendall(bytes(150_000))
         wait_until(lambda: rig.relay.client.sent == 150_000, "the relay has the data")
@@ -232,7 +232,7 @@ def test_abort_ends_the_wait_for_a_reader_that_does_not_read() -> None:
 
 
 def test_patience_is_renewed_by_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "FLUSH_PATIENCE", 0.4)
+    monkeypatch.setattr(relay_module, "FLUSH_TIMEOUT", 0.4)
     far, near = loopback.pair(receive_buffer=1 << 16)
     with far, near:
         near.setblocking(False)
@@ -250,7 +250,7 @@ def test_patience_is_renewed_by_progress(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_a_reset_is_noticed_though_the_other_side_never_reads(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pump of the side that resets is stuck in send(), and nobody reads that side."""
-    monkeypatch.setattr(relay_module, "FLUSH_PATIENCE", 0.5)
+    monkeypatch.setattr(relay_module, "FLUSH_TIMEOUT", 0.5)
     with Rig() as rig:
         sender, other = (rig.client, rig.server) if who == "client" else (rig.server, rig.client)
         loopback.fill(sender)

@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import places
 import pytest
+import slots
 
 from tproxy_relay.ipc.histogram import CONNECT, DURATION, bucket
-from tproxy_relay.ipc.scoreboard import Place
+from tproxy_relay.ipc.scoreboard import Slot
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.relay.registry import NO_TRAFFIC, Flow, Registry, Traffic
 
@@ -32,15 +32,15 @@ def someone(number: int, host: str = "192.0.2.1") -> Someone:
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
-    with places.places() as (made,):
+def slot() -> Iterator[Slot]:
+    with slots.slots() as (made,):
         yield made
 
 
 @pytest.fixture
 def two() -> Iterator[tuple[Registry[Someone], Registry[Someone]]]:
     """Those of two workers."""
-    with places.places(2) as (one, other):
+    with slots.slots(2) as (one, other):
         yield Registry(one, share_sources=True), Registry(other, share_sources=True)
 
 
@@ -49,8 +49,8 @@ Two = tuple[Registry[Someone], Registry[Someone]]
 FLOW = Flow(Endpoint("192.0.2.1", 1), Endpoint("192.0.2.2", 2))
 
 
-def test_in_and_out(place: Place) -> None:
-    registry: Registry[Someone] = Registry(place)
+def test_in_and_out(slot: Slot) -> None:
+    registry: Registry[Someone] = Registry(slot)
     first, second = someone(1), someone(2)
     registry.add(first)
     registry.add(second)
@@ -60,11 +60,11 @@ def test_in_and_out(place: Place) -> None:
     registry.remove(second, "idle")
     registry.remove(second, "aborted")
     assert (len(registry), registry.live()) == (0, [])
-    assert place.numbers == (2, 0, {"completed": 1, "idle": 1})
+    assert slot.numbers == (2, 0, {"completed": 1, "idle": 1})
 
 
-def test_how_many_a_source_has(place: Place) -> None:
-    registry: Registry[Someone] = Registry(place)
+def test_how_many_a_source_has(slot: Slot) -> None:
+    registry: Registry[Someone] = Registry(slot)
     ones = [someone(number) for number in range(3)]
     assert [registry.add(one) for one in ones] == [1, 2, 3]
     assert registry.add(someone(9, "192.0.2.9")) == 1
@@ -72,8 +72,8 @@ def test_how_many_a_source_has(place: Place) -> None:
     assert registry.add(someone(4)) == 3
 
 
-def test_a_source_that_is_gone_is_forgotten(place: Place) -> None:
-    registry: Registry[Someone] = Registry(place)
+def test_a_source_that_is_gone_is_forgotten(slot: Slot) -> None:
+    registry: Registry[Someone] = Registry(slot)
     for number in range(100):
         one = someone(number, f"192.0.2.{number}")
         registry.add(one)
@@ -82,8 +82,8 @@ def test_a_source_that_is_gone_is_forgotten(place: Place) -> None:
 
 
 @pytest.mark.parametrize("opened_first", [True, False])
-def test_whoever_comes_second_sees_the_loop(place: Place, opened_first: bool) -> None:
-    registry: Registry[Someone] = Registry(place)
+def test_whoever_comes_second_sees_the_loop(slot: Slot, opened_first: bool) -> None:
+    registry: Registry[Someone] = Registry(slot)
     opener, accepted = someone(1), someone(2)
     if opened_first:
         assert not registry.is_loop_opened(opener, FLOW)
@@ -93,17 +93,17 @@ def test_whoever_comes_second_sees_the_loop(place: Place, opened_first: bool) ->
         assert registry.is_loop_opened(opener, FLOW)
 
 
-def test_a_connection_is_no_loop_of_itself(place: Place) -> None:
+def test_a_connection_is_no_loop_of_itself(slot: Slot) -> None:
     """With preserve-source full both legs have the same four numbers."""
-    registry: Registry[Someone] = Registry(place)
+    registry: Registry[Someone] = Registry(slot)
     one = someone(1)
     assert not registry.is_loop_accepted(one, FLOW)
     assert not registry.is_loop_opened(one, FLOW)
     assert not registry.is_loop_accepted(one, FLOW)
 
 
-def test_the_flows_of_the_gone_are_forgotten(place: Place) -> None:
-    registry: Registry[Someone] = Registry(place)
+def test_the_flows_of_the_gone_are_forgotten(slot: Slot) -> None:
+    registry: Registry[Someone] = Registry(slot)
     opener, accepted = someone(1), someone(2)
     for one in (opener, accepted):
         registry.add(one)
@@ -115,8 +115,8 @@ def test_the_flows_of_the_gone_are_forgotten(place: Place) -> None:
     assert not registry._opened and not registry._accepted
 
 
-def test_a_flow_that_has_a_new_owner_stays_when_the_old_one_goes(place: Place) -> None:
-    registry: Registry[Someone] = Registry(place)
+def test_a_flow_that_has_a_new_owner_stays_when_the_old_one_goes(slot: Slot) -> None:
+    registry: Registry[Someone] = Registry(slot)
     old, new, third = someone(1), someone(2), someone(3)
     for one in (old, new):
         registry.add(one)
@@ -126,8 +126,8 @@ def test_a_flow_that_has_a_new_owner_stays_when_the_old_one_goes(place: Place) -
     assert registry.is_loop_accepted(third, FLOW)
 
 
-def test_many_threads_at_once(place: Place) -> None:
-    registry: Registry[Someone] = Registry(place, share_sources=True)
+def test_many_threads_at_once(slot: Slot) -> None:
+    registry: Registry[Someone] = Registry(slot, share_sources=True)
 
     def come_and_go(first: int) -> None:
         for number in range(first, first + 500):
@@ -142,9 +142,9 @@ def test_many_threads_at_once(place: Place) -> None:
     for thread in threads:
         thread.join(10)
     assert len(registry) == 0
-    assert place.numbers == (4000, 0, {"completed": 4000})
+    assert slot.numbers == (4000, 0, {"completed": 4000})
     assert not registry._per_source
-    assert not place.sources._own.count(place.board.digest("192.0.2.1"))
+    assert not slot.sources._own.count(slot.scoreboard.digest("192.0.2.1"))
 
 
 # --- two workers
@@ -160,14 +160,14 @@ def test_how_many_a_source_has_with_all_workers(two: Two) -> None:
 
 
 def test_what_a_source_has_with_others_is_not_asked_where_nothing_depends_on_it() -> None:
-    with places.places(2) as made:
-        one, other = (Registry[Someone](place) for place in made)
+    with slots.slots(2) as made:
+        one, other = (Registry[Someone](slot) for slot in made)
         assert [one.add(someone(1)), one.add(someone(2)), other.add(someone(3))] == [1, 2, 1]
 
 
 def test_a_source_whose_worker_is_gone_is_forgotten(two: Two) -> None:
     two[0].add(someone(1))
-    two[0]._place.board.clear(0)
+    two[0]._slot.scoreboard.clear(0)
     assert two[1].add(someone(2)) == 1
 
 
@@ -203,34 +203,34 @@ def test_a_flow_that_has_a_new_owner_is_shared_until_that_one_goes(two: Two) -> 
     assert not two[1].is_loop_accepted(third, FLOW)
 
 
-def test_what_connections_carry(place: Place) -> None:
-    registry: Registry[Someone] = Registry(place)
+def test_what_connections_carry(slot: Slot) -> None:
+    registry: Registry[Someone] = Registry(slot)
     one, other = someone(1), someone(2)
     registry.add(one)
     registry.add(other)
     one.moved = (100, 3000)
     registry.look(0.5)
-    assert place.traffic[:2] == (100, 3000)
+    assert slot.traffic[:2] == (100, 3000)
     assert (one.traffic, other.traffic) == ((100, 3000, 200.0, 6000.0), NO_TRAFFIC)
     registry.look(0.5)
-    assert place.traffic[:2] == (100, 3000), "nothing is counted twice"
+    assert slot.traffic[:2] == (100, 3000), "nothing is counted twice"
     assert one.traffic == (100, 3000, 0.0, 0.0)
     one.moved, other.moved = (101, 3000), (0, 7)
     registry.remove(other, "completed")
     registry.remove(other, "completed")
-    assert place.traffic[:2] == (100, 3007), "what was moved since the last look"
+    assert slot.traffic[:2] == (100, 3007), "what was moved since the last look"
     registry.look(1.0)
-    assert place.traffic[:2] == (101, 3007)
+    assert slot.traffic[:2] == (101, 3007)
 
 
-def test_how_long_they_take(place: Place) -> None:
-    registry: Registry[Someone] = Registry(place)
+def test_how_long_they_take(slot: Slot) -> None:
+    registry: Registry[Someone] = Registry(slot)
     one, other = someone(1), someone(2)
     one.born_at = time.monotonic() - 30
     registry.connected(0.004)
     for connection in (one, other):
         registry.add(connection)
         registry.remove(connection, "completed")
-    connect, duration = place.traffic.connect, place.traffic.duration
+    connect, duration = slot.traffic.connect, slot.traffic.duration
     assert (connect.total, connect.counts[bucket(CONNECT, 0.004)]) == (1, 1)
     assert (duration.total, duration.counts[bucket(DURATION, 30)], duration.counts[0]) == (2, 1, 1)

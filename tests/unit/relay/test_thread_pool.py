@@ -11,14 +11,14 @@ import children
 import pytest
 from deadlines import PATIENCE, wait_until
 
-from tproxy_relay.relay.thread_pool import RelayThreads
+from tproxy_relay.relay.thread_pool import ThreadPool
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 @pytest.fixture(autouse=True)
 def default_stack() -> Iterator[None]:
-    """RelayThreads sets the stack size of every later thread of the process."""
+    """ThreadPool sets the stack size of every later thread of the process."""
     yield
     threading.stack_size(0)
 
@@ -62,13 +62,13 @@ def no_new_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
 
 def test_the_spare_threads_are_there_from_the_beginning() -> None:
-    threads = RelayThreads(limit=10, spare=4)
+    threads = ThreadPool(limit=10, spare=4)
     assert len(pool_threads()) == 4
     threads.close()
 
 
 def test_every_reserved_thread_is_there() -> None:
-    threads, blockers = RelayThreads(limit=20, spare=2), Blockers()
+    threads, blockers = ThreadPool(limit=20, spare=2), Blockers()
     for _ in range(10):
         assert threads.reserve(2)
         threads.run(blockers.task)
@@ -80,7 +80,7 @@ def test_every_reserved_thread_is_there() -> None:
 
 
 def test_a_reservation_uses_what_is_free_before_it_starts_more() -> None:
-    threads = RelayThreads(limit=10, spare=4)
+    threads = ThreadPool(limit=10, spare=4)
     assert threads.reserve(2)
     assert threads.reserve(2)
     assert len(pool_threads()) == 4
@@ -94,7 +94,7 @@ def test_a_reservation_uses_what_is_free_before_it_starts_more() -> None:
 
 
 def test_a_released_thread_serves_again() -> None:
-    threads, names = RelayThreads(limit=2, spare=2), set()
+    threads, names = ThreadPool(limit=2, spare=2), set()
     for _ in range(50):
         done = threading.Event()
         assert threads.reserve(1)
@@ -115,7 +115,7 @@ def test_a_task_that_raises_does_not_take_its_thread_along(caplog: pytest.LogCap
     def bug() -> None:
         raise ZeroDivisionError("a bug")
 
-    threads, done = RelayThreads(limit=1, spare=1), threading.Event()
+    threads, done = ThreadPool(limit=1, spare=1), threading.Event()
     assert threads.reserve(1)
     threads.run(bug)
     threads.run(done.set)
@@ -126,7 +126,7 @@ def test_a_task_that_raises_does_not_take_its_thread_along(caplog: pytest.LogCap
 
 
 def test_trim_lets_go_what_was_free_since_the_last_call() -> None:
-    threads, blockers = RelayThreads(limit=20, spare=3), Blockers()
+    threads, blockers = ThreadPool(limit=20, spare=3), Blockers()
     assert threads.reserve(20)
     for _ in range(20):
         threads.run(blockers.task)
@@ -150,7 +150,7 @@ def test_trim_lets_go_what_was_free_since_the_last_call() -> None:
 
 def test_the_thread_objects_of_a_burst_are_not_held_by_the_threads_that_stay() -> None:
     """2,000 of them are 10 MB, and an executor holds all that it started."""
-    threads, blockers = RelayThreads(limit=20, spare=3), Blockers()
+    threads, blockers = ThreadPool(limit=20, spare=3), Blockers()
     assert threads.reserve(20)
     for _ in range(20):
         threads.run(blockers.task)
@@ -166,7 +166,7 @@ def test_the_thread_objects_of_a_burst_are_not_held_by_the_threads_that_stay() -
 
 
 def test_trim_keeps_what_was_in_use_between_two_calls() -> None:
-    threads = RelayThreads(limit=20, spare=0)
+    threads = ThreadPool(limit=20, spare=0)
     assert threads.reserve(10)
     threads.release(10)
     threads.trim()
@@ -180,7 +180,7 @@ def test_trim_keeps_what_was_in_use_between_two_calls() -> None:
 
 def test_a_trim_beside_a_reservation_takes_no_thread_from_it() -> None:
     for _ in range(30):
-        threads, blockers = RelayThreads(limit=8, spare=0), Blockers()
+        threads, blockers = ThreadPool(limit=8, spare=0), Blockers()
         assert threads.reserve(8)
         threads.release(8)
         threads.trim()
@@ -195,7 +195,7 @@ def test_a_trim_beside_a_reservation_takes_no_thread_from_it() -> None:
 
 
 def test_close_ends_busy_threads_too_when_their_tasks_are_done() -> None:
-    threads, blockers = RelayThreads(limit=4, spare=4), Blockers()
+    threads, blockers = ThreadPool(limit=4, spare=4), Blockers()
     assert threads.reserve(2)
     threads.run(blockers.task)
     threads.run(blockers.task)
@@ -208,7 +208,7 @@ def test_close_ends_busy_threads_too_when_their_tasks_are_done() -> None:
 
 
 def test_close_ends_threads_that_were_reserved_and_never_used() -> None:
-    threads = RelayThreads(limit=4, spare=2)
+    threads = ThreadPool(limit=4, spare=2)
     assert threads.reserve(2)
     threads.close()
     threads.release(2)
@@ -219,7 +219,7 @@ def test_close_ends_threads_that_were_reserved_and_never_used() -> None:
 
 
 def test_a_reservation_fails_when_a_thread_cannot_start(no_new_threads: list[bool]) -> None:
-    threads = RelayThreads(limit=20, spare=2)
+    threads = ThreadPool(limit=20, spare=2)
     no_new_threads.append(True)
     assert threads.reserve(2), "two are there"
     assert not threads.reserve(2)
@@ -233,7 +233,7 @@ def test_a_reservation_fails_when_a_thread_cannot_start(no_new_threads: list[boo
 
 
 def test_what_did_start_of_a_failed_reservation_stays_free(no_new_threads: list[bool]) -> None:
-    threads = RelayThreads(limit=20, spare=1)
+    threads = ThreadPool(limit=20, spare=1)
     no_new_threads.append(True)
     assert not threads.reserve(2)
     assert threads.reserve(1)
@@ -247,7 +247,7 @@ def test_what_did_start_of_a_failed_reservation_stays_free(no_new_threads: list[
 
 def test_a_failed_start_leaves_no_orphan_that_eats_a_task(no_new_threads: list[bool]) -> None:
     """The executor keeps the item of a submit() that raised, and one of its threads may run it later."""
-    threads, blockers = RelayThreads(limit=40, spare=2), Blockers()
+    threads, blockers = ThreadPool(limit=40, spare=2), Blockers()
     for _ in range(5):
         no_new_threads.append(True)
         assert not threads.reserve(threads_in_use() + 2)
@@ -269,7 +269,7 @@ def threads_in_use() -> int:
 
 def test_no_thread_at_all_at_the_start_is_survived(no_new_threads: list[bool]) -> None:
     no_new_threads.append(True)
-    threads = RelayThreads(limit=4, spare=4)
+    threads = ThreadPool(limit=4, spare=4)
     assert not threads.reserve(2)
     no_new_threads.clear()
     done = threading.Event()
@@ -282,7 +282,7 @@ def test_no_thread_at_all_at_the_start_is_survived(no_new_threads: list[bool]) -
 
 STARVED = """
 import os, pathlib, resource, threading
-from tproxy_relay.relay.thread_pool import RelayThreads
+from tproxy_relay.relay.thread_pool import ThreadPool
 
 if os.geteuid() == 0:  # whom RLIMIT_NPROC does not bind
     os.setgroups([])
@@ -294,7 +294,7 @@ for status in pathlib.Path("/proc").glob("[0-9]*/status"):
     except OSError:
         continue  # it has ended
     mine += int(facts["Threads"]) * (int(facts["Uid"].split()[0]) == os.getuid())
-threads = RelayThreads(5000, spare=4)
+threads = ThreadPool(5000, spare=4)
 resource.setrlimit(resource.RLIMIT_NPROC, (mine + 60, mine + 60))
 pairs = 0
 while pairs < 2000 and threads.reserve(2):
@@ -324,7 +324,7 @@ def test_a_real_lack_of_threads_is_survived() -> None:
 
 def test_stress_every_task_runs_once_and_promptly() -> None:
     """10,000 reservations from eight threads, with tasks of random length, while trim goes on."""
-    threads = RelayThreads(limit=64, spare=4)
+    threads = ThreadPool(limit=64, spare=4)
     runs: list[int] = []
     late: list[float] = []
     stop = threading.Event()

@@ -30,7 +30,7 @@ def test_a_target_that_does_not_resolve() -> None:
 
 
 def test_name_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "LOOKUP_PATIENCE", 0.1)
+    monkeypatch.setattr(generation, "LOOKUP_TIMEOUT", 0.1)
     answered = threading.Event()
 
     def look_up(*_args: object, **_more: object) -> None:
@@ -138,13 +138,13 @@ def test_what_the_workers_will_need() -> None:
     made = list(prepared.listeners)
     try:
         (listener,) = made
-        assert prepared.assignment.settings is prepared.settings is settings
+        assert prepared.spec.settings is prepared.settings is settings
         own_ports = frozenset({listener.endpoint.port})
         target = Endpoint("127.0.0.1", 80)
-        assert prepared.assignment.destinations == Destinations.of_settings(settings, own_ports, target)
+        assert prepared.spec.destinations == Destinations.of_settings(settings, own_ports, target)
         assert (prepared.tuning.keepalive, prepared.tuning.user_timeout) == (7, 2.0)
-        assert replace(prepared.assignment.tuning, mark=prepared.tuning.mark) == prepared.tuning
-        assert prepared.assignment.limits.most == 50
+        assert replace(prepared.spec.tuning, mark=prepared.tuning.mark) == prepared.tuning
+        assert prepared.spec.limits.most == 50
         assert (prepared.workers, prepared.plan) == (3, None)
         assert "--no-new-privs" in prepared.command and prepared.command[-1] == "--"
     finally:
@@ -154,7 +154,7 @@ def test_what_the_workers_will_need() -> None:
 def test_as_many_workers_as_processors() -> None:
     prepared = prepare(plain(), [], inherited=False)
     assert prepared.workers == cpu.worth()
-    assert prepared.homes == cpu.homes("auto", prepared.workers)
+    assert prepared.cpus == cpu.cpus("auto", prepared.workers)
     listeners.close_all(list(prepared.listeners))
 
 

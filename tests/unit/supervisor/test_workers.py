@@ -27,17 +27,17 @@ from loopback import FIN, RST
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.ipc import scoreboard as board_module
 from tproxy_relay.ipc.channel import Message
-from tproxy_relay.ipc.scoreboard import PLACES, WATCHING, Board, Numbers
+from tproxy_relay.ipc.scoreboard import SLOTS, WATCHING, Numbers, Scoreboard
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay.pumps import ESTABLISHED
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.supervisor import worker_process
-from tproxy_relay.supervisor import workers as crew
+from tproxy_relay.supervisor import workers as workers
 from tproxy_relay.supervisor.generation import prepare
-from tproxy_relay.supervisor.worker_process import WorkerHandle
-from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MOST_DEATHS, Crew, Deaths, Generation, added, with_lost
+from tproxy_relay.supervisor.worker_process import WorkerProcess
+from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MAX_DEATHS, Deaths, Generation, Workers, added, with_lost
 
 
 class Log:
@@ -57,7 +57,7 @@ class Log:
 
 
 class Hands:
-    """A crew, and the little of a supervisor that it takes to have some workers in it."""
+    """Workers, and the little of a supervisor that it takes to have some workers in it."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -69,17 +69,17 @@ class Hands:
         self._stack.callback(listeners.close_all, list(self.generation.prepared.listeners))
         self.address = self.generation.prepared.listeners[0].endpoint
         self.selector = self._stack.enter_context(selectors.DefaultSelector())
-        self.board = Board.create(50)
-        self._stack.callback(self.board.close)
+        self.scoreboard = Scoreboard.create(50)
+        self._stack.callback(self.scoreboard.close)
         self.log = Log()
         self.pipes = LogPipes(self.log)  # type: ignore[arg-type]
-        self.crew = Crew(self.selector, self.board, self.pipes)
+        self.workers = Workers(self.selector, self.scoreboard, self.pipes)
         self.how: dict[int, str] = {}
 
     def close(self) -> None:
         """Whatever is left."""
-        self.crew.dismiss(self.crew)
-        self.turn_until(lambda: not len(self.crew), "all are gone")
+        self.workers.dismiss(self.workers)
+        self.turn_until(lambda: not len(self.workers), "all are gone")
         self.pipes.close(PATIENCE)
         self._stack.close()
 
@@ -88,32 +88,32 @@ class Hands:
 
         def turn() -> object:
             for key, _ in self.selector.select(0.001):
-                worker: WorkerHandle = key.data
+                worker: WorkerProcess = key.data
                 if not worker.hear():
-                    self.how[worker.pid] = self.crew.bury(worker)
+                    self.how[worker.pid] = self.workers.reap(worker)
             return happened()
 
         wait_until(turn, what, 4 * PATIENCE)
 
-    def start(self, count: int = 1, **prepared: Any) -> list[WorkerHandle]:
+    def start(self, count: int = 1, **prepared: Any) -> list[WorkerProcess]:
         """Some more workers."""
         changed = replace(self.generation.prepared, **prepared)
         generation = self.generation._replace(prepared=changed)
-        before = set(self.crew)
+        before = set(self.workers)
         for _ in range(count):
-            self.crew.start(generation)
-        return [worker for worker in self.crew if worker not in before]
+            self.workers.start(generation)
+        return [worker for worker in self.workers if worker not in before]
 
-    def serving(self, count: int = 1, **prepared: Any) -> list[WorkerHandle]:
+    def serving(self, count: int = 1, **prepared: Any) -> list[WorkerProcess]:
         """Some more that take clients."""
         workers = self.start(count, **prepared)
         self.turn_until(lambda: all(worker.ready for worker in workers), "they are ready")
         for worker in workers:
             worker.serve()
-        wait_until(lambda: self.board.column(board_module._STATE).count(WATCHING) >= count, "they serve")
+        wait_until(lambda: self.scoreboard.column(board_module._STATE).count(WATCHING) >= count, "they serve")
         return workers
 
-    def ended(self, worker: WorkerHandle) -> str:
+    def ended(self, worker: WorkerProcess) -> str:
         """How it has."""
         self.turn_until(lambda: worker.pid in self.how, "it has ended")
         return self.how[worker.pid]
@@ -126,7 +126,7 @@ class Hands:
         assert client.recv(1) == b"!"
         return client, server
 
-    def threads(self, worker: WorkerHandle) -> list[tuple[set[int], int]]:
+    def threads(self, worker: WorkerProcess) -> list[tuple[set[int], int]]:
         """Where each of its threads may run, and the policy that it runs under."""
         found = []
         for name in os.listdir(f"/proc/{worker.pid}/task"):
@@ -134,10 +134,10 @@ class Hands:
                 found.append((os.sched_getaffinity(int(name)), os.sched_getscheduler(int(name))))
         return found
 
-    def age(self, worker: WorkerHandle, seconds: float) -> None:
+    def age(self, worker: WorkerProcess, seconds: float) -> None:
         """Its last sign of life was so much longer ago; if the host was not up yet then, as long ago as that."""
-        beat = worker.place * board_module._WORDS + board_module._BEAT
-        self.board._places[beat] = max(1, self.board._places[beat] - int(seconds * 10**9))
+        beat = worker.slot * board_module._WORDS + board_module._BEAT
+        self.scoreboard._slots[beat] = max(1, self.scoreboard._slots[beat] - int(seconds * 10**9))
 
     def logged(self, message: str) -> list[Message]:
         """Our own lines with this message."""
@@ -159,15 +159,15 @@ def hands() -> Iterator[Hands]:
 def test_a_life(hands: Hands) -> None:
     (worker,) = hands.start()
     assert hands.logged("worker started") == [{"pid": worker.pid, "generation": 1}]
-    assert hands.crew.of(hands.generation) == [worker]
-    assert hands.crew.of(hands.generation._replace(number=2)) == []
+    assert hands.workers.of(hands.generation) == [worker]
+    assert hands.workers.of(hands.generation._replace(number=2)) == []
     waiting = loopback.dial(hands.address[:2])  # in the backlog, before anybody serves
     hands.turn_until(lambda: worker.ready, "it is ready")
     assert (worker.serving, worker.numbers.accepted) == (False, 0), "not before it is told to"
     worker.serve()
     served, _ = hands.server.accept()
     client, server = hands.connect()
-    assert worker.numbers == hands.crew.numbers == Numbers(2, 2, {})
+    assert worker.numbers == hands.workers.numbers == Numbers(2, 2, {})
     worker.show_live()
     wait_until(lambda: b"connection live" in hands.log.text, "it shows its connections")
     live = [line for line in hands.log.lines if line["message"] == "connection live"]
@@ -181,15 +181,15 @@ def test_a_life(hands: Hands) -> None:
     assert loopback.read_to_end(client) == (b"", FIN)
     client.close()
     assert hands.ended(worker) == "exit 0"
-    assert (len(hands.crew), hands.crew.deaths) == (0, 0)
-    assert hands.crew.numbers.accepted == sum(hands.crew.numbers.closed.values()) == 2
+    assert (len(hands.workers), hands.workers.deaths) == (0, 0)
+    assert hands.workers.numbers.accepted == sum(hands.workers.numbers.closed.values()) == 2
     (record,) = hands.said.of("worker ended")
     assert fields(record) == {"pid": worker.pid, "how": "exit 0", "live": 0}
     assert record.levelname == "DEBUG"
 
 
 def test_it_runs_the_right_program_with_nothing_else(hands: Hands) -> None:
-    """Its descriptors: the channel, the two pipes, the listener, the board that comes through the channel, its own."""
+    """Its descriptors: the channel, the two pipes, the listener, the scoreboard (by the channel), its own."""
     (worker,) = hands.serving()
     environ = dict(
         entry.split("=", 1) for entry in Path(f"/proc/{worker.pid}/environ").read_text().split("\0") if "=" in entry
@@ -198,8 +198,8 @@ def test_it_runs_the_right_program_with_nothing_else(hands: Hands) -> None:
     assert os.readlink(f"/proc/{worker.pid}/cwd") == "/", "no file system is kept busy"
     open_ones = [os.readlink(f"/proc/{worker.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{worker.pid}/fd")]
     kinds = sorted(name.partition(":")[0] for name in open_ones if not name.startswith("/memfd:tproxy-relay"))
-    board, epoll, wakeup = ["anon_inode"], ["anon_inode"], ["socket", "socket"]
-    assert kinds == sorted(["socket", "pipe", "pipe", "socket", *board, *epoll, *wakeup])
+    scoreboard, epoll, wakeup = ["anon_inode"], ["anon_inode"], ["socket", "socket"]
+    assert kinds == sorted(["socket", "pipe", "pipe", "socket", *scoreboard, *epoll, *wakeup])
     listener = hands.generation.prepared.listeners[0].sock
     assert os.fstat(listener.fileno()).st_ino == os.stat(f"/proc/{worker.pid}/fd/3").st_ino
 
@@ -219,7 +219,7 @@ def test_it_is_stopped(hands: Hands) -> None:
     worker.stop()
     assert hands.ended(worker) == "exit 0"
     assert loopback.read_to_end(client) == loopback.read_to_end(server) == (b"", RST)
-    assert hands.crew.numbers == Numbers(1, 0, {"aborted": 1})
+    assert hands.workers.numbers == Numbers(1, 0, {"aborted": 1})
 
 
 def test_it_is_stopped_before_it_was_told_to_serve(hands: Hands) -> None:
@@ -239,11 +239,11 @@ def test_it_is_killed(hands: Hands) -> None:
     (record,) = hands.said.of("worker ended")
     assert fields(record) == {"pid": worker.pid, "how": "signal 9", "live": lost}
     assert record.levelname == "ERROR"
-    assert hands.crew.numbers == Numbers(4, kept, {"aborted": lost}), "nothing is forgotten"
+    assert hands.workers.numbers == Numbers(4, kept, {"aborted": lost}), "nothing is forgotten"
     wait_until(lambda: sum(loopback.is_reset(client) for client, _ in peers) == lost, "its connections are reset")
-    assert hands.crew.of(hands.generation) == [other]
+    assert hands.workers.of(hands.generation) == [other]
     (again,) = hands.start()
-    assert (again.place, again.numbers) == (worker.place, Numbers(0, 0, {}))
+    assert (again.slot, again.numbers) == (worker.slot, Numbers(0, 0, {}))
 
 
 def test_one_that_crashes_says_why(hands: Hands) -> None:
@@ -258,7 +258,7 @@ def test_one_that_crashes_says_why(hands: Hands) -> None:
 
 def test_those_that_are_not_needed_any_more(hands: Hands) -> None:
     workers = hands.start(2)
-    hands.crew.dismiss(workers)
+    hands.workers.dismiss(workers)
     assert [hands.ended(worker) for worker in workers] == ["signal 9"] * 2
     assert {record.levelname for record in hands.said.of("worker ended")} == {"DEBUG"}
 
@@ -275,9 +275,9 @@ def failure(hands: Hands, **prepared: Any) -> RelayError:
 
 
 def test_one_that_finds_something_wrong(hands: Hands) -> None:
-    order = hands.generation.prepared.assignment
+    order = hands.generation.prepared.spec
     wrong = replace(order, settings=replace(order.settings, mode="tproxy"))
-    error = failure(hands, assignment=wrong)
+    error = failure(hands, spec=wrong)
     assert type(error) is SystemRefusedError
     assert "inherited descriptor 3 is not transparent" in str(error)
     assert hands.how.popitem()[1] == "exit 71"
@@ -303,23 +303,23 @@ def test_the_error_of_a_worker_keeps_its_kind(hands: Hands) -> None:
 
 
 def test_too_many(hands: Hands) -> None:
-    for _ in range(PLACES):
-        hands.board.claim()
+    for _ in range(SLOTS):
+        hands.scoreboard.claim()
     with pytest.raises(SystemRefusedError, match="too many workers still finish their connections"):
         hands.start()
-    hands.board.clear(5)
+    hands.scoreboard.clear(5)
     (worker,) = hands.start()
-    assert worker.place == 5
+    assert worker.slot == 5
 
 
 def test_one_that_cannot_be_started_leaves_its_place(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     before = len(os.listdir("/proc/self/fd"))
-    for _ in range(PLACES + 1):
+    for _ in range(SLOTS + 1):
         with pytest.raises(SystemRefusedError, match="cannot start a worker: No such file or directory"):
             hands.start()
     wait_until(lambda: len(os.listdir("/proc/self/fd")) == before, "nothing stays open")
-    assert len(hands.crew) == 0
+    assert len(hands.workers) == 0
 
 
 # --- workers that do not behave
@@ -364,19 +364,19 @@ def test_one_that_has_closed_its_channel_but_does_not_end_is_killed(hands: Hands
 
 
 def test_a_stalled_one_is_killed(hands: Hands) -> None:
-    order = hands.generation.prepared.assignment
+    order = hands.generation.prepared.spec
     often = replace(order, settings=replace(order.settings, stall_timeout=0.4))  # ten signs of life a second
-    worker, other = hands.serving(2, assignment=often)
+    worker, other = hands.serving(2, spec=often)
     worker.stall_timeout = other.stall_timeout = 1
     os.kill(worker.pid, signal.SIGSTOP)
     wait_until(lambda: worker.silence > 1, "it is silent")
     for _ in range(3):
-        hands.crew.kill_stalled()
+        hands.workers.kill_stalled()
     assert hands.ended(worker) == "signal 9"
     (line,) = hands.logged("worker stalled")
     assert line["pid"] == worker.pid
     assert isinstance(line["seconds"], float) and 1 <= line["seconds"] < 2
-    assert list(hands.crew) == [other]
+    assert list(hands.workers) == [other]
 
 
 def test_0_means_never(hands: Hands) -> None:
@@ -384,7 +384,7 @@ def test_0_means_never(hands: Hands) -> None:
     worker.stall_timeout = 0
     hands.age(worker, 3_600)
     for _ in range(3):
-        hands.crew.kill_stalled()
+        hands.workers.kill_stalled()
     assert hands.logged("worker stalled") == []
 
 
@@ -392,10 +392,10 @@ def test_one_look_is_not_enough(hands: Hands) -> None:
     """It may have been stopped together with the supervisor, which was the first to go on."""
     (worker,) = hands.serving()
     hands.age(worker, worker.stall_timeout + 1)
-    hands.crew.kill_stalled()
+    hands.workers.kill_stalled()
     wait_until(lambda: worker.silence < worker.stall_timeout, "it has gone on")
     for _ in range(3):
-        hands.crew.kill_stalled()
+        hands.workers.kill_stalled()
     assert hands.logged("worker stalled") == []
 
 
@@ -403,12 +403,12 @@ def test_one_that_does_not_get_ready_is_killed(hands: Hands) -> None:
     (worker,) = hands.start(command=("sleep", "600"))
     worker.stall_timeout = 0.001
     for _ in range(2):
-        hands.crew.kill_stalled()
+        hands.workers.kill_stalled()
     assert hands.logged("worker stalled") == [], "it may take its time"
     worker.stall_timeout = 0
-    hands.age(worker, crew.BOOT_PATIENCE + 1)
+    hands.age(worker, workers.BOOT_TIMEOUT + 1)
     for _ in range(2):
-        hands.crew.kill_stalled()
+        hands.workers.kill_stalled()
     assert hands.ended(worker) == "signal 9"
     assert hands.logged("worker stalled")[0]["pid"] == worker.pid
 
@@ -418,13 +418,13 @@ def test_when_everything_stood_still_nobody_is_to_blame(hands: Hands) -> None:
     (worker,) = hands.serving()
     os.kill(worker.pid, signal.SIGSTOP)
     hands.age(worker, 3_600)
-    hands.crew._looked_at -= crew.LATE + 0.1
+    hands.workers._looked_at -= workers.LATE + 0.1
     for _ in range(3):
-        hands.crew.kill_stalled()
+        hands.workers.kill_stalled()
     assert hands.logged("worker stalled") == []
-    hands.crew._forgiving_until = time.monotonic()
+    hands.workers._forgiving_until = time.monotonic()
     for _ in range(2):
-        hands.crew.kill_stalled()
+        hands.workers.kill_stalled()
     assert hands.ended(worker) == "signal 9"
 
 
@@ -450,7 +450,7 @@ def test_five_within_a_minute_are_too_many(waits: list[float]) -> None:
         times.append(now)
         recent = sum(now - death <= DEATHS_PERIOD for death in times)
         pause = deaths.pause(now)
-        assert (pause is None) == (recent >= MOST_DEATHS)
+        assert (pause is None) == (recent >= MAX_DEATHS)
         assert pause is None or 0 <= pause < 1
 
 
@@ -490,30 +490,30 @@ HOMES = tuple(sorted(ALL))
 
 
 def test_each_processor_has_as_many_as_the_others(hands: Hands) -> None:
-    workers = hands.start(2 * len(HOMES), homes=HOMES)
-    assert sorted(str(worker.home) for worker in workers) == sorted([*map(str, HOMES)] * 2)
+    workers = hands.start(2 * len(HOMES), cpus=HOMES)
+    assert sorted(str(worker.cpu) for worker in workers) == sorted([*map(str, HOMES)] * 2)
     hands.turn_until(lambda: all(worker.ready for worker in workers), "they are ready")
     for worker in workers:
         assert {(frozenset(where), how) for where, how in hands.threads(worker)} == {
-            (frozenset({worker.home}), os.SCHED_OTHER)
+            (frozenset({worker.cpu}), os.SCHED_OTHER)
         }
     dead = workers[len(HOMES) // 2]
     dead.kill()
     hands.ended(dead)
-    (another,) = hands.start(1, homes=HOMES)
-    assert another.home == dead.home
+    (another,) = hands.start(1, cpus=HOMES)
+    assert another.cpu == dead.cpu
 
 
 def test_or_the_scheduler_decides(hands: Hands) -> None:
-    (worker,) = hands.serving(1, homes=())
-    assert worker.home is None
+    (worker,) = hands.serving(1, cpus=())
+    assert worker.cpu is None
     assert {frozenset(where) for where, _ in hands.threads(worker)} == {frozenset(ALL)}
 
 
 @pytest.mark.skipif(len(ALL) < 2, reason="with one processor there is nowhere to go")
 def test_a_stream_runs_anywhere_and_its_threads_come_home(hands: Hands) -> None:
-    (worker,) = hands.serving(1, homes=HOMES[:1])
-    home = {worker.home}
+    (worker,) = hands.serving(1, cpus=HOMES[:1])
+    cpu = {worker.cpu}
     client, server = hands.connect()
     flowing = threading.Event()
     flowing.set()
@@ -521,24 +521,24 @@ def test_a_stream_runs_anywhere_and_its_threads_come_home(hands: Hands) -> None:
     sender.start()
     drain = threading.Thread(target=lambda: [None for _ in iter(lambda: server.recv(1 << 20), b"")])
     drain.start()
-    wait_until(lambda: [where for where, _ in hands.threads(worker) if where != home] == [ALL], "it goes anywhere")
+    wait_until(lambda: [where for where, _ in hands.threads(worker) if where != cpu] == [ALL], "it goes anywhere")
     flowing.clear()
     sender.join()
-    wait_until(lambda: all(where == home for where, _ in hands.threads(worker)), "it rests at home")
+    wait_until(lambda: all(where == cpu for where, _ in hands.threads(worker)), "it rests at home")
     flowing.set()
     again = threading.Thread(target=lambda: [client.sendall(bytes(1 << 20)) for _ in iter(flowing.is_set, False)])
     again.start()
-    wait_until(lambda: any(where != home for where, _ in hands.threads(worker)), "it goes again")
+    wait_until(lambda: any(where != cpu for where, _ in hands.threads(worker)), "it goes again")
     flowing.clear()
     again.join()
     client.close()
     drain.join()
     server.close()
-    wait_until(lambda: all(where == home for where, _ in hands.threads(worker)), "it has come home")
+    wait_until(lambda: all(where == cpu for where, _ in hands.threads(worker)), "it has come home")
 
 
 def test_threads_of_many_messages_wait_for_others_and_of_few_do_not(hands: Hands) -> None:
-    (worker,) = hands.serving(1, homes=HOMES[:1])
+    (worker,) = hands.serving(1, cpus=HOMES[:1])
     client, server = hands.connect()
 
     def patient() -> int:

@@ -10,7 +10,7 @@ import children
 import pytest
 
 from tproxy_relay.system import cgroup, cpu
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 
 T = TypeVar("T")
 ALL = os.sched_getaffinity(0)
@@ -59,35 +59,35 @@ def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.parametrize(
-    ("affinity", "workers", "homes"),
+    ("affinity", "workers", "cpus"),
     [
         ("auto", 1, ()), ("auto", 3, ()), ("auto", 4, (0, 1, 5, 9)), ("auto", 8, (0, 1, 5, 9)),
         ("on", 1, (0, 1, 5, 9)), ("off", 4, ()),
     ],
 )  # fmt: skip
-def test_homes(monkeypatch: pytest.MonkeyPatch, affinity: str, workers: int, homes: tuple[int, ...]) -> None:
+def test_which_cpus_the_workers_stay_on(monkeypatch: pytest.MonkeyPatch, affinity: str, workers: int, cpus: tuple[int, ...]) -> None:
     monkeypatch.setattr(cpu, "allowed", lambda: [0, 1, 5, 9])
-    assert cpu.homes(affinity, workers) == homes
+    assert cpu.cpus(affinity, workers) == cpus
 
 
 def test_a_thread_stays_roams_and_stays() -> None:
-    home = max(ALL)
+    cpu = max(ALL)
 
     def wander() -> list[set[int]]:
-        ours, seen = Processors(home), []
+        ours, seen = CpuPlacement(cpu), []
         for move in (ours.stay, ours.roam, ours.stay):
             move()
             seen.append(os.sched_getaffinity(0))
         return seen
 
-    assert in_a_thread(wander) == [{home}, ALL, {home}]
+    assert in_a_thread(wander) == [{cpu}, ALL, {cpu}]
     assert os.sched_getaffinity(0) == ALL
 
 
 def test_one_without_a_home_stays_where_it_is() -> None:
     def wander() -> set[int]:
         os.sched_setaffinity(0, {min(ALL)})
-        ours = Processors(None)
+        ours = CpuPlacement(None)
         ours.stay()
         os.sched_setaffinity(0, {max(ALL)})  # by the operator, with taskset
         ours.roam()
@@ -98,7 +98,7 @@ def test_one_without_a_home_stays_where_it_is() -> None:
 
 def test_a_thread_waits_for_others_and_pushes_ahead() -> None:
     def wait() -> list[object]:
-        ours = Processors(None)
+        ours = CpuPlacement(None)
         return [ours.wait_for_others(), os.sched_getscheduler(0), ours.push_ahead(), os.sched_getscheduler(0)]
 
     assert in_a_thread(wait) == [True, os.SCHED_BATCH, None, os.SCHED_OTHER]
@@ -114,7 +114,7 @@ def test_a_sandbox_may_forbid_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
     monkeypatch.setattr(os, "sched_setaffinity", forbidden)
     monkeypatch.setattr(os, "sched_setscheduler", forbidden)
-    ours = Processors(0)
+    ours = CpuPlacement(0)
     for _ in range(3):
         ours.stay()
         ours.roam()

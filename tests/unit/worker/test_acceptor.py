@@ -82,7 +82,7 @@ def test_when_full_refuse_resets_whoever_there_is_no_room_for() -> None:
             end.close()
         running.lines.closed(6)
         running.connect()
-        assert running.place.numbers.live == 2
+        assert running.slot.numbers.live == 2
 
 
 def test_when_full_refuse_holds_for_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_a_full_worker_sleeps(draining: bool) -> None:
 
 
 def test_a_full_worker_with_several_listeners_serves_everybody_in_the_end() -> None:
-    """A place that comes free while another listener has nobody waiting must not end the watch over all of them."""
+    """Room that comes free while another listener has nobody waiting must not end the watch over all of them."""
     with Running(max_connections=8, listeners=4) as running:
         first = [running.connect() for _ in range(8)]
         waiting = [running.dial(0) for _ in range(100)]
@@ -295,7 +295,7 @@ def test_a_worker_without_descriptors_says_so_and_leaves_clients_to_the_others()
         wait_until(lambda: running.full, "it has no room")
         (line,) = running.lines.of("not accepting")
         assert fields(line) == {"reason": "descriptors", "live": 8}
-        assert running.place.state == scoreboard.WAITING
+        assert running.slot.state == scoreboard.WAITING
 
 
 def settled(several: Several) -> bool:
@@ -413,7 +413,7 @@ def test_all_workers_together_have_just_so_many() -> None:
 
 
 def test_a_place_that_comes_free_in_one_worker_is_given_away_at_once_by_another() -> None:
-    """The one that has left takes nobody; the other one is told by the bell."""
+    """The one that has left takes nobody; the other one is told by the doorbell."""
     with Several(most=8) as several:
         held = several.hold(0, 8)
         several.workers[0].leave()
@@ -439,7 +439,7 @@ def test_the_connections_of_a_worker_that_died_are_others_to_take() -> None:
         wait_until(lambda: several.states[1] == scoreboard.WAITING, "it has no room")
         several.workers[0].child.kill()
         several.workers[0].child.wait(PATIENCE)
-        several.board.clear(0)  # as the supervisor does
+        several.scoreboard.clear(0)  # as the supervisor does
         for _ in waiting:
             assert loopback.read_exactly(several.serve(), 2) == b"me"
         assert several.live == [0, 6]

@@ -9,7 +9,7 @@ import pytest
 from loopback import Pair
 
 from tproxy_relay.relay.pumps import Leg, Relay
-from tproxy_relay.system.cpu import Processors
+from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.worker.hangups import Hangups
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
@@ -24,7 +24,7 @@ class Watch:
         self.client: Pair = loopback.pair()
         self.upstream: Pair = loopback.pair(receive_buffer=server_buffer)
         self.leg = Leg("client", self.client.near)
-        self.relay = Relay(self.leg, Leg("upstream", self.upstream.near), self.hangups, Processors(None))
+        self.relay = Relay(self.leg, Leg("upstream", self.upstream.near), self.hangups, CpuPlacement(None))
         self.client.far.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:

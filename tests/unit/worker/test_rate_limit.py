@@ -4,11 +4,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from places import places
+from slots import slots
 
-from tproxy_relay.ipc.scoreboard import Place
+from tproxy_relay.ipc.scoreboard import Slot
 from tproxy_relay.worker import rate_limit
-from tproxy_relay.worker.rate_limit import Arrivals
+from tproxy_relay.worker.rate_limit import RateLimit
 
 HOST, OTHER = "192.0.2.1", "2001:db8::1"
 
@@ -32,13 +32,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def two_places() -> Iterator[list[Place]]:
-    with places(2) as made:
+def two_places() -> Iterator[list[Slot]]:
+    with slots(2) as made:
         yield made
 
 
 def admitted(
-    workers: list[Arrivals], clock: Clock, tries: int, step: float, most: int, host: str = HOST
+    workers: list[RateLimit], clock: Clock, tries: int, step: float, most: int, host: str = HOST
 ) -> list[float]:
     """When the tries that were admitted were made; each at another worker than the one before."""
     times = []
@@ -49,8 +49,8 @@ def admitted(
     return times
 
 
-def test_no_more_than_so_many_at_once(two_places: list[Place], clock: Clock) -> None:
-    workers = list(map(Arrivals, two_places))
+def test_no_more_than_so_many_at_once(two_places: list[Slot], clock: Clock) -> None:
+    workers = list(map(RateLimit, two_places))
     assert len(admitted(workers, clock, 50, 0.0, 10)) == 10
     assert len(admitted(workers, clock, 50, 0.0, 10, OTHER)) == 10, "each for itself"
     clock.now += 2
@@ -59,20 +59,20 @@ def test_no_more_than_so_many_at_once(two_places: list[Place], clock: Clock) -> 
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("start", [1000.0, 1000.37, 1000.99])
-def test_whoever_does_not_stop_gets_the_rate(two_places: list[Place], clock: Clock, start: float, workers: int) -> None:
+def test_whoever_does_not_stop_gets_the_rate(two_places: list[Slot], clock: Clock, start: float, workers: int) -> None:
     clock.now = start
-    times = admitted(list(map(Arrivals, two_places[:workers])), clock, 10_000, 0.001, 20)
+    times = admitted(list(map(RateLimit, two_places[:workers])), clock, 10_000, 0.001, 20)
     assert 180 <= len(times) <= 220, "20 a second for 10 seconds"
     for first in range(len(times) - 40):
         assert times[first + 40] - times[first] > 1, "more than twice as many within a second"
 
 
-def test_whoever_is_slower_never_notices(two_places: list[Place], clock: Clock) -> None:
-    assert len(admitted([Arrivals(two_places[0])], clock, 1000, 0.051, 20)) == 1000
+def test_whoever_is_slower_never_notices(two_places: list[Slot], clock: Clock) -> None:
+    assert len(admitted([RateLimit(two_places[0])], clock, 1000, 0.051, 20)) == 1000
 
 
-def test_what_is_over_is_forgotten(two_places: list[Place], clock: Clock) -> None:
-    one = Arrivals(two_places[0])
+def test_what_is_over_is_forgotten(two_places: list[Slot], clock: Clock) -> None:
+    one = RateLimit(two_places[0])
     for _ in range(100):
         assert one.admit(HOST, 5)
         clock.now += 1

@@ -15,7 +15,7 @@ from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 from tproxy_relay.system.limits import Limits
 from tproxy_relay.worker import spec
-from tproxy_relay.worker.spec import Assignment
+from tproxy_relay.worker.spec import WorkerSpec
 
 finite = st.floats(allow_nan=False)  # which is not equal to itself
 ports = st.integers(0, 65535)
@@ -24,12 +24,12 @@ st.register_type_strategy(float, finite)
 
 def assigned(
     settings: Settings, tuning: Tuning, own_ports: frozenset[int], target: Endpoint | None, limits: Limits
-) -> Assignment:
+) -> WorkerSpec:
     """What preparation.py makes of these."""
-    return Assignment(settings, tuning, Destinations.of_settings(settings, own_ports, target), limits)
+    return WorkerSpec(settings, tuning, Destinations.of_settings(settings, own_ports, target), limits)
 
 
-assignments = st.builds(
+specs = st.builds(
     assigned,
     settings=st.from_type(Settings),  # every field by its type: a new option is tried without a word here
     tuning=st.builds(Tuning, st.integers(0), finite, st.integers(0, 1 << 31)),
@@ -46,17 +46,17 @@ def types(value: object) -> object:
     return type(value)
 
 
-def all_types(order: Assignment) -> object:
+def all_types(order: WorkerSpec) -> object:
     """Those of everything in it."""
     told = (order.settings, order.tuning, order.destinations)
     return [{field.name: types(getattr(part, field.name)) for field in fields(part)} for part in told]
 
 
-@given(assignments, st.integers(0, 127))
+@given(specs, st.integers(0, 127))
 @hypothesis_settings(max_examples=200, deadline=None)
-def test_there_and_back(order: Assignment, place: int) -> None:
-    message = json.loads(json.dumps(order.to_message(place, 3)))
-    assert (message["place"], message["home"]) == (place, 3)
+def test_there_and_back(order: WorkerSpec, slot: int) -> None:
+    message = json.loads(json.dumps(order.to_message(slot, 3)))
+    assert (message["slot"], message["cpu"]) == (slot, 3)
     there = spec.of_message(message)
     assert there == order
     assert all_types(there) == all_types(order)
@@ -79,12 +79,12 @@ RICH = Settings(
 def test_through_a_channel() -> None:
     one, other = channel.pair()
     destinations = Destinations.of_settings(RICH, frozenset({1, 2}), Endpoint("fe80::1", 80, 3))
-    order = Assignment(RICH, Tuning(60, 1.5, 4), destinations, Limits(10, 5))
+    order = WorkerSpec(RICH, Tuning(60, 1.5, 4), destinations, Limits(10, 5))
     one.send(order.to_message(7, None))
     told = other.receive(1)
     assert told is not None
     there = spec.of_message(told[0])
-    assert (there, told[0]["place"]) == (order, 7)
+    assert (there, told[0]["slot"]) == (order, 7)
     assert str(there.settings.target) == "server.example:80"
     assert [str(one) for one in there.settings.intercept_inbound] == ["80", "8000-8100"]
     assert list(map(str, there.settings.allow)) == ["192.0.2.0/24", "[2001:db8::/32]:80-81"]
@@ -96,7 +96,7 @@ def test_through_a_channel() -> None:
 @pytest.mark.parametrize("name", ["settings", "tuning", "destinations", "limits"])
 def test_nothing_of_it_is_left_to_a_default(name: str) -> None:
     """A worker of another version must not guess."""
-    message = Assignment(RICH, Tuning(60, 0.0, 0), Destinations(frozenset(), None), Limits(1, 1)).to_message(0, None)
+    message = WorkerSpec(RICH, Tuning(60, 0.0, 0), Destinations(frozenset(), None), Limits(1, 1)).to_message(0, None)
     del message[name]
     with pytest.raises(KeyError, match=name):
         spec.of_message(message)

@@ -92,7 +92,7 @@ def test_one_source_gets_so_many_within_a_second_and_others_are_still_served() -
             with suppress(ConnectionResetError):  # the relay may be quicker
                 loopback.reset(running.dial())
             refused += running.lines.closed(before + 1)[-1]["outcome"] == "over-limit"
-        accepted = running.place.numbers.accepted
+        accepted = running.slot.numbers.accepted
         seconds = time.monotonic() - began
         assert 5 <= accepted - refused <= 5 * (seconds + 1)
         line = next(line for line in running.lines.closed() if line["outcome"] == "over-limit")
@@ -131,7 +131,7 @@ def test_it_leaves_and_finishes_what_there_is(running: Running) -> None:
     running.leave()
     wait_until(lambda: running.left, "it leaves")
     assert is_refused_at_all(running)
-    assert running.place.state == scoreboard.ABSENT
+    assert running.slot.state == scoreboard.ABSENT
     client.sendall(b"still served")
     assert loopback.read_exactly(server, 12) == b"still served"
     server.close()
@@ -139,13 +139,13 @@ def test_it_leaves_and_finishes_what_there_is(running: Running) -> None:
     client.close()
     running.await_end(1)
     assert running.lines.outcomes() == ["completed"]
-    assert running.place.numbers == (1, 0, {"completed": 1})
+    assert running.slot.numbers == (1, 0, {"completed": 1})
 
 
 def test_without_connections_it_leaves_at_once(running: Running) -> None:
     running.leave()
     running.await_end(1)
-    assert running.place.numbers == (0, 0, {})
+    assert running.slot.numbers == (0, 0, {})
 
 
 def test_clients_whose_handshake_was_under_way_are_served_when_it_leaves(running: Running) -> None:
@@ -153,7 +153,7 @@ def test_clients_whose_handshake_was_under_way_are_served_when_it_leaves(running
     wait_until(lambda: running.leaving, "it leaves")
     client, server = running.connect()
     assert not running.left
-    assert running.place.state == scoreboard.ABSENT, "other workers must not count on it"
+    assert running.slot.state == scoreboard.ABSENT, "other workers must not count on it"
     client.close()
     server.close()
     wait_until(lambda: running.lines.outcomes() == ["completed"], "it is served to its end")
@@ -185,7 +185,7 @@ def test_what_waits_for_others_is_left_to_them() -> None:
         running.worker._leave = worker_module.leave_of({"listeners": [], "grace": 0.0, "timeout": None})
         running.thread.start()
         running.await_end(1)
-        assert running.place.numbers.accepted == 0
+        assert running.slot.numbers.accepted == 0
         with others.accept()[0] as taken:
             assert loopback.read_exactly(taken, 2) == b"me"
 
@@ -216,7 +216,7 @@ def test_the_drain_ends_with_its_deadline(running: Running) -> None:
     assert 0.35 < time.monotonic() - began < 2
     assert running.lines.outcomes() == ["drained"]
     assert loopback.read_to_end(client)[1] == loopback.read_to_end(server)[1] == RST
-    assert running.place.numbers.closed == {"drained": 1}
+    assert running.slot.numbers.closed == {"drained": 1}
 
 
 def test_the_time_for_the_drain_begins_after_the_latecomers(running: Running) -> None:
@@ -330,7 +330,7 @@ def test_a_connection_whose_thread_never_returns_is_recorded_all_the_same(
     running.await_end(2)
     (line,) = running.lines.closed()
     assert (line["outcome"], line["error"]) == ("aborted", "its threads did not end in time")
-    assert running.place.numbers == (1, 0, {"aborted": 1})
+    assert running.slot.numbers == (1, 0, {"aborted": 1})
     go.set()
     wait_until(lambda: stuck.destination, "it goes on")
     running.worker._threads.release(THREADS)
@@ -355,7 +355,7 @@ def test_it_shows_what_is_live(running: Running) -> None:
     (live,) = running.lines.of("connection live")
     assert fields(live)["client"] == str(endpoint.from_sockaddr(client.getsockname()))
     assert (fields(live)["state"], fields(live)["bytes_up"]) == ("open", 3)
-    assert running.place.numbers == (2, 1, {"completed": 1})
+    assert running.slot.numbers == (2, 1, {"completed": 1})
 
 
 @pytest.mark.parametrize("leaving", [False, True])
@@ -367,7 +367,7 @@ def test_it_shows_signs_of_life_as_long_as_it_lives(leaving: bool) -> None:
         silences = []
         deadline = time.monotonic() + 0.8
         while time.monotonic() < deadline:
-            silences.append(running.place.board.silence(0))
+            silences.append(running.slot.scoreboard.silence(0))
             time.sleep(0.005)
         assert 0.05 < max(silences) < 0.3, "it beats, and it does not spin"
 
@@ -375,7 +375,7 @@ def test_it_shows_signs_of_life_as_long_as_it_lives(leaving: bool) -> None:
 def test_where_nobody_waits_for_them_there_are_no_signs_of_life() -> None:
     with Running(stall_timeout=0.0) as running:
         running.connect()
-        wait_until(lambda: not running.worker._trim_at or running.place.board.silence(0) > 0.3, "it sleeps")
+        wait_until(lambda: not running.worker._trim_at or running.slot.scoreboard.silence(0) > 0.3, "it sleeps")
 
 
 def test_idle_connections_are_reset_and_busy_ones_are_not() -> None:
@@ -466,4 +466,4 @@ def test_accepted_is_closed_plus_live(running: Running) -> None:
             loopback.reset(server)
         running.lines.closed(number + 1)
     running.connect()
-    assert running.place.numbers == (21, 1, {"client-reset": 7, "completed": 7, "upstream-reset": 6})
+    assert running.slot.numbers == (21, 1, {"client-reset": 7, "completed": 7, "upstream-reset": 6})
