@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, MutableMapping
 from typing import NoReturn
 
-from tproxy_relay.logs import writer as logs
+from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import generation
 from tproxy_relay.supervisor.supervisor import Supervisor
@@ -37,7 +37,7 @@ def run(settings: Settings, reread: Callable[[], Settings], environ: MutableMapp
     wakeup = Wakeup()
     wakeup.catch((*SIGNALS, *((signal.SIGCHLD,) if os.getpid() == 1 else ())))
     # sys.stderr is None when we were started without one, and descriptor 2 is somebody else's then.
-    writer = logs.LogWriter(settings, sys.stderr.fileno() if sys.stderr else None)
+    writer = LogWriter(settings, sys.stderr.fileno() if sys.stderr else None)
     writer.start()
     try:
         generation.warn_of_nonlocal_bind()

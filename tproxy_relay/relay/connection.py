@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tproxy_relay.logs import writer
+from tproxy_relay.logs import formatters
 from tproxy_relay.net import endpoint, orig_dst, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
@@ -126,7 +126,7 @@ class Connection:
             self._resolve()
             self._relay = Relay(self._client, self._connect(), self._context.watch, self._context.processors)
             if access_log.isEnabledFor(logging.DEBUG):
-                writer.note(access_log, logging.DEBUG, "connection open", self._where())
+                formatters.note(access_log, logging.DEBUG, "connection open", self._where())
         except RefusedError as refusal:
             self._end(refusal.outcome, str(refusal))
         except Exception as error:
@@ -433,7 +433,7 @@ class Connection:
         if not record.outcome.ordinary:
             self._context.refused.append({"time": time.time(), **fields})
         level = logging.INFO if record.outcome.ordinary else logging.WARNING
-        writer.note(access_log, level, "connection closed", fields)
+        formatters.note(access_log, level, "connection closed", fields)
 
 
 def _text(error: OSError) -> str:

@@ -25,8 +25,9 @@ from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.ipc.scoreboard import Scoreboard
 from tproxy_relay.logs.recent import Problems
+from tproxy_relay.logs.sink import Sink
 from tproxy_relay.logs.worker_pipes import LogPipes
-from tproxy_relay.logs.writer import LogWriter, Sink
+from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener

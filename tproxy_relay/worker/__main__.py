@@ -18,7 +18,7 @@ from tproxy_relay.errors import RelayError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.ipc.scoreboard import Scoreboard, Slot
-from tproxy_relay.logs import writer as logs
+from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.net import listeners
 from tproxy_relay.system import proc_title
 from tproxy_relay.system.cpu import CpuPlacement
@@ -57,7 +57,7 @@ def main() -> int:
     processors = CpuPlacement(message["cpu"])
     processors.stay()  # before any thread is started
     sys.setswitchinterval(SWITCH_INTERVAL)
-    writer = logs.LogWriter(replace(order.settings, log_file=None), sys.stdout.fileno())
+    writer = LogWriter(replace(order.settings, log_file=None), sys.stdout.fileno())
     try:
         slot = Slot(Scoreboard(*descriptors), message["slot"])
         worker = Worker(
@@ -79,7 +79,7 @@ def main() -> int:
     _serve(worker, control, slot, writer)
 
 
-def _serve(worker: Worker, control: Channel, slot: Slot, writer: logs.LogWriter) -> NoReturn:
+def _serve(worker: Worker, control: Channel, slot: Slot, writer: LogWriter) -> NoReturn:
     """It ends by _exit, because the interpreter would wait for every pool thread, and one of them may be blocked in a
     send() for as long as its peer likes; the kernel then resets what is still open."""
     code = 0
