@@ -18,7 +18,8 @@ from contextlib import closing, suppress
 from functools import partial
 
 from tproxy_relay.ipc import scoreboard
-from tproxy_relay.ipc.scoreboard import Scoreboard, Slot
+from tproxy_relay.ipc.scoreboard import Scoreboard
+from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import BACKLOG, Listener
 from tproxy_relay.outcome import Outcome

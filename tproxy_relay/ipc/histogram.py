@@ -5,6 +5,7 @@ Such counts can be added up over workers and over time, which an average or a pe
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from operator import add
 from typing import NamedTuple
 
 CONNECT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -38,6 +39,11 @@ class Histogram(NamedTuple):
                 return bound
         return None
 
+    def __add__(self, other: "Histogram") -> "Histogram":  # type: ignore[override]
+        """Of both together; they have the same bounds."""
+        counts = tuple(map(add, self.counts, other.counts))
+        return Histogram(self.bounds, counts, self.seconds + other.seconds)
+
 
 def bucket(bounds: Sequence[float], seconds: float) -> int:
     """The bucket that it belongs to."""
@@ -47,9 +53,3 @@ def bucket(bounds: Sequence[float], seconds: float) -> int:
 def empty(bounds: tuple[float, ...]) -> Histogram:
     """Of nothing yet."""
     return Histogram(bounds, (0,) * (len(bounds) + 1), 0.0)
-
-
-def added(histograms: Sequence[Histogram]) -> Histogram:
-    """Several with the same bounds; at least one."""
-    counts = tuple(map(sum, zip(*(one.counts for one in histograms))))
-    return Histogram(histograms[0].bounds, counts, sum(one.seconds for one in histograms))

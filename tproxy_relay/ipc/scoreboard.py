@@ -2,7 +2,8 @@
 
 A worker writes into its own slot and reads those of the others, so the numbers need no lock. Only the last free
 connections under max-connections are given away in turns. The supervisor hands slots out and clears them; when a
-worker is killed, its numbers are still there to be added up.
+worker is killed, its numbers are still there to be added up. This is the whole of it; what one worker does with its own
+slot is in slot.py.
 
 The memory is a file without a name (memfd_create(2)) that nobody can make shorter. Beside it is an eventfd(2) by
 which a worker makes the others look again.
@@ -15,6 +16,7 @@ import mmap
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -30,13 +32,13 @@ SLOTS = 128
 TURN_TIMEOUT = 0.05
 """Seconds to wait for one's turn: it takes a worker some microseconds, but one that is stopped has it for ever."""
 
-# A slot is so many words of 8 bytes.
-_STATE, _LIVE, _RESERVED, _BEAT, _ACCEPTED, _UP, _DOWN, _LOG_DROPPED, _CLOSED = range(9)
-_OUTCOMES = tuple(Outcome)
-# Of each histogram: microseconds, and the counts.
-_CONNECT = _CLOSED + len(_OUTCOMES)
-_DURATION = _CONNECT + 1 + len(CONNECT) + 1
-_WORDS = _DURATION + 1 + len(DURATION) + 1
+# The words of a slot, of 8 bytes each. From CLOSED on, one for each outcome, in the order of OUTCOMES.
+STATE, LIVE, RESERVED, BEAT, ACCEPTED, UP, DOWN, LOG_DROPPED, CLOSED = range(9)
+OUTCOMES = tuple(Outcome)
+# Where its histograms begin, each with microseconds, and then the counts.
+CONNECT_AT = CLOSED + len(OUTCOMES)
+DURATION_AT = CONNECT_AT + 1 + len(CONNECT) + 1
+_WORDS = DURATION_AT + 1 + len(DURATION) + 1
 
 # In the first page: words 0 and 1, and a key of 16 bytes.
 _USED, _ENTRIES, _HASH_KEY = 0, 1, slice(64, 80)
@@ -57,6 +59,12 @@ class Numbers(NamedTuple):
     closed: dict[str, int]
     """By outcome."""
 
+    def __add__(self, other: "Numbers") -> "Numbers":  # type: ignore[override]
+        """Of both together: sum() takes a start for them."""
+        closed = Counter(self.closed)
+        closed.update(other.closed)
+        return Numbers(self.accepted + other.accepted, self.live + other.live, dict(closed))
+
 
 class Traffic(NamedTuple):
     """What the connections of one worker, or of several, have carried, and how long that took."""
@@ -72,7 +80,18 @@ class Traffic(NamedTuple):
     log_dropped: int
     """Log records that were lost in the worker."""
 
+    def __add__(self, other: "Traffic") -> "Traffic":  # type: ignore[override]
+        """Of both together: sum() takes a start for them."""
+        return Traffic(
+            self.bytes_up + other.bytes_up,
+            self.bytes_down + other.bytes_down,
+            self.connect + other.connect,
+            self.duration + other.duration,
+            self.log_dropped + other.log_dropped,
+        )
 
+
+NO_NUMBERS = Numbers(0, 0, {})
 NO_TRAFFIC = Traffic(0, 0, histogram.empty(CONNECT), histogram.empty(DURATION), 0)
 
 
@@ -137,7 +156,7 @@ class Scoreboard:
         if number is not None:
             self._claimed.add(number)
             self._words[_USED] = max(self._claimed) + 1
-            self._slots[number * _WORDS + _BEAT] = time.monotonic_ns()
+            self._slots[number * _WORDS + BEAT] = time.monotonic_ns()
         return number
 
     def clear(self, number: int) -> tuple[Numbers, Traffic]:
@@ -156,9 +175,9 @@ class Scoreboard:
         """What the worker of that slot has counted so far."""
         start = number * _WORDS
         # In this order: one that ends meanwhile is still live here, and none is there that was not accepted.
-        counts = self._slots[start + _CLOSED : start + _CLOSED + len(_OUTCOMES)].tolist()
-        accepted = self._slots[start + _ACCEPTED]
-        closed = {outcome.value: count for outcome, count in zip(_OUTCOMES, counts) if count}
+        counts = self._slots[start + CLOSED : start + CLOSED + len(OUTCOMES)].tolist()
+        accepted = self._slots[start + ACCEPTED]
+        closed = {outcome.value: count for outcome, count in zip(OUTCOMES, counts) if count}
         return Numbers(accepted, accepted - sum(counts), closed)
 
     def traffic(self, number: int) -> Traffic:
@@ -167,16 +186,16 @@ class Scoreboard:
         words = self._slots[start : start + _WORDS].tolist()
         connect, duration = (
             Histogram(bounds, tuple(words[at + 1 : at + 2 + len(bounds)]), words[at] / 1e6)
-            for at, bounds in ((_CONNECT, CONNECT), (_DURATION, DURATION))
+            for at, bounds in ((CONNECT_AT, CONNECT), (DURATION_AT, DURATION))
         )
-        return Traffic(words[_UP], words[_DOWN], connect, duration, words[_LOG_DROPPED])
+        return Traffic(words[UP], words[DOWN], connect, duration, words[LOG_DROPPED])
 
     def silence(self, number: int) -> float:
         """Seconds since the worker of that slot last showed a sign of life."""
         return (time.monotonic_ns() - self._beat(number)) / 1e9
 
     def _beat(self, number: int) -> int:
-        return self._slots[number * _WORDS + _BEAT]
+        return self._slots[number * _WORDS + BEAT]
 
     # --- for the slots
 
@@ -228,155 +247,6 @@ class Scoreboard:
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(0.0002)
-
-
-class SharedCounters:
-    """What one worker counts for the others to see, and what they count, by the keys of Scoreboard.digest."""
-
-    def __init__(self, scoreboard: Scoreboard, number: int, which: int) -> None:
-        self._scoreboard, self._number, self._which = scoreboard, number, which
-        self._own = scoreboard.table(number, which)
-
-    def add(self, key: bytes) -> None:
-        """Count it once more, for this worker."""
-        self._own.add(key)
-
-    def remove(self, key: bytes) -> None:
-        """Count it once less."""
-        self._own.remove(key)
-
-    def elsewhere(self, key: bytes) -> int:
-        """How often the other workers have it."""
-        count = 0
-        for number, beat in enumerate(self._scoreboard.column(_BEAT)):
-            if beat and number != self._number:
-                count += self._scoreboard.table(number, self._which).count(key)
-        return count
-
-
-class Slot:
-    """One worker's. Its methods are for that worker, in any of its threads one at a time."""
-
-    def __init__(self, scoreboard: Scoreboard, number: int) -> None:
-        self._scoreboard, self._number = scoreboard, number
-        self._row = scoreboard.row(number)
-        self._closed_words = {outcome.value: _CLOSED + index for index, outcome in enumerate(_OUTCOMES)}
-        self.sources = SharedCounters(scoreboard, number, 0)
-        self.accepted_flows = SharedCounters(scoreboard, number, 1)
-        self.opened_flows = SharedCounters(scoreboard, number, 2)
-        self.arrivals = SharedCounters(scoreboard, number, 3)
-
-    @property
-    def scoreboard(self) -> Scoreboard:
-        """The one that it is a slot of."""
-        return self._scoreboard
-
-    def beat(self) -> None:
-        """Show a sign of life."""
-        self._row[_BEAT] = time.monotonic_ns()
-
-    def came(self) -> None:
-        """A connection was accepted."""
-        self._row[_ACCEPTED] += 1
-        self._row[_LIVE] += 1
-
-    def went(self, outcome: str) -> None:
-        """One has ended."""
-        self._row[self._closed_words[outcome]] += 1
-        self._row[_LIVE] -= 1
-
-    def carried(self, up: int, down: int) -> None:
-        """So many bytes more were passed on, each way."""
-        self._row[_UP] += up
-        self._row[_DOWN] += down
-
-    def connected(self, seconds: float) -> None:
-        """A connect() to a server took so long."""
-        self._time(_CONNECT, CONNECT, seconds)
-
-    def lasted(self, seconds: float) -> None:
-        """So long did a connection last."""
-        self._time(_DURATION, DURATION, seconds)
-
-    def _time(self, at: int, bounds: tuple[float, ...], seconds: float) -> None:
-        self._row[at] += int(seconds * 1e6)
-        self._row[at + 1 + histogram.bucket(bounds, seconds)] += 1
-
-    def log_dropped(self, count: int) -> None:
-        """So many log records were lost so far."""
-        self._row[_LOG_DROPPED] = count
-
-    @property
-    def traffic(self) -> Traffic:
-        """What the connections of this worker have carried."""
-        return self._scoreboard.traffic(self._number)
-
-    @property
-    def numbers(self) -> Numbers:
-        """What this worker has counted."""
-        return self._scoreboard.numbers(self._number)
-
-    @property
-    def state(self) -> int:
-        """ABSENT, RESTING, WATCHING or WAITING."""
-        return self._row[_STATE]
-
-    @state.setter
-    def state(self, state: int) -> None:
-        self._row[_STATE] = state
-
-    @property
-    def live(self) -> int:
-        """Connections of this worker."""
-        return self._row[_LIVE]
-
-    @property
-    def live_everywhere(self) -> int:
-        """Connections of the whole relay."""
-        return sum(self._scoreboard.column(_LIVE))
-
-    @property
-    def accepted_everywhere(self) -> int:
-        """Connections that the whole relay has accepted so far, but for workers that are gone."""
-        return sum(self._scoreboard.column(_ACCEPTED))
-
-    @property
-    def alone(self) -> bool:
-        """True if this worker is the only one."""
-        return sum(map(bool, self._scoreboard.column(_BEAT))) < 2
-
-    @property
-    def others_wait(self) -> bool:
-        """True if some worker wants to hear of connections that end."""
-        return WAITING in self._scoreboard.column(_STATE)
-
-    @contextmanager
-    def admission(self, most: int) -> Iterator[bool]:
-        """Around the accept of one connection. False if the relay has `most` already."""
-        self._row[_RESERVED] = 1  # before the others are counted, so that they count us
-        try:
-            total, workers = self._total()
-            if total + workers <= most:
-                yield True  # even if all of them accept one now
-                return
-            with self._scoreboard.turn() as mine:
-                yield mine and self._total()[0] <= most
-        finally:
-            self._row[_RESERVED] = 0
-
-    def _total(self) -> tuple[int, int]:
-        live, reserved = self._scoreboard.column(_LIVE), self._scoreboard.column(_RESERVED)
-        return sum(live) + sum(reserved), len(live)
-
-    def fewer_elsewhere(self, state: int) -> bool:
-        """True if a worker in that state has clearly fewer connections than this one: by more than chance would
-        bring about where they come and go, but a first or second one is never left beside others."""
-        mine = self._row[_LIVE]
-        if not mine:
-            return False
-        fewer = mine - math.isqrt(mine - 1)
-        states, live = self._scoreboard.column(_STATE), self._scoreboard.column(_LIVE)
-        return any(one == state and count < fewer for one, count in zip(states, live))
 
 
 def _size_of_tables(entries: int) -> int:

@@ -25,7 +25,7 @@ from tproxy_relay.relay import policy
 from tproxy_relay.relay.access_record import ConnectionRecord
 from tproxy_relay.relay.policy import Destinations, RefusedError
 from tproxy_relay.relay.pumps import HangupWatch, Leg, Relay
-from tproxy_relay.relay.registry import NO_TRAFFIC, Flow, Registry
+from tproxy_relay.relay.registry import NOTHING_CARRIED, Flow, Registry
 from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.settings import Settings
 from tproxy_relay.system.cpu import CpuPlacement
@@ -105,7 +105,7 @@ class Connection:
         self.orig_dst: Endpoint | None = None
         self.destination: Endpoint | None = None
         self.flows: list[Flow] = []
-        self.traffic = NO_TRAFFIC
+        self.traffic = NOTHING_CARRIED
         self._context = context
         self._listener = listener
         self.born_at = time.monotonic()

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from tproxy_relay.ipc.scoreboard import SharedCounters, Slot
+from tproxy_relay.ipc.slot import SharedCounters, Slot
 from tproxy_relay.net.endpoint import Endpoint
 
 
@@ -23,7 +23,7 @@ class Flow(NamedTuple):
         return f"{self.source} -> {self.destination}"
 
 
-class Traffic(NamedTuple):
+class ConnectionTraffic(NamedTuple):
     """Of one connection, and what has been told of it."""
 
     up: int
@@ -35,7 +35,7 @@ class Traffic(NamedTuple):
     down_rate: float
 
 
-NO_TRAFFIC = Traffic(0, 0, 0.0, 0.0)
+NOTHING_CARRIED = ConnectionTraffic(0, 0, 0.0, 0.0)
 
 
 class Member(Protocol):
@@ -61,7 +61,7 @@ class Member(Protocol):
     def born_at(self) -> float:
         """When it was accepted (time.monotonic())."""
 
-    traffic: Traffic
+    traffic: ConnectionTraffic
     """As the registry saw it last."""
 
 
@@ -143,12 +143,12 @@ class Registry(Generic[M]):
         (up, down), before = connection.moved, connection.traffic
         if (up, down) == before[:2]:
             if before.up_rate or before.down_rate:
-                connection.traffic = Traffic(up, down, 0.0, 0.0)
+                connection.traffic = ConnectionTraffic(up, down, 0.0, 0.0)
             return
         more_up, more_down = up - before.up, down - before.down
         self._slot.carried(more_up, more_down)
         if seconds:
-            connection.traffic = Traffic(up, down, more_up / seconds, more_down / seconds)
+            connection.traffic = ConnectionTraffic(up, down, more_up / seconds, more_down / seconds)
 
     def is_loop_accepted(self, connection: M, flow: Flow) -> bool:
         """Note what was accepted. True if another connection of this relay opened this very flow.

@@ -7,12 +7,11 @@ import logging
 import selectors
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from tproxy_relay.errors import SystemRefusedError
-from tproxy_relay.ipc import histogram
-from tproxy_relay.ipc.scoreboard import NO_TRAFFIC, Numbers, Scoreboard, Traffic
+from tproxy_relay.ipc.scoreboard import NO_NUMBERS, NO_TRAFFIC, Numbers, Scoreboard, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.supervisor.generation import Prepared
@@ -50,7 +49,7 @@ class Workers:
         self._scoreboard = scoreboard
         self._pipes = pipes
         self._workers: list[WorkerProcess] = []
-        self._past, self._past_traffic = Numbers(0, 0, {}), NO_TRAFFIC
+        self._past, self._past_traffic = NO_NUMBERS, NO_TRAFFIC
         self.deaths = 0
         """Of workers, and nobody had told them to end."""
         self._looked_at = time.monotonic()
@@ -91,8 +90,8 @@ class Workers:
         self._selector.unregister(worker)
         self._workers.remove(worker)
         how, (numbers, traffic) = worker.reap(), self._scoreboard.clear(worker.slot)
-        self._past = added([self._past, with_lost(numbers)])
-        self._past_traffic = traffic_of([self._past_traffic, traffic])
+        self._past += with_lost(numbers)
+        self._past_traffic += traffic
         expected = worker.unwanted or worker.leaving and how == "exit 0"
         self.deaths += not expected
         level = logging.DEBUG if expected else logging.ERROR
@@ -102,12 +101,12 @@ class Workers:
     @property
     def numbers(self) -> Numbers:
         """Of all workers that there are and were."""
-        return added([self._past, *(worker.numbers for worker in self._workers)])
+        return sum((worker.numbers for worker in self._workers), self._past)
 
     @property
     def traffic(self) -> Traffic:
         """Of all workers that there are and were."""
-        return traffic_of([self._past_traffic, *(worker.traffic for worker in self._workers)])
+        return sum((worker.traffic for worker in self._workers), self._past_traffic)
 
     def kill_stalled(self) -> None:
         """Call it every LOOK_INTERVAL seconds. Their connections are reset, and their clients go to others."""
@@ -154,25 +153,6 @@ class Deaths:
         if recent >= MAX_DEATHS:
             return None
         return float(FIRST_PAUSE * 2 ** (recent - 2)) if recent > 1 else 0.0
-
-
-def added(numbers: Sequence[Numbers]) -> Numbers:
-    """The numbers of several workers together."""
-    closed: Counter[str] = Counter()
-    for one in numbers:
-        closed.update(one.closed)
-    return Numbers(sum(one.accepted for one in numbers), sum(one.live for one in numbers), dict(closed))
-
-
-def traffic_of(all_of_it: Sequence[Traffic]) -> Traffic:
-    """That of several workers together; at least one."""
-    return Traffic(
-        sum(one.bytes_up for one in all_of_it),
-        sum(one.bytes_down for one in all_of_it),
-        histogram.added([one.connect for one in all_of_it]),
-        histogram.added([one.duration for one in all_of_it]),
-        sum(one.log_dropped for one in all_of_it),
-    )
 
 
 def with_lost(numbers: Numbers) -> Numbers:

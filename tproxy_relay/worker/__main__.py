@@ -17,7 +17,8 @@ from typing import NoReturn
 from tproxy_relay.errors import RelayError
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
-from tproxy_relay.ipc.scoreboard import Scoreboard, Slot
+from tproxy_relay.ipc.scoreboard import Scoreboard
+from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.net import listeners
 from tproxy_relay.system import proc_title

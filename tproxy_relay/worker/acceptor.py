@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tproxy_relay.ipc import scoreboard
-from tproxy_relay.ipc.scoreboard import Slot
+from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.net import endpoint, listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener

@@ -8,7 +8,7 @@ as often as it may be.
 import time
 from collections import Counter, defaultdict
 
-from tproxy_relay.ipc.scoreboard import Slot
+from tproxy_relay.ipc.slot import Slot
 
 
 class RateLimit:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tproxy_relay import session_query
 from tproxy_relay.errors import ConfigError
 from tproxy_relay.ipc.channel import Channel, Message
-from tproxy_relay.ipc.scoreboard import Slot
+from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.net import sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener

@@ -20,7 +20,7 @@ def test_the_bounds_rise() -> None:
 
 def test_several_are_added_up() -> None:
     one, other = Histogram(BOUNDS, (1, 0, 2, 0), 3.5), Histogram(BOUNDS, (0, 0, 1, 7), 100.0)
-    both = histogram.added([one, other, histogram.empty(BOUNDS)])
+    both = one + other + histogram.empty(BOUNDS)
     assert both == Histogram(BOUNDS, (1, 0, 3, 7), 103.5)
     assert both.total == 11
 

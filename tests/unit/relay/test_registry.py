@@ -9,9 +9,9 @@ import pytest
 import slots
 
 from tproxy_relay.ipc.histogram import CONNECT, DURATION, bucket
-from tproxy_relay.ipc.scoreboard import Slot
+from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.net.endpoint import Endpoint
-from tproxy_relay.relay.registry import NO_TRAFFIC, Flow, Registry, Traffic
+from tproxy_relay.relay.registry import NOTHING_CARRIED, ConnectionTraffic, Flow, Registry
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Someone:
     client: Endpoint
     flows: list[Flow] = field(default_factory=list)
     moved: tuple[int, int] = (0, 0)
-    traffic: Traffic = NO_TRAFFIC
+    traffic: ConnectionTraffic = NOTHING_CARRIED
     born_at: float = field(default_factory=time.monotonic)
 
 
@@ -211,7 +211,7 @@ def test_what_connections_carry(slot: Slot) -> None:
     one.moved = (100, 3000)
     registry.look(0.5)
     assert slot.traffic[:2] == (100, 3000)
-    assert (one.traffic, other.traffic) == ((100, 3000, 200.0, 6000.0), NO_TRAFFIC)
+    assert (one.traffic, other.traffic) == ((100, 3000, 200.0, 6000.0), NOTHING_CARRIED)
     registry.look(0.5)
     assert slot.traffic[:2] == (100, 3000), "nothing is counted twice"
     assert one.traffic == (100, 3000, 0.0, 0.0)

@@ -25,9 +25,8 @@ from lines import fields
 from loopback import FIN, RST
 
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
-from tproxy_relay.ipc import scoreboard as board_module
 from tproxy_relay.ipc.channel import Message
-from tproxy_relay.ipc.scoreboard import SLOTS, WATCHING, Numbers, Scoreboard
+from tproxy_relay.ipc.scoreboard import BEAT, NO_NUMBERS, SLOTS, STATE, WATCHING, Numbers, Scoreboard
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
@@ -37,7 +36,7 @@ from tproxy_relay.supervisor import worker_process
 from tproxy_relay.supervisor import workers as workers
 from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.supervisor.worker_process import WorkerProcess
-from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MAX_DEATHS, Deaths, Generation, Workers, added, with_lost
+from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MAX_DEATHS, Deaths, Generation, Workers, with_lost
 
 
 class Log:
@@ -110,7 +109,7 @@ class Hands:
         self.turn_until(lambda: all(worker.ready for worker in workers), "they are ready")
         for worker in workers:
             worker.serve()
-        wait_until(lambda: self.scoreboard.column(board_module._STATE).count(WATCHING) >= count, "they serve")
+        wait_until(lambda: self.scoreboard.column(STATE).count(WATCHING) >= count, "they serve")
         return workers
 
     def ended(self, worker: WorkerProcess) -> str:
@@ -136,8 +135,8 @@ class Hands:
 
     def age(self, worker: WorkerProcess, seconds: float) -> None:
         """Its last sign of life was so much longer ago; if the host was not up yet then, as long ago as that."""
-        beat = worker.slot * board_module._WORDS + board_module._BEAT
-        self.scoreboard._slots[beat] = max(1, self.scoreboard._slots[beat] - int(seconds * 10**9))
+        row = self.scoreboard.row(worker.slot)
+        row[BEAT] = max(1, row[BEAT] - int(seconds * 10**9))
 
     def logged(self, message: str) -> list[Message]:
         """Our own lines with this message."""
@@ -466,7 +465,7 @@ some_numbers = st.builds(
 
 @given(st.lists(some_numbers, max_size=5))
 def test_numbers_are_added(several: list[Numbers]) -> None:
-    total = added(several)
+    total = sum(several, NO_NUMBERS)
     assert total.accepted == sum(one.accepted for one in several)
     assert total.live == sum(one.live for one in several)
     for outcome in Outcome:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from slots import slots
 
-from tproxy_relay.ipc.scoreboard import Slot
+from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.worker import rate_limit
 from tproxy_relay.worker.rate_limit import RateLimit
 
