@@ -7,18 +7,16 @@ network namespace, where the listeners are too.
 import contextlib
 import errno
 import os
-import re
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from tproxy_relay.errors import SystemRefusedError
-from tproxy_relay.net import linux
+from tproxy_relay.net import unix_sockets
 from tproxy_relay.settings import HostPort
 
 NAME = "tproxy_relay/admin/"
-"""Of the relay's own socket, after the zero byte and before the process id."""
+"""Of the relay's own socket, an abstract name; the process id comes behind it."""
 BACKLOG = 64
 FOLDER_MODE, SOCKET_MODE = 0o750, 0o660
 """Whoever is in the group of the folder and of the socket may look."""
@@ -48,7 +46,7 @@ class AdminSocket:
 
     def permits(self, sock: socket.socket) -> bool:
         """If whoever has connected there may change something: root, and the account of the relay."""
-        return not self.is_tcp and account_of(sock) in (0, os.geteuid())
+        return not self.is_tcp and unix_sockets.is_trusted(unix_sockets.peer(sock).uid)
 
     def close(self) -> None:
         """Listen no more. A path that is another relay's by now stays."""
@@ -64,7 +62,7 @@ def own() -> AdminSocket:
     """The one that is always there. OSError if a process of another pid namespace has our number."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        sock.bind(f"\0{NAME}{os.getpid()}")
+        sock.bind(unix_sockets.abstract(f"{NAME}{os.getpid()}"))
         sock.listen(BACKLOG)
     except OSError:
         sock.close()
@@ -141,23 +139,14 @@ def _refuse_what_is_there(path: str) -> None:
 def running() -> list[int]:
     """Process ids of the relays in this network namespace (proc(5), /proc/net/unix): those of root and of our own
     account first, because anybody can take such a name."""
-    return sorted(named(NAME), key=lambda pid: (not _is_trusted(pid), pid))
+    return sorted(unix_sockets.numbered(NAME), key=lambda pid: (not _is_trusted(pid), pid))
 
 
 def _is_trusted(pid: int) -> bool:
     try:
-        return os.stat(f"/proc/{pid}").st_uid in (0, os.geteuid())
+        return unix_sockets.is_trusted(os.stat(f"/proc/{pid}").st_uid)
     except OSError:
         return False
-
-
-def named(prefix: str) -> Iterator[int]:
-    """The numbers behind that prefix in the abstract names of this network namespace (proc(5), /proc/net/unix)."""
-    with open("/proc/net/unix", encoding="ascii", errors="replace") as lines:
-        names = {line.split()[-1] for line in lines}
-    for name in sorted(names):
-        if found := re.fullmatch(rf"@{re.escape(prefix)}(\d+)", name):
-            yield int(found[1])
 
 
 def dial(where: Where | int, patience: float) -> socket.socket:
@@ -168,15 +157,10 @@ def dial(where: Where | int, patience: float) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(patience)
-        sock.connect(f"\0{NAME}{where}" if isinstance(where, int) else where)
-        if isinstance(where, int) and account_of(sock) not in (0, os.geteuid()) and os.geteuid() != 0:
+        sock.connect(unix_sockets.abstract(f"{NAME}{where}") if isinstance(where, int) else where)
+        if isinstance(where, int) and os.geteuid() and not unix_sockets.is_trusted(unix_sockets.peer(sock).uid):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError:
         sock.close()
         raise
     return sock
-
-
-def account_of(sock: socket.socket) -> int:
-    """The user id of the process at the other end of a unix socket."""
-    return int(linux.UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, linux.UCRED.size))[1])

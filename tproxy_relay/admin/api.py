@@ -21,6 +21,7 @@ from tproxy_relay.admin.history import History
 from tproxy_relay.admin.http import HttpError, Request
 from tproxy_relay.admin.server import Conversation, Server
 from tproxy_relay.errors import UsageError
+from tproxy_relay.net import unix_sockets
 from tproxy_relay.session_query import Query
 from tproxy_relay.worker import sessions
 
@@ -214,7 +215,7 @@ class LookingIn:
                 to.answer(http.problem(HTTPStatus.NOT_FOUND, f"there is no connection {number} any more"))
 
         pid = int(number.partition("-")[0], 16)
-        account = address.account_of(to.sock)
+        account = unix_sockets.peer(to.sock).uid
         workers = [one for one in self._relay.askable if one.pid == pid]
         self._ask("abort", workers, to, told, id=number, account=account)
 

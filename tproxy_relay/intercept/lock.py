@@ -5,14 +5,13 @@ may take one, so who asks learns whose it is. A guard that lingers for the last 
 (guard.py) gives it back to one who wants it, and who waits for that on the same connection.
 """
 
-import os
 import socket
 from typing import NamedTuple
 
 from tproxy_relay.errors import SystemRefusedError
-from tproxy_relay.net import linux
+from tproxy_relay.net import unix_sockets
 
-NAME = "\0tproxy_relay/ruleset"
+NAME = "tproxy_relay/ruleset"
 
 ANSWER_TIMEOUT = 0.5
 """Seconds for the holder to say which process it holds the ruleset for."""
@@ -40,7 +39,7 @@ class Lock:
         for tries_left in reversed(range(TRIES)):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
-                self._socket.bind(NAME)
+                self._socket.bind(unix_sockets.abstract(NAME))
                 self._socket.listen()
                 return
             except OSError as error:
@@ -65,7 +64,7 @@ class Lock:
         try:
             while True:
                 asking, name = self._socket.accept()
-                if lingers and name and _credentials(asking)[1] in (0, os.geteuid()):
+                if lingers and name and unix_sockets.is_trusted(unix_sockets.peer(asking).uid):
                     self._waiting.append(asking)
                     asking.send(_WAIT, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                     continue
@@ -93,10 +92,10 @@ def _ask(*, wanted: bool) -> Holder | None:
         try:
             if wanted:
                 sock.bind("")  # any, see unix(7) on autobind
-            sock.connect(NAME)
+            sock.connect(unix_sockets.abstract(NAME))
         except OSError:
             return None
-        pid, uid = _credentials(sock)
+        pid, uid = unix_sockets.peer(sock)
         try:
             told = sock.recv(20)
             if told == _WAIT:
@@ -109,18 +108,12 @@ def _ask(*, wanted: bool) -> Holder | None:
     return Holder(int(told) if told.isdigit() else pid, uid) if told else None
 
 
-def _credentials(sock: socket.socket) -> tuple[int, int]:
-    """Process and user id of the other end."""
-    pid, uid, _ = linux.UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, linux.UCRED.size))
-    return pid, uid
-
-
 def _whose(who: Holder | None) -> str:
     if who is None:
         return "somebody else is changing the ruleset of this host: try again"
-    if who.uid not in (0, os.geteuid()):
+    if not unix_sockets.is_trusted(who.uid):
         return (
-            f"process {who.pid} of account number {who.uid} has taken the name @{NAME[1:]}, "
+            f"process {who.pid} of account number {who.uid} has taken the name @{NAME}, "
             "with which relays agree on who holds the ruleset: end that process first"
         )
     return f"process {who.pid} holds the ruleset of this host: stop that relay first"

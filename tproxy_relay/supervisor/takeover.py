@@ -14,19 +14,18 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from tproxy_relay.admin import address
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.ipc.channel import MAX_DESCRIPTORS, Channel, Message
-from tproxy_relay.net import listeners
+from tproxy_relay.net import listeners, unix_sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor.generation import fixed
 
 NAME = "tproxy_relay/relay/"
-"""Of the socket, after the zero byte and before the process id of the supervisor."""
+"""Of the socket, an abstract name; the process id of the supervisor comes behind it."""
 
 PROTOCOL = 1
 """Of the messages; another one is refused."""
@@ -75,7 +74,7 @@ class Door:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         # Taken only if a process of another pid namespace has our number: then nobody can ask this relay.
         with contextlib.suppress(OSError):
-            self._socket.bind(f"\0{NAME}{os.getpid()}")
+            self._socket.bind(unix_sockets.abstract(f"{NAME}{os.getpid()}"))
             self._socket.listen(1)
             selector.register(self._socket, selectors.EVENT_READ, self)
 
@@ -102,7 +101,7 @@ class Door:
             return  # or it is gone again
         asking = Channel(sock)
         busy = "another relay takes over already" if self.in_use else self._giver.busy
-        if not _is_trusted(sock):
+        if not unix_sockets.is_trusted(unix_sockets.peer(sock).uid):
             busy = "only root and the account of this relay may ask"
         if busy is None:
             self._turn_away()
@@ -217,7 +216,7 @@ def find(settings: Settings) -> Offer | None:
     """The relay of this network namespace that has one of the listeners of these settings; None if there is none.
     Raises SystemRefusedError if it cannot be taken over."""
     refusal = None
-    for pid in address.named(NAME):
+    for pid in unix_sockets.numbered(NAME):
         asking = _connect(pid)
         if asking is None:
             continue
@@ -239,8 +238,9 @@ def _connect(pid: int) -> Channel | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.settimeout(PATIENCE)
-        sock.connect(f"\0{NAME}{pid}")
-        if _is_trusted(sock):
+        sock.connect(unix_sockets.abstract(f"{NAME}{pid}"))
+        # Anybody could have taken the name.
+        if unix_sockets.is_trusted(unix_sockets.peer(sock).uid):
             return Channel(sock)
     except OSError:
         pass
@@ -311,8 +311,3 @@ def _last_answer(asking: Channel) -> tuple[Message, list[int]] | None:
         if answer is None:
             raise
         return answer
-
-
-def _is_trusted(sock: socket.socket) -> bool:
-    """True for root and for our own account: anybody could have taken the name, or ask for the sockets."""
-    return address.account_of(sock) in (0, os.geteuid())

@@ -12,6 +12,8 @@ import pytest
 from tproxy_relay.admin import address
 from tproxy_relay.admin.address import AdminSocket
 from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.net import unix_sockets
+from tproxy_relay.net.unix_sockets import Peer
 from tproxy_relay.settings import HostPort
 
 
@@ -113,7 +115,7 @@ def test_who_may_change_something(there: AdminSocket, path: str, monkeypatch: py
             with closing(address.dial(where, 5)), closing(admin.sock.accept()[0]) as peer:
                 assert (admin.admits(peer), admin.permits(peer)) == may
     # Somebody else's process at the other end, as the kernel would tell of it.
-    monkeypatch.setattr(address, "account_of", lambda sock: 65534)
+    monkeypatch.setattr(unix_sockets, "peer", lambda sock: Peer(1, 65534))
     one, other = socket.socketpair()
     with one, other:
         assert (AdminSocket(one, None).admits(one), AdminSocket(one, None).permits(one)) == (False, False)

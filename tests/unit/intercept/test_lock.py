@@ -13,6 +13,8 @@ import pytest
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.intercept import lock
 from tproxy_relay.intercept.lock import Lock
+from tproxy_relay.net import unix_sockets
+from tproxy_relay.net.unix_sockets import Peer
 
 pytestmark = pytest.mark.usefixtures("network")
 
@@ -100,7 +102,7 @@ def test_another_account_cannot_have_it(monkeypatch: pytest.MonkeyPatch) -> None
     with Lock() as held, wanted() as asking:
         assert asks(held)
         with monkeypatch.context() as patched:
-            patched.setattr(lock, "_credentials", lambda _: (1, 65534))
+            patched.setattr(unix_sockets, "peer", lambda _: Peer(1, 65534))
             assert not held.answer(4711, lingers=True)
         with pytest.raises(SystemRefusedError, match="process 4711"):
             asking.result(5)
