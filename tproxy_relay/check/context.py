@@ -10,6 +10,7 @@ from tproxy_relay.check.firewall import Chain, Firewall
 from tproxy_relay.check.host import Host
 from tproxy_relay.intercept import lock, nft
 from tproxy_relay.intercept.plan import Plan
+from tproxy_relay.net import proc_net
 from tproxy_relay.settings import Settings
 from tproxy_relay.system import cpu
 
@@ -47,7 +48,7 @@ class Case:
     @functools.cached_property
     def relay_listens(self) -> bool:
         """True if a relay listens on the ports that the ruleset needs."""
-        sockets = {one.local_port: one.inode for one in host.sockets() if one.listening}
+        sockets = {one.local_port: one.inode for one in proc_net.tcp_sockets() if one.listening}
         wanted = self.listener_ports or list(self.settings.ports)
         return all(port in sockets and is_relay(host.owner(sockets[port])) for port in wanted)
 

@@ -13,11 +13,10 @@ from typing import Any
 
 from tproxy_relay.intercept import programs
 from tproxy_relay.intercept.plan import Family
+from tproxy_relay.system import privileges
 
-NET_ADMIN, NET_RAW, SYS_ADMIN = 12, 13, 21
-"""linux/capability.h."""
-
-_LISTEN = "0A"
+NET_ADMIN, NET_RAW, SYS_ADMIN = "net_admin", "net_raw", "sys_admin"
+"""Capabilities, by the names of privileges.NUMBERS."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,15 @@ class Host:
         return [_interface(one) for one in ask("ip", "-json", "-details", "address", "show")]
 
     @functools.cached_property
-    def capabilities(self) -> int:
-        """The effective ones of this process, a bit each (proc(5))."""
-        for line in _read("/proc/self/status").splitlines():
-            if line.startswith("CapEff:"):
-                return int(line.split()[1], 16)
-        return 0
+    def _held(self) -> privileges.Held | None:
+        """None without /proc."""
+        with contextlib.suppress(OSError):
+            return privileges.held()
+        return None
 
-    def may(self, capability: int) -> bool:
-        """True if this process has that capability."""
-        return bool(self.capabilities >> capability & 1)
+    def may(self, capability: str) -> bool:
+        """True if this process has that capability: one of privileges.NUMBERS."""
+        return self._held is not None and self._held.has(capability)
 
     @functools.cached_property
     def nft_ruleset(self) -> list[dict[str, Any]]:
@@ -112,25 +110,6 @@ def of_interface(family: Family, interface: str, leaf: str) -> str:
     """The name of a sysctl of one interface."""
     separator = "/" if "." in interface else "."
     return separator.join(["net", f"ipv{family}", "conf", interface, leaf])
-
-
-@dataclass(frozen=True)
-class Socket:
-    """A TCP socket, as /proc/net/tcp has it: ports, and what identifies it."""
-
-    local_port: int
-    remote_port: int
-    listening: bool
-    inode: str
-
-
-def sockets() -> Iterator[Socket]:
-    """The TCP sockets of this network namespace."""
-    for table in ("tcp", "tcp6"):
-        for line in _read(f"/proc/net/{table}").splitlines()[1:]:
-            words = line.split()
-            local, remote = (int(word.rsplit(":", 1)[1], 16) for word in words[1:3])
-            yield Socket(local, remote, words[3] == _LISTEN, words[9])
 
 
 def owner(inode: str) -> tuple[int, str] | None:

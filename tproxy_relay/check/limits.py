@@ -3,13 +3,13 @@
 import errno
 import os
 import resource
-import socket
 from collections.abc import Iterator
 from typing import Any
 
 from tproxy_relay.check import host
 from tproxy_relay.check.context import Case, is_relay
 from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
+from tproxy_relay.net import listeners, proc_net
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import BACKLOG
 from tproxy_relay.system import cgroup, limits
@@ -201,28 +201,19 @@ def _pairs(threads: int) -> int:
 
 
 def _try_to_bind(address: Endpoint, interface: str | None) -> OSError | None:
-    """Bind as the relay would, and let go at once. None if that works, or if there is no such family here."""
+    """Listen as the relay would, and let go at once. None if that works, or if there is no such family here."""
     try:
-        sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    except OSError:
-        return None
-    with sock:
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if address.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if interface:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
-            sock.bind(address.sockaddr)
+        with listeners.bound(address, interface) as sock:
             sock.listen(1)
-        except OSError as error:
-            return None if address.host in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL else error
+    except OSError as error:
+        absent = address.host in ("::", "::1") and error.errno == errno.EADDRNOTAVAIL
+        return None if absent or error.errno == errno.EAFNOSUPPORT else error
     return None
 
 
 def _about_refusal(case: Case, address: Endpoint, error: OSError) -> Iterator[Finding]:
     if error.errno == errno.EADDRINUSE:
-        sockets = [one for one in host.sockets() if one.listening and one.local_port == address.port]
+        sockets = [one for one in proc_net.tcp_sockets() if one.listening and one.local_port == address.port]
         owners = [found for one in sockets if (found := host.owner(one.inode))]
         if owners and all(map(is_relay, owners)):
             yield ok("ports", f"{address} is the running relay's")
@@ -260,7 +251,7 @@ def _about_refusal(case: Case, address: Endpoint, error: OSError) -> Iterator[Fi
 def _other_port(case: Case, address: Endpoint) -> str:
     """The same with the next free port in the place of this one."""
     settings = case.settings
-    used = {one.local_port for one in host.sockets()} | set(settings.ports)
+    used = {one.local_port for one in proc_net.tcp_sockets()} | set(settings.ports)
     ranges = (*settings.intercept_inbound, *settings.intercept_outbound)
     free = next(
         port

@@ -20,6 +20,7 @@ from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import programs, ruleset
 from tproxy_relay.intercept.plan import Family
+from tproxy_relay.net import proc_net
 
 PATIENCE = 0.8
 """Seconds for a connection within this host, which takes a millisecond."""
@@ -105,7 +106,7 @@ def attempt(
         except OSError:
             return LOST
         mine = sock.getsockname()[1]
-        if not any((one.local_port, one.remote_port) == (taken_at, mine) for one in host.sockets()):
+        if not any((one.local_port, one.remote_port) == (taken_at, mine) for one in proc_net.tcp_sockets()):
             return DIRECT
         return WORKS if _passes(sock, listener) else STUCK
 

@@ -6,6 +6,7 @@ from tproxy_relay.check import host
 from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
 from tproxy_relay.check.host import number, of_interface
+from tproxy_relay.net import proc_net
 
 HARMLESS = ("rp_filter", "src_valid_mark", "tcp_fwmark_accept", "fwmark_reflect")
 """The usual recipes fail with these: their rules of routing match by mark alone (intercept/routing.py)."""
@@ -62,7 +63,7 @@ def probe_forwarding(case: Case) -> Iterator[Finding]:
     plan = case.plan
     if not plan.inbound or plan.on_failure != "open":
         return
-    served = {one.local_port for one in host.sockets() if one.listening}
+    served = {one.local_port for one in proc_net.tcp_sockets() if one.listening}
     elsewhere = [ports for ports in plan.inbound if not served.intersection(range(ports.first, ports.last + 1))]
     outside = [one for one in case.host.interfaces if one.name != "lo" and one.up and not one.master]
     why = (

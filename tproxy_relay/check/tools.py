@@ -24,7 +24,7 @@ def probe_capabilities(case: Case) -> Iterator[Finding]:
     keep_raw = settings.preserve_source != "no" or bool(case.plan.outbound) and settings.user is None
     if keep_raw or settings.mode == "tproxy" and not case.host.may(host.NET_ADMIN):
         needed["CAP_NET_RAW"] = host.NET_RAW
-    missing = [name for name, bit in needed.items() if not case.host.may(bit)]
+    missing = [name for name, capability in needed.items() if not case.host.may(capability)]
     if missing:
         yield problem(
             "capabilities",

@@ -10,7 +10,7 @@ from tproxy_relay.intercept import backends, foreign_nat, lock, plan, ruleset
 from tproxy_relay.intercept.lock import Holder, Lock
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.intercept.ruleset import Ruleset, Status
-from tproxy_relay.net.listeners import listening_ports
+from tproxy_relay.net import proc_net
 from tproxy_relay.settings import Settings
 
 
@@ -90,7 +90,7 @@ def _report(
 
 def _listeners(wanted: Plan) -> dict[int, bool]:
     """The listeners that the plan sends connections to, and whether something listens there."""
-    there = listening_ports()
+    there = proc_net.listening_ports()
     return {port: port in there for port in sorted(wanted.listener_ports)}
 
 

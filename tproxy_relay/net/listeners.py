@@ -28,9 +28,6 @@ HOW_TO_GIVE = (
 _STORED = "tproxy_relay.listener."
 """Begins the names of sockets that a relay has stored; those of socket units are file names of theirs."""
 
-_LISTEN = "0A"
-"""net/tcp_states.h, TCP_LISTEN, as /proc/net/tcp writes it."""
-
 _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 
 log = logging.getLogger(__name__)
@@ -142,17 +139,13 @@ def _open_one(wanted: Endpoint, settings: Settings, tuning: Tuning) -> Listener 
 def _open(address: Endpoint, settings: Settings) -> socket.socket | None:
     """A bound socket; None for an IPv6 address that every host with IPv6 has, on one without."""
     try:
-        sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock = bound(address, settings.interface)
     except OSError as error:
+        if error.filename is not None:
+            _refuse_interface(error)
         _pass_over_or_raise(address, error)
         return None
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if address.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if settings.interface:
-            _bind_to_interface(sock, settings.interface)
-        sock.bind(address.sockaddr)  # before it is transparent: then it would take any address, a mistyped one too
         if settings.mode == "tproxy":
             _make_transparent(sock, address)
         return sock
@@ -160,6 +153,23 @@ def _open(address: Endpoint, settings: Settings) -> socket.socket | None:
         sock.close()
         _pass_over_or_raise(address, error)
         return None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def bound(address: Endpoint, interface: str | None) -> socket.socket:
+    """A socket bound to that address as a listener's is, before it is transparent: then it would take any address, a
+    mistyped one too. Raises OSError, with `interface` as its filename if that is what it is about."""
+    sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if interface:
+            _bind_to_interface(sock, interface)
+        sock.bind(address.sockaddr)
+        return sock
     except BaseException:
         sock.close()
         raise
@@ -191,13 +201,18 @@ def _bind_to_interface(sock: socket.socket, interface: str) -> None:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
     except OSError as error:
-        if error.errno == errno.ENODEV:
-            raise SystemRefusedError(f"no interface {interface!r} on this host (`ip link` lists them)") from error
-        if error.errno == errno.EPERM:
-            raise CapabilityMissingError(
-                f"cannot bind to {interface or 'all interfaces'}: CAP_NET_RAW is missing; {HOW_TO_GIVE}"
-            ) from error
-        raise
+        raise OSError(error.errno, error.strerror, interface) from error
+
+
+def _refuse_interface(error: OSError) -> None:
+    """In the user's words, what `_bind_to_interface` has raised. Returns if there are none for it."""
+    interface = error.filename
+    if error.errno == errno.ENODEV:
+        raise SystemRefusedError(f"no interface {interface!r} on this host (`ip link` lists them)") from error
+    if error.errno == errno.EPERM:
+        raise CapabilityMissingError(
+            f"cannot bind to {interface or 'all interfaces'}: CAP_NET_RAW is missing; {HOW_TO_GIVE}"
+        ) from error
 
 
 def _make_transparent(sock: socket.socket, address: Endpoint) -> None:
@@ -237,7 +252,11 @@ def _make_fit(listener: Listener, settings: Settings) -> None:
     if settings.mode == "tproxy" and not sockets.is_transparent(listener.sock):
         _make_transparent(listener.sock, listener.endpoint)
     if _interface_of(listener.sock) != (settings.interface or ""):
-        _bind_to_interface(listener.sock, settings.interface or "")
+        try:
+            _bind_to_interface(listener.sock, settings.interface or "")
+        except OSError as error:
+            _refuse_interface(error)
+            raise
 
 
 def _interface_of(sock: socket.socket) -> str:
@@ -269,33 +288,6 @@ def _prepare(sock: socket.socket, tuning: Tuning, wanted: Endpoint) -> Listener:
         raise SystemRefusedError(f"cannot listen on {address}: {_remedy(address, error)}") from error
 
 
-def listening_ports() -> set[int]:
-    """The TCP ports on which somebody listens in this network namespace (proc(5), /proc/net/tcp)."""
-    ports = set()
-    for table in ("tcp", "tcp6"):
-        try:
-            with open(f"/proc/net/{table}", encoding="ascii") as lines:
-                for line in lines:
-                    fields = line.split()
-                    if len(fields) > 3 and fields[3] == _LISTEN:
-                        ports.add(int(fields[1].rsplit(":", 1)[1], 16))
-        except OSError:
-            continue  # no such family here
-    return ports
-
-
 def backlog(listener: Listener) -> tuple[int, int]:
     """Connections that wait there for accept(), and how many may: none if it is closed."""
     return sockets.backlog(listener.sock) if listener.sock.fileno() >= 0 else (0, 0)
-
-
-def overflows() -> int:
-    """How often a connection was lost in this network namespace because the backlog of its listener was full, whoever's
-    (TcpExtListenOverflows of nstat(8); proc(5), /proc/net/netstat). 0 where the kernel does not tell."""
-    try:
-        with open("/proc/net/netstat", encoding="ascii") as lines:
-            table = [line.split() for line in lines if line.startswith("TcpExt:")]
-        names, numbers = table
-        return int(numbers[names.index("ListenOverflows")])
-    except (OSError, ValueError):
-        return 0

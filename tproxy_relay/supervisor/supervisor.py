@@ -28,7 +28,7 @@ from tproxy_relay.logs.recent import Problems
 from tproxy_relay.logs.sink import Sink
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.logs.writer import LogWriter
-from tproxy_relay.net import listeners
+from tproxy_relay.net import listeners, proc_net
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.settings import Settings
@@ -93,7 +93,7 @@ class Supervisor:
         self._admin_trouble = ""
         self._started = time.time()
         self._history, self._problems = History(), Problems()
-        self._overflows_before = listeners.overflows()
+        self._overflows_before = proc_net.listen_overflows()
         self._reloads = self._reloads_refused = 0
         self._deaths = Deaths()
         self._replace_at: list[float] = []
@@ -403,7 +403,7 @@ class Supervisor:
             recent_deaths=self._deaths.recent(time.monotonic()),
             reloads=self._reloads,
             reloads_refused=self._reloads_refused,
-            overflows=listeners.overflows() - self._overflows_before,
+            overflows=proc_net.listen_overflows() - self._overflows_before,
             health=None if self._interception is None else self._interception.health,
             history=self._history,
             problems=self._problems,

@@ -21,8 +21,9 @@ NUMBERS: Mapping[str, int] = {
     "net_bind_service": 10,
     "net_admin": 12,
     "net_raw": 13,
+    "sys_admin": 21,
 }
-"""linux/capability.h: the bits of those that the relay has a use for, by setpriv's names."""
+"""linux/capability.h: the bits of those that the relay or its self-test has a use for, by setpriv's names."""
 
 SUPERVISOR = (
     "net_raw",  # transparent listeners, SO_MARK, SO_BINDTODEVICE

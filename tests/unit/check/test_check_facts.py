@@ -7,6 +7,7 @@ import pytest
 
 from tproxy_relay.check import foreign_rules, host, limits, tools
 from tproxy_relay.check.context import is_relay
+from tproxy_relay.net import proc_net
 
 
 @pytest.mark.parametrize(
@@ -60,10 +61,10 @@ def test_sysctls_are_read() -> None:
 def test_a_listener_and_its_owner_are_found() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        (found,) = (one for one in host.sockets() if one.local_port == port)
+        (found,) = (one for one in proc_net.tcp_sockets() if one.local_port == port)
         owner = host.owner(found.inode)
         assert found.listening and owner and owner[0] == os.getpid() and not is_relay((1, "nginx: master"))
-    assert not [one for one in host.sockets() if one.local_port == port and one.listening]
+    assert not [one for one in proc_net.tcp_sockets() if one.local_port == port and one.listening]
 
 
 def test_more_threads_take_more_maps() -> None:

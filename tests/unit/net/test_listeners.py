@@ -447,15 +447,6 @@ def test_a_dual_stack_listener_shows_ipv4_clients_as_ipv4() -> None:
                 assert str(endpoint.from_sockaddr(accepted.getsockname())) == f"127.0.0.1:{port}"
 
 
-@pytest.mark.usefixtures("ipv6_loopback")
-def test_the_ports_on_which_somebody_listens() -> None:
-    with loopback.listen() as four, loopback.listen("::1") as six, loopback.dial(four.getsockname()) as client:
-        ports = {four.getsockname()[1], six.getsockname()[1]}
-        assert ports <= listeners.listening_ports()
-        assert client.getsockname()[1] not in listeners.listening_ports()
-    assert not ports & listeners.listening_ports()
-
-
 def test_nothing_is_said_when_all_is_well(opened: Callable[..., list[listeners.Listener]]) -> None:
     with lines_module.collected() as lines:
         opened(plain())

@@ -1,0 +1,50 @@
+"""What the kernel tells of this network namespace in /proc/net: its TCP sockets, and what its backlogs have lost."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_LISTEN = "0A"
+"""net/tcp_states.h, TCP_LISTEN, as /proc/net/tcp writes it."""
+
+
+class TcpSocket(NamedTuple):
+    """A TCP socket, whoever's it is."""
+
+    local_port: int
+    remote_port: int
+    """0 for one that listens."""
+    listening: bool
+    inode: str
+    """By which /proc/PID/fd knows it; `0` when no process has it any more."""
+
+
+def tcp_sockets() -> Iterator[TcpSocket]:
+    """The TCP sockets of this network namespace (proc(5), /proc/net/tcp and tcp6); none of a family that is not here."""
+    for table in ("tcp", "tcp6"):
+        for line in _lines(table)[1:]:
+            fields = line.split()
+            local, remote = (int(field.rsplit(":", 1)[1], 16) for field in fields[1:3])
+            yield TcpSocket(local, remote, fields[3] == _LISTEN, fields[9])
+
+
+def listening_ports() -> set[int]:
+    """The TCP ports on which somebody listens in this network namespace."""
+    return {one.local_port for one in tcp_sockets() if one.listening}
+
+
+def listen_overflows() -> int:
+    """How often a connection was lost in this network namespace because the backlog of its listener was full, whoever's
+    (TcpExtListenOverflows of nstat(8); proc(5), /proc/net/netstat). 0 where the kernel does not tell."""
+    try:
+        names, numbers = (line.split() for line in _lines("netstat") if line.startswith("TcpExt:"))
+        return int(numbers[names.index("ListenOverflows")])
+    except ValueError:
+        return 0
+
+
+def _lines(table: str) -> list[str]:
+    try:
+        with open(f"/proc/net/{table}", encoding="ascii", errors="replace") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
