@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tproxy_relay import errors
@@ -24,6 +23,7 @@ from tproxy_relay.intercept import ruleset
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel, Message
+from tproxy_relay.system import children
 
 PATIENCE = 3.0
 """Seconds to wait for the guard to have drained or removed the rules; it takes a twentieth of one. Nothing else is
@@ -170,8 +170,6 @@ class Interception:
             return False
 
     def _start_guard(self) -> Channel:
-        package = Path(__file__).parents[2]
-        path = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._started_at = time.monotonic()
         try:
             talk, theirs = channel.pair()
@@ -179,13 +177,13 @@ class Interception:
             raise SystemRefusedError(f"cannot start the guard of the ruleset: {error.strerror}") from error
         try:
             self._guard = subprocess.Popen(
-                [sys.executable, "-m", "tproxy_relay.guard.guard"],
+                children.module_command("tproxy_relay.guard.guard"),
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 # Neither Ctrl-C nor the folder it was started in is the guard's.
                 start_new_session=True,
                 cwd="/",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+                env=children.own_environment(),
             )
         except OSError as error:
             talk.close()

@@ -11,6 +11,7 @@ import time
 
 from tproxy_relay.intercept import nft, programs
 from tproxy_relay.intercept.programs import ProgramError
+from tproxy_relay.system import children
 
 _SYNC = "describe meta mark"
 _SYNCED = "meta expression"
@@ -28,7 +29,7 @@ class Holder:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # Its history file would go to HOME.
-            env={"PATH": programs.search_path(), "LC_ALL": "C", "HOME": os.devnull},
+            env=children.program_environment({"HOME": os.devnull}, programs.search_path()),
         )
 
     @property

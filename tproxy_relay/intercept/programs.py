@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 
 from tproxy_relay.errors import CapabilityMissingError, RelayError, SystemRefusedError
+from tproxy_relay.system import children
 
 TIMEOUT = 20.0
 """Seconds for one call. iptables may wait for another program's lock that long (-w)."""
@@ -58,7 +59,7 @@ def run(argv: Sequence[str], stdin: str = "", *, check: bool = True) -> "subproc
             errors="replace",
             check=False,
             timeout=TIMEOUT,
-            env={**os.environ, "PATH": search_path(), "LC_ALL": "C"},
+            env=children.program_environment(os.environ, search_path()),
         )
     except subprocess.TimeoutExpired as error:
         raise ProgramError(f"`{' '.join(argv)}` did not end within {TIMEOUT:g} s") from error

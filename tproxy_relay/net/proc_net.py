@@ -19,7 +19,7 @@ class TcpSocket(NamedTuple):
 
 
 def tcp_sockets() -> Iterator[TcpSocket]:
-    """The TCP sockets of this network namespace (proc(5), /proc/net/tcp and tcp6); none of a family that is not here."""
+    """The TCP sockets of this network namespace (proc(5), /proc/net/tcp, tcp6); none of a family that is not here."""
     for table in ("tcp", "tcp6"):
         for line in _lines(table)[1:]:
             fields = line.split()

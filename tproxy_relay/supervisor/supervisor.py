@@ -39,7 +39,7 @@ from tproxy_relay.supervisor.status import Facts
 from tproxy_relay.supervisor.takeover import Door, Offer
 from tproxy_relay.supervisor.worker_process import WorkerProcess
 from tproxy_relay.supervisor.workers import DEATHS_PERIOD, LOOK_INTERVAL, MAX_DEATHS, Deaths, Generation, Workers
-from tproxy_relay.system import systemd
+from tproxy_relay.system import reaper, systemd
 from tproxy_relay.system.wakeup import Wakeup
 from tproxy_relay.worker.worker import ABORT_GRACE
 
@@ -251,16 +251,8 @@ class Supervisor:
         log.info("connections", extra=self._workers.numbers._asdict())
 
     def _reap_orphans(self) -> None:
-        """As PID 1 of a container: what other programs have left behind is ours."""
-        own = {worker.pid for worker in self._workers}
-        while True:
-            try:
-                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if ended is None or ended.si_pid in own:
-                    return  # a worker: the end of its channel tells of it
-                os.waitpid(ended.si_pid, os.WNOHANG)
-            except ChildProcessError:
-                return
+        """Not the workers: the end of its channel tells of one."""
+        reaper.reap_orphans({worker.pid for worker in self._workers})
 
     # --- workers that come
 

@@ -4,9 +4,7 @@ import contextlib
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tproxy_relay import errors
 from tproxy_relay.errors import RelayError, SystemRefusedError
@@ -16,14 +14,12 @@ from tproxy_relay.ipc.scoreboard import Numbers, Scoreboard, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.supervisor import launch
 from tproxy_relay.supervisor.generation import Prepared
+from tproxy_relay.system import children
 
 LAST_TIMEOUT = 1.0
 """Seconds for a worker to be gone after it has closed its channel, and for its last words to be read."""
 
 log = logging.getLogger(__name__)
-
-_OF_THE_MANAGER = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"})
-"""sd_notify(3), sd_watchdog_enabled(3): the supervisor's."""
 
 
 class WorkerProcess:
@@ -151,15 +147,6 @@ class WorkerProcess:
         return SystemRefusedError(f"a worker could not start ({how}): {self._words.last or 'it said nothing'}")
 
 
-def environment() -> dict[str, str]:
-    """Ours without the service manager, and so that the same program runs, also from a checkout that is not
-    installed."""
-    package = str(Path(__file__).parents[2])
-    path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    ours = {name: value for name, value in os.environ.items() if name not in _OF_THE_MANAGER}
-    return {**ours, "PYTHONPATH": os.pathsep.join(path)}
-
-
 def _start(prepared: Prepared, control: int, log_end: int, words_end: int) -> "subprocess.Popen[bytes]":
     listening = [listener.sock.fileno() for listener in prepared.listeners]
     return subprocess.Popen(
@@ -169,10 +156,10 @@ def _start(prepared: Prepared, control: int, log_end: int, words_end: int) -> "s
         stderr=words_end,
         pass_fds=listening,
         cwd="/",
-        env=environment(),
+        env=children.own_environment(without=children.OF_THE_MANAGER),
     )
 
 
 def _command(becoming: Sequence[str], descriptors: Sequence[int]) -> list[str]:
-    launcher = [sys.executable, "-I", "-S", str(launch.__file__), ",".join(map(str, descriptors))]
-    return [*launcher, *becoming, sys.executable, "-m", "tproxy_relay.worker"]
+    launcher = children.script_command(str(launch.__file__), ",".join(map(str, descriptors)))
+    return [*launcher, *becoming, *children.module_command("tproxy_relay.worker")]
