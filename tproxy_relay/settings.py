@@ -6,7 +6,7 @@ Times are in seconds. 0 turns a timeout or a cap off, unless the field says othe
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 INTERFACE_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
 """linux/if.h: IFNAMSIZ is 16 with the final zero. What the kernel would allow beside these is not worth a quote."""
@@ -16,6 +16,16 @@ KERNEL_ROUTE_TABLES = (253, 254, 255)
 
 MAX_ROUTE_PRIORITY = 32763
 """ip-rule(8): the rule for the main table has 32766, and three are needed below it."""
+
+# The words that an option may have. options.py takes them from here, in this order.
+Mode = Literal["tproxy", "redirect"]
+OnFailure = Literal["open", "closed"]
+PreserveSource = Literal["no", "address", "full"]
+WhenFull = Literal["wait", "refuse", "evict"]
+BackendName = Literal["auto", "nft", "iptables", "iptables-nft", "iptables-legacy"]
+CpuAffinity = Literal["auto", "on", "off"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["console", "json"]
 
 
 class HostPort(NamedTuple):
@@ -68,20 +78,20 @@ class Settings:
     ports: tuple[int, ...] = (15002, 15006)
     bind: tuple[str, ...] = ("0.0.0.0", "::")
     interface: str | None = None
-    mode: str = "tproxy"
+    mode: Mode = "tproxy"
     intercept_inbound: tuple[PortRange, ...] = ()
     intercept_outbound: tuple[PortRange, ...] = ()
     inbound_port: int = 15006
     outbound_port: int = 15002
-    backend: str = "auto"
-    on_failure: str = "open"
+    backend: BackendName = "auto"
+    on_failure: OnFailure = "open"
     user: str | None = None
     """The account of the workers. None: that of the supervisor."""
     workers: int | None = None
     """None: as many as there are processors."""
-    cpu_affinity: str = "auto"
+    cpu_affinity: CpuAffinity = "auto"
     stall_timeout: float = 10.0
-    preserve_source: str = "no"
+    preserve_source: PreserveSource = "no"
     target: HostPort | None = None
     allow: tuple[Network, ...] = ()
     deny: tuple[Network, ...] = ()
@@ -90,7 +100,7 @@ class Settings:
     max_per_source: int = 0
     max_rate_per_source: int = 0
     """New connections a second."""
-    when_full: str = "wait"
+    when_full: WhenFull = "wait"
     connect_timeout: float = 10.0
     idle_timeout: float = 0.0
     half_close_timeout: float = 0.0
@@ -110,8 +120,8 @@ class Settings:
     """Three bits of the fwmark; the highest of them marks the relay's own sockets."""
     route_table: int = 7006
     route_priority: int = 7006
-    log_level: str = "debug"
-    log_format: str = "console"
+    log_level: LogLevel = "debug"
+    log_format: LogFormat = "console"
     log_file: str | None = None
     """None: standard error."""
     admin: HostPort | str | None = None

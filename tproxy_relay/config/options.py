@@ -9,7 +9,9 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import get_args
 
+from tproxy_relay import settings
 from tproxy_relay.config import option_types
 from tproxy_relay.settings import MAX_ROUTE_PRIORITY, Settings
 
@@ -125,7 +127,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "mode",
-            option_types.words("tproxy", "redirect"),
+            option_types.words(*get_args(settings.Mode)),
             "MODE",
             "How connections get here. tproxy: by TPROXY rules, which rewrite nothing. redirect: by nat "
             "REDIRECT rules; the kernel is asked where each connection was going.",
@@ -156,13 +158,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "backend",
-            option_types.words("auto", "nft", "iptables", "iptables-nft", "iptables-legacy"),
+            option_types.words(*get_args(settings.BackendName)),
             "PROGRAM",
             "What installs the rules. auto: nft where it works, else iptables.",
         ),
         Option(
             "on-failure",
-            option_types.words("open", "closed"),
+            option_types.words(*get_args(settings.OnFailure)),
             "WHAT",
             "What new connections meet when the relay has died. open: they go direct. closed: they are refused until "
             "the relay is back or the ruleset is removed.",
@@ -197,7 +199,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "cpu-affinity",
-            option_types.words("auto", "on", "off"),
+            option_types.words(*get_args(settings.CpuAffinity)),
             "WHEN",
             "If each worker stays on one processor, but for threads that carry a stream. auto: if there is a worker "
             "for each. on: always; taskset or CPUAffinity of the unit says which. off: never.",
@@ -220,7 +222,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Connecting upstream": (
         Option(
             "preserve-source",
-            option_types.words("no", "address", "full"),
+            option_types.words(*get_args(settings.PreserveSource)),
             "WHAT",
             "What the server sees as its client. no: the relay. address: the client's own address. full: "
             "the client's own address and port. The last two need CAP_NET_RAW, and a way back for the "
@@ -313,7 +315,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "when-full",
-            option_types.words("wait", "refuse", "evict"),
+            option_types.words(*get_args(settings.WhenFull)),
             "WHAT",
             "What becomes of a new connection when there is no room for it. wait: it stays in the kernel's backlog "
             "until there is. refuse: it is reset. evict: the connection that has rested longest, for a second at "
@@ -357,13 +359,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Log": (
         Option(
             "log-level",
-            option_types.words("debug", "info", "warning", "error"),
+            option_types.words(*get_args(settings.LogLevel)),
             "LEVEL",
             "The least important messages that are still written.",
         ),
         Option(
             "log-format",
-            option_types.words("console", "json"),
+            option_types.words(*get_args(settings.LogFormat)),
             "FORMAT",
             "How a line is written. console: for people. json: as one JSON object.",
         ),

@@ -26,7 +26,7 @@ except ImportError:  # python-json-logger before 3.1
     from pythonjsonlogger.jsonlogger import JsonFormatter  # type: ignore[attr-defined]
 
 from tproxy_relay.errors import SystemRefusedError
-from tproxy_relay.settings import Settings
+from tproxy_relay.settings import LogFormat, Settings
 
 QUEUE_LENGTH = 10_000
 """Records that may wait for the writer."""
@@ -122,7 +122,7 @@ class LineFormatter(JsonFormatter):  # type: ignore[misc, unused-ignore]
         return text
 
 
-def _formatter(log_format: str) -> logging.Formatter:
+def _formatter(log_format: LogFormat) -> logging.Formatter:
     return LineFormatter() if log_format == "json" else ConsoleFormatter()
 
 
