@@ -1,12 +1,13 @@
-"""What the program was told to do: one frozen value, and nothing else knows where it came from.
+"""How the relay is to work: one frozen value, and nothing else knows where it came from.
 
-config.py is the only maker of it outside the tests; everything below reads it and nothing changes it.
-Times are in seconds. 0 turns a timeout or a cap off, unless the field says otherwise.
+config/loader.py makes it, and a worker gets it as JSON from its supervisor. Everything else reads it and nothing
+changes it. Times are in seconds. 0 turns a timeout or a cap off, unless the field says otherwise.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 INTERFACE_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
 """linux/if.h: IFNAMSIZ is 16 with the final zero. What the kernel would allow beside these is not worth a quote."""
@@ -54,7 +55,7 @@ class PortRange(NamedTuple):
 
 
 class Network(NamedTuple):
-    """Addresses, and some of their ports (None: all), as destinations.py matches them."""
+    """Addresses, and some of their ports (None: all), as relay/acl.py matches them."""
 
     address: str
     """With the length of its prefix: 192.0.2.0/24."""
@@ -72,9 +73,6 @@ class Network(NamedTuple):
 class Settings:
     """Every setting with its default. The meaning of each is in options.OPTIONS, once."""
 
-    command: str = "run"
-    action: str | None = None
-    """Of `rules`: show, apply, remove or status."""
     ports: tuple[int, ...] = (15002, 15006)
     bind: tuple[str, ...] = ("0.0.0.0", "::")
     interface: str | None = None
@@ -126,15 +124,31 @@ class Settings:
     """None: standard error."""
     admin: HostPort | str | None = None
     """A loopback address or the path of a unix socket; None: only the relay's own socket."""
-    take_over: bool = False
-    """`run` only: from the relay that is there already."""
-    keep: bool = False
-    """`demo` only: leave the network up until Ctrl-C."""
-    root: str = "/"
-    """`install` and `uninstall` only."""
-    show: tuple[tuple[str, str], ...] = ()
-    """`sessions` and `top` only: fields of a session_query.Query, and what was written for each."""
-    abort: str | None = None
-    """`sessions` only: the id of a connection."""
-    json: bool = False
-    """`status`, `sessions`, `check` and `rules` only: answer in JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field by its name, as values that json.dumps() takes; from_json() reads what comes of them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that to_json() has described, after json.loads(). Raises KeyError if a field of several values
+        is missing, TypeError for an unknown one."""
+        target, admin = values["target"], values["admin"]
+        return cls(
+            **{
+                **values,
+                "ports": tuple(values["ports"]),
+                "bind": tuple(values["bind"]),
+                "intercept_inbound": tuple(PortRange(*ports) for ports in values["intercept_inbound"]),
+                "intercept_outbound": tuple(PortRange(*ports) for ports in values["intercept_outbound"]),
+                "target": None if target is None else HostPort(*target),
+                "admin": HostPort(*admin) if isinstance(admin, list) else admin,
+                "allow": tuple(map(_network, values["allow"])),
+                "deny": tuple(map(_network, values["deny"])),
+            }
+        )
+
+
+def _network(values: Sequence[Any]) -> Network:
+    address, ports = values
+    return Network(address, None if ports is None else PortRange(*ports))

@@ -27,7 +27,7 @@ KEY_TIMEOUT = 200
 ESCAPE, ENTER, ERASE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_BACKSPACE)
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, show: dict[str, str]) -> int:
     """Until q. Raises RelayError, also for a terminal that cannot show it; the terminal is as before in any case."""
     relay = client.find(settings)
     _require_terminal()
@@ -35,10 +35,8 @@ def run(settings: Settings) -> int:
     os.environ.setdefault("ESCDELAY", "25")
     signal.signal(signal.SIGTERM, _leave)  # else the terminal would stay as it is now
     signal.signal(signal.SIGHUP, _leave)
-    shown = dict(settings.show)
-    view = View(sort=shown.pop("sort", "rate"), reverse=shown.pop("reverse", "no") == "yes")
-    shown.pop("limit", None)
-    view.show = shown
+    view = View(sort=show.get("sort", "rate"), reverse=show.get("reverse") == "yes")
+    view.show = {name: text for name, text in show.items() if name not in ("sort", "reverse", "limit")}
     curses.wrapper(lambda screen: Top(relay, view, screen).run())
     return 0
 

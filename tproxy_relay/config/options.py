@@ -1,13 +1,14 @@
 """The table of options: each is described here, once.
 
-The parser, --help, the manual, etc/tproxy-relay.conf and the completions are all made from it, and the defaults
-are those of ``Settings``. An option is called ``connect-timeout`` everywhere: ``--connect-timeout`` on the
-command line, ``connect-timeout`` in the file, TPROXY_RELAY_CONNECT_TIMEOUT in the environment.
+The parser, --help, the manual, etc/tproxy-relay.conf and the completions are all made from it. The defaults are
+those of ``Settings``, and for what is no setting, but said to one command, those of ``ARGUMENTS``. An option is called
+``connect-timeout`` everywhere: ``--connect-timeout`` on the command line, ``connect-timeout`` in the file,
+TPROXY_RELAY_CONNECT_TIMEOUT in the environment.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -19,6 +20,18 @@ DEFAULT_FILE = "/etc/tproxy-relay.conf"
 PREFIX = "TPROXY_RELAY_"
 # These two are usual names that other programs beside this one read too.
 ALIASES = {"log-level": "LOG_LEVEL", "log-format": "LOG_FORMAT"}
+
+ARGUMENTS: Mapping[str, object] = {
+    "command": "run",
+    "action": None,
+    "take_over": False,
+    "keep": False,
+    "root": "/",
+    "show": (),
+    "abort": None,
+    "json": False,
+}
+"""Fields of cli/arguments.py, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,23 @@ class Option:
 
     @property
     def field(self) -> str:
-        """Its name in Settings, if it has one there."""
+        """Its name in Settings or ARGUMENTS, if it has one there."""
         return self.name.replace("-", "_")
 
     @property
     def is_setting(self) -> bool:
+        """True if it is a field of Settings."""
         return hasattr(Settings, self.field)
+
+    @property
+    def is_argument(self) -> bool:
+        """True if it is one of ARGUMENTS."""
+        return self.field in ARGUMENTS
+
+    @property
+    def has_value(self) -> bool:
+        """False for what only changes this one run of the program: --help, --config."""
+        return self.is_setting or self.is_argument
 
     @property
     def variable(self) -> str:
@@ -74,7 +98,9 @@ class Option:
     @property
     def default(self) -> str:
         """The default as it stands in a file; '' where there is none."""
-        return self.write(getattr(Settings, self.field)) if self.is_setting else ""
+        if not self.has_value:
+            return ""
+        return self.write(ARGUMENTS[self.field] if self.is_argument else getattr(Settings, self.field))
 
 
 def _flag(name: str, meaning: str) -> Option:

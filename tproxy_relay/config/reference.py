@@ -69,7 +69,7 @@ def _filled(text: str, width: int) -> str:
 def _in_brackets(option: Option) -> str:
     """What is allowed, and the default."""
     facts = [option.kind.allowed] if option.kind else []
-    if option.is_setting and option.kind:
+    if option.has_value and option.kind:
         facts.append(f"default: {option.default}" if option.default else f"not set: {option.unset}")
     return f"[{'; '.join(facts)}]" if facts else ""
 
