@@ -23,13 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "run" and not loaded.print_config:
             run.give_up_privileges(os.environ)
         for warning in loaded.warnings:
-            _say(warning)
+            _complain(warning)
         if loaded.print_config:
             print(loader.print_config(loaded), end="")
             return 0
         return _perform(loaded.settings, arguments, given)
     except RelayError as error:
-        _say(str(error))
+        _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -72,5 +72,5 @@ def _perform(settings: Settings, arguments: Arguments, argv: Sequence[str]) -> i
     return run.run(settings, reread, os.environ, take_over=arguments.take_over)
 
 
-def _say(line: str) -> None:
+def _complain(line: str) -> None:
     print(f"tproxy-relay: {line}", file=sys.stderr)
