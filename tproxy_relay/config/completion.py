@@ -7,7 +7,7 @@ known: words, files, accounts, interfaces. A value may look like a command ("--u
 import re
 import textwrap
 
-from tproxy_relay.config import option_types
+from tproxy_relay.config import option_addresses, option_types
 from tproxy_relay.config.options import ACTION, COMMAND, OPTIONS, POSITIONAL, Option
 
 _MADE = """\
@@ -116,7 +116,7 @@ def _bash_value(option: Option) -> str:
         return f"compopt -o {'default' if option.kind is option_types.PATH else 'dirnames'}"
     if option.kind is option_types.ACCOUNT:
         return 'mapfile -t COMPREPLY < <(compgen -u -- "$word")'
-    if option.kind is option_types.INTERFACE:
+    if option.kind is option_addresses.INTERFACE:
         return '_tproxy_relay_words "$(ls /sys/class/net)"'
     return ""
 
@@ -151,7 +151,7 @@ def _zsh_value(option: Option) -> str:
         return "_files" if option.kind is option_types.PATH else "_files -/"
     if option.kind is option_types.ACCOUNT:
         return "_users"
-    if option.kind is option_types.INTERFACE:
+    if option.kind is option_addresses.INTERFACE:
         return "_net_interfaces"
     return " "
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from tproxy_relay import settings
-from tproxy_relay.config import option_types
+from tproxy_relay.config import option_addresses, option_types
 from tproxy_relay.settings import MAX_ROUTE_PRIORITY, Settings
 
 DEFAULT_FILE = "/etc/tproxy-relay.conf"
@@ -39,7 +39,7 @@ class Option:
     """One option, in the operator's words. ``kind`` is None where it takes no value."""
 
     name: str
-    kind: option_types.Kind | None
+    kind: option_types.OptionType | None
     metavar: str
     meaning: str
     unset: str = ""
@@ -138,7 +138,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("ports", option_types.PORTS, "LIST", "Listening ports, all alike.", many=True),
         Option(
             "bind",
-            option_types.ADDRESSES,
+            option_addresses.ADDRESSES,
             "LIST",
             "Listening addresses. With nothing but loopback addresses here, nobody on the network can "
             "connect to the relay itself.",
@@ -146,7 +146,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "interface",
-            option_types.INTERFACE,
+            option_addresses.INTERFACE,
             "NAME",
             "Listen on this network interface only, and intercept only what arrives there.",
             unset="all interfaces",
@@ -256,14 +256,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "target",
-            option_types.TARGET,
+            option_addresses.TARGET,
             "HOST:PORT",
             "Where to send connections that were not intercepted. A name is looked up once, at start and reload.",
             unset="they are refused",
         ),
         Option(
             "allow",
-            option_types.NETWORKS,
+            option_addresses.NETWORKS,
             "LIST",
             "Destinations that connections may have although another rule denies them. The longest prefix wins. Denied "
             "from the beginning are loopback, link-local (where clouds have their metadata), multicast and reserved "
@@ -274,7 +274,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "deny",
-            option_types.NETWORKS,
+            option_addresses.NETWORKS,
             "LIST",
             "Destinations that connections may not have: they are reset, and recorded as denied. With 0.0.0.0/0,::/0 "
             "only those of allow are left.",
@@ -400,7 +400,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Looking in": (
         Option(
             "admin",
-            option_types.ADMIN,
+            option_addresses.ADMIN,
             "WHERE",
             "Where else the relay can be asked how it does, beside its own socket, which status, sessions and top find "
             "by themselves and only root and the account of the relay may use. A port of a loopback address: for "
