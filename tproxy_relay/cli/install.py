@@ -30,7 +30,7 @@ _BESIDE = ".dpkg-dist"
 
 
 class Target(NamedTuple):
-    """Where one file goes."""
+    """One file of the service, and where on the machine it goes."""
 
     name: str
     """In etc/ of the source tree."""

@@ -89,7 +89,7 @@ return ret
 
 
 def bash() -> str:
-    """The file for bash."""
+    """The text of the completion file for bash: a function, and that it completes tproxy-relay."""
     options = [option for option in OPTIONS.values() if option not in POSITIONAL]
     return _MADE.format(name="bash") + _BASH.format(
         words=_wrapped(" | ".join(dict.fromkeys(COMMAND.words + ACTION.words)), 12),
@@ -122,7 +122,7 @@ def _bash_value(option: Option) -> str:
 
 
 def zsh() -> str:
-    """The file for zsh."""
+    """The text of the completion file for zsh, to be autoloaded as _tproxy-relay."""
     options = [_zsh_option(option) for option in OPTIONS.values() if option not in POSITIONAL]
     return _ZSH.format(
         made=_MADE.format(name="zsh"),

@@ -108,7 +108,7 @@ See also
 
 
 def page() -> str:
-    """What docs/configuration.rst holds."""
+    """The text of docs/configuration.rst, the source of tproxy-relay.conf(5)."""
     return "\n".join([_PAGE, *_settings(), _PAGE_END])
 
 

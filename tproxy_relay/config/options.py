@@ -70,6 +70,7 @@ class Option:
 
     @property
     def variable(self) -> str:
+        """The environment variable that bears its own name; `variables` has those that are read."""
         return PREFIX + self.field.upper()
 
     @property

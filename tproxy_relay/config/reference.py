@@ -37,7 +37,7 @@ The command line wins over the environment, the environment over the file
 
 
 def help_text() -> str:
-    """What --help prints."""
+    """The text that --help prints."""
     return (
         _HELP
         + "".join(_help_entry(word, word.name) for word in POSITIONAL)
@@ -75,7 +75,7 @@ def _in_brackets(option: Option) -> str:
 
 
 def conf() -> str:
-    """What etc/tproxy-relay.conf holds."""
+    """The text of etc/tproxy-relay.conf: every setting with its default, as a comment, and those of SHIPPED."""
     return "\n".join(_conf_lines())
 
 
