@@ -1,4 +1,4 @@
-"""Properties of the loader: whatever is configured, `--print-config` writes it down as a file that says the same.
+"""Whatever is configured, `--print-config` writes it down as a file that says the same.
 
 The row wants it with the oldest and the newest ConfigArgParse; the matrix of setup.cfg brings those.
 """

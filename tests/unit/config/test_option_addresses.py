@@ -1,9 +1,6 @@
 """Addresses, networks and interfaces: what is taken, what it becomes, and what is refused in which words."""
 
 import pytest
-import written
-from hypothesis import given
-from hypothesis import strategies as st
 from written import reason
 
 from tproxy_relay.config import option_addresses, option_types
@@ -190,10 +187,3 @@ def test_networks(text: str, networks: tuple[Network, ...]) -> None:
 )
 def test_what_are_no_networks(text: str, why: str) -> None:
     assert why in reason(option_addresses.NETWORKS, text)
-
-
-@given(st.lists(written.networks(), max_size=option_types.MAX_ITEMS // 4, unique=True))
-def test_networks_are_read_as_written(networks: list[Network]) -> None:
-    assert option_addresses.NETWORKS.parse(option_addresses.NETWORKS.write(tuple(networks))) == tuple(networks)
-    for one in networks:
-        assert option_addresses.NETWORKS.parse(str(one)) == (one,)
