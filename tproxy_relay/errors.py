@@ -2,7 +2,7 @@
 
 The codes come from sysexits.h where it has one for the case. The message of each of these errors is
 one line, in the user's words: what is wrong, where, and what mends it. Ordinary ends of a connection
-(a reset, a refusal) are not errors here: they are outcomes (see record.py).
+(a reset, a refusal) are not errors here: they are outcomes (see outcome.py).
 """
 
 
@@ -43,7 +43,8 @@ class ConfigError(RelayError):
 
 
 def of_exit_code(code: int, message: str) -> RelayError:
-    """The error that another process of the relay has met."""
+    """The error that another process of the relay has met, from its exit code and its line. A code that no kind has
+    gives a plain RelayError."""
     for kind in (UsageError, KernelUnsupportedError, SystemRefusedError, CapabilityMissingError, ConfigError):
         if kind.exit_code == code:
             return kind(message)

@@ -27,7 +27,7 @@ _ID = re.compile(r"[0-9a-f]{1,16}(-[0-9a-f]{1,16}){2}")
 
 @dataclass(frozen=True)
 class Query:
-    """What is not given does not matter."""
+    """Which connections, in which order, and how many at most. A field that is None or 0 leaves none out."""
 
     id: str | None = None
     text: str | None = None
@@ -53,7 +53,7 @@ class Query:
 
     @property
     def chooses(self) -> bool:
-        """If some connections may not match."""
+        """True if there may be connections that do not match; order and number do not count."""
         return replace(self, sort=SORTS[0], reverse=False, limit=MOST) != _EVERYTHING
 
 
@@ -61,7 +61,8 @@ _EVERYTHING = Query()
 
 
 def parse(given: Mapping[str, str]) -> Query:
-    """From texts, as they stand in a URL or on the command line. Raises UsageError."""
+    """The query that these texts mean, by name of the field with `-` for `_`, as they stand in a URL or on the command
+    line. Raises UsageError for an unknown name or a text that is no value."""
     unknown = sorted(set(given) - set(NAMES))
     if unknown:
         raise UsageError(f"no such filter: {unknown[0]!r}; there are {', '.join(NAMES)}")
@@ -75,7 +76,7 @@ def parse(given: Mapping[str, str]) -> Query:
 
 
 def written(query: Query) -> dict[str, str]:
-    """The other way; what is as usual is left out."""
+    """The texts of which parse() makes this query; fields with their default are left out."""
     texts = {}
     for field in fields(Query):
         value = getattr(query, field.name)

@@ -1,12 +1,13 @@
-"""What the program was told to do: one frozen value, and nothing else knows where it came from.
+"""How the relay is to work: one frozen value, and nothing else knows where it came from.
 
-config.py is the only maker of it outside the tests; everything below reads it and nothing changes it.
-Times are in seconds. 0 turns a timeout or a cap off, unless the field says otherwise.
+config/loader.py makes it, and a worker gets it as JSON from its supervisor. Everything else reads it and nothing
+changes it. Times are in seconds. 0 turns a timeout or a cap off, unless the field says otherwise.
 """
 
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 INTERFACE_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
 """linux/if.h: IFNAMSIZ is 16 with the final zero. What the kernel would allow beside these is not worth a quote."""
@@ -16,6 +17,16 @@ KERNEL_ROUTE_TABLES = (253, 254, 255)
 
 MAX_ROUTE_PRIORITY = 32763
 """ip-rule(8): the rule for the main table has 32766, and three are needed below it."""
+
+# The words that an option may have. options.py takes them from here, in this order.
+Mode = Literal["tproxy", "redirect"]
+OnFailure = Literal["open", "closed"]
+PreserveSource = Literal["no", "address", "full"]
+WhenFull = Literal["wait", "refuse", "evict"]
+BackendName = Literal["auto", "nft", "iptables", "iptables-nft", "iptables-legacy"]
+CpuAffinity = Literal["auto", "on", "off"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["console", "json"]
 
 
 class HostPort(NamedTuple):
@@ -44,7 +55,7 @@ class PortRange(NamedTuple):
 
 
 class Network(NamedTuple):
-    """Addresses, and some of their ports (None: all), as destinations.py matches them."""
+    """Addresses, and some of their ports (None: all), as relay/acl.py matches them."""
 
     address: str
     """With the length of its prefix: 192.0.2.0/24."""
@@ -62,26 +73,23 @@ class Network(NamedTuple):
 class Settings:
     """Every setting with its default. The meaning of each is in options.OPTIONS, once."""
 
-    command: str = "run"
-    action: str | None = None
-    """Of `rules`: show, apply, remove or status."""
     ports: tuple[int, ...] = (15002, 15006)
     bind: tuple[str, ...] = ("0.0.0.0", "::")
     interface: str | None = None
-    mode: str = "tproxy"
+    mode: Mode = "tproxy"
     intercept_inbound: tuple[PortRange, ...] = ()
     intercept_outbound: tuple[PortRange, ...] = ()
     inbound_port: int = 15006
     outbound_port: int = 15002
-    backend: str = "auto"
-    on_failure: str = "open"
+    backend: BackendName = "auto"
+    on_failure: OnFailure = "open"
     user: str | None = None
     """The account of the workers. None: that of the supervisor."""
     workers: int | None = None
     """None: as many as there are processors."""
-    cpu_affinity: str = "auto"
+    cpu_affinity: CpuAffinity = "auto"
     stall_timeout: float = 10.0
-    preserve_source: str = "no"
+    preserve_source: PreserveSource = "no"
     target: HostPort | None = None
     allow: tuple[Network, ...] = ()
     deny: tuple[Network, ...] = ()
@@ -90,7 +98,7 @@ class Settings:
     max_per_source: int = 0
     max_rate_per_source: int = 0
     """New connections a second."""
-    when_full: str = "wait"
+    when_full: WhenFull = "wait"
     connect_timeout: float = 10.0
     idle_timeout: float = 0.0
     half_close_timeout: float = 0.0
@@ -110,21 +118,37 @@ class Settings:
     """Three bits of the fwmark; the highest of them marks the relay's own sockets."""
     route_table: int = 7006
     route_priority: int = 7006
-    log_level: str = "debug"
-    log_format: str = "console"
+    log_level: LogLevel = "debug"
+    log_format: LogFormat = "console"
     log_file: str | None = None
     """None: standard error."""
     admin: HostPort | str | None = None
     """A loopback address or the path of a unix socket; None: only the relay's own socket."""
-    take_over: bool = False
-    """`run` only: from the relay that is there already."""
-    keep: bool = False
-    """`demo` only: leave the network up until Ctrl-C."""
-    root: str = "/"
-    """`install` and `uninstall` only."""
-    show: tuple[tuple[str, str], ...] = ()
-    """`sessions` and `top` only: fields of a session_query.Query, and what was written for each."""
-    abort: str | None = None
-    """`sessions` only: the id of a connection."""
-    json: bool = False
-    """`status`, `sessions`, `check` and `rules` only: answer in JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field by its name, as values that json.dumps() takes; from_json() reads what comes of them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that to_json() has described, after json.loads(). Raises KeyError if a field of several values
+        is missing, TypeError for an unknown one."""
+        target, admin = values["target"], values["admin"]
+        return cls(
+            **{
+                **values,
+                "ports": tuple(values["ports"]),
+                "bind": tuple(values["bind"]),
+                "intercept_inbound": tuple(PortRange(*ports) for ports in values["intercept_inbound"]),
+                "intercept_outbound": tuple(PortRange(*ports) for ports in values["intercept_outbound"]),
+                "target": None if target is None else HostPort(*target),
+                "admin": HostPort(*admin) if isinstance(admin, list) else admin,
+                "allow": tuple(map(_network, values["allow"])),
+                "deny": tuple(map(_network, values["deny"])),
+            }
+        )
+
+
+def _network(values: Sequence[Any]) -> Network:
+    address, ports = values
+    return Network(address, None if ports is None else PortRange(*ports))

@@ -21,7 +21,7 @@ except ImportError:  # the corpus can be played without it
     atheris = None
 
 with atheris.instrument_imports(include=["tproxy_relay"]) if atheris else contextlib.nullcontext():
-    from tproxy_relay.config import conf_file, loader, option_types
+    from tproxy_relay.config import conf_file, loader, option_addresses, option_types
     from tproxy_relay.errors import ConfigError
     from tproxy_relay.relay.acl import Rules
 
@@ -65,7 +65,7 @@ def _destination(data: bytes) -> bool:
     host, port, allow, deny = (data.decode(errors="replace").split("\n", 3) + [""] * 3)[:4]
     lists = []
     for text in (allow, deny):
-        value = _parsed(option_types.NETWORKS, text)
+        value = _parsed(option_addresses.NETWORKS, text)
         lists.append(value if isinstance(value, tuple) else ())
     number = _parsed(option_types.PORT, port)
     rules = Rules(*lists)
@@ -85,7 +85,7 @@ def _ports(data: bytes) -> bool:
     return any(value is not None for value in found)
 
 
-def _parsed(kind: option_types.Kind, text: str) -> object:
+def _parsed(kind: option_types.OptionType, text: str) -> object:
     """The value, or None."""
     try:
         value = kind.parse(text)

@@ -3,12 +3,21 @@
 import ipaddress
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
+from tproxy_relay.config.option_types import BadValue, OptionType
 from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.settings import Network, PortRange
 
 PORTS = st.integers(1, 65535)
+
+
+def reason(option_type: OptionType, text: str) -> str:
+    """Why the text is refused."""
+    with pytest.raises(BadValue) as refused:
+        option_type.parse(text)
+    return str(refused.value)
 
 
 def separated(items: st.SearchStrategy[Any], most: int = 4) -> st.SearchStrategy[str]:

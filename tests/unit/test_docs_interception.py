@@ -38,7 +38,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_are_accepted(command: str) -> None:
     words = [word for word in shlex.split(command, comments=True) if word != "..."]
-    assert loader.load(words, {}, default_file="/dev/null").settings.command == words[0]
+    assert loader.load(words, {}, default_file="/dev/null").arguments["command"] == words[0]
 
 
 @pytest.mark.parametrize("page", PAGES)

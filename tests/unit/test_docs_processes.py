@@ -142,7 +142,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_are_accepted(command: str) -> None:
     words = shlex.split(command.partition(">")[0], comments=True)
-    assert loader.load(words, {}, default_file="/dev/null").settings.command == "run"
+    assert loader.load(words, {}, default_file="/dev/null").arguments["command"] == "run"
 
 
 def test_the_options_exist() -> None:

@@ -1,5 +1,6 @@
 """The page on the service says what the init script does: its verbs and its exit codes."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -59,3 +60,18 @@ def test_shellcheck(require_or_skip: Callable[[str], NoReturn]) -> None:
     command = ["shellcheck", "--shell=sh", str(SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_refusals_that_the_script_recognizes_are_those_of_the_program() -> None:
+    """start-stop-daemon keeps the exit code of a background process to itself, so the script reads what it has said."""
+    patterns = TEXT[TEXT.index("case $why in") : TEXT.index("*) return 1 ;;")]
+    sentences = re.findall(r'process \$old: ([^"]+)"', patterns) + re.findall(r"'([^']+)'", patterns)
+    assert len(sentences) == 4
+    said = [
+        node.value
+        for path in (ROOT / "tproxy_relay").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    for sentence in sentences:
+        assert any(sentence in text for text in said), f"nothing says {sentence!r}"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from tproxy_relay.check import foreign_rules, kernel, limits, ruleset, selfprobe, sysctls, tools
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
-from tproxy_relay.errors import CapabilityMissingError, RelayError
+from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import foreign_nat, plan
 from tproxy_relay.settings import Settings
 
@@ -50,11 +50,11 @@ PROBES: tuple[Probe, ...] = (
 """In the order of the lines."""
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, *, as_json: bool) -> int:
     """Examine this host and print the answers: 1 if there is a problem, else 0."""
     findings = list(examine(settings))
     healthy = not any(one.level == PROBLEM for one in findings)
-    if settings.json:
+    if as_json:
         print(json.dumps({"ok": healthy, "findings": [one.as_json() for one in findings]}))
     else:
         print("\n".join(map(str, findings)))
@@ -69,8 +69,6 @@ def examine(settings: Settings) -> Iterator[Finding]:
     for probe in PROBES:
         try:
             yield from probe(case)
-        except CapabilityMissingError as error:
-            yield _not_looked(probe, error)
         except RelayError as error:
             yield _not_looked(probe, error)
 

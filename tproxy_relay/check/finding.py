@@ -66,7 +66,7 @@ def command(settings: Settings, words: str = "check", **changes: Any) -> str:
     wanted = replace(settings, **changes)
     argv = ["tproxy-relay", *words.split()]
     for option in OPTIONS.values():
-        if not option.is_setting or option.kind is None or option.name in ("command", "action"):
+        if not option.is_setting or option.kind is None:
             continue
         value = getattr(wanted, option.field)
         if value is not None and (value != _default(option.field) or option.field in changes):

@@ -6,18 +6,18 @@ from typing import Any
 
 
 def refusal(record: Mapping[str, Any]) -> str:
-    """When, who, where to, and why."""
+    """A record of a connection that was refused, in a line: when, who, where to, and why."""
     why = f": {record['error']}" if record.get("error") else ""
     return f"{clock(record['time'])} {record['client']} to {record.get('orig_dst', '?')}: {record['outcome']}{why}"
 
 
 def clock(when: float) -> str:
-    """Of time.time(), here."""
+    """Month, day and time of day, in the local time zone; `when` is in seconds since the epoch."""
     return time.strftime("%m-%d %H:%M:%S", time.localtime(when))
 
 
 def lasted(seconds: float) -> str:
-    """Two units at most: 3 ms, 1.5 s, 2 min 3 s, 5 h 2 min, 3 d 4 h."""
+    """A duration, in two units at most: 3 ms, 1.5 s, 2 min 3 s, 5 h 2 min, 3 d 4 h."""
     if seconds < 1:
         return f"{seconds * 1000:g} ms" if seconds < 0.01 else f"{seconds * 1000:.0f} ms"
     if seconds < 60:
@@ -31,7 +31,7 @@ def lasted(seconds: float) -> str:
 
 
 def amount(number: float) -> str:
-    """Bytes: 12 B, 3.4 KiB, 1.2 GiB."""
+    """A number of bytes: 12 B, 3.4 KiB, 1.2 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if number < 1024 or unit == "TiB":
             break

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tproxy_relay.cli.arguments import Arguments
 from tproxy_relay.errors import RelayError, SystemRefusedError
-from tproxy_relay.settings import Settings
 
 PACKAGED = "/usr/sbin/tproxy-relay"
 """Where the files say that the program is."""
@@ -30,7 +30,7 @@ _BESIDE = ".dpkg-dist"
 
 
 class Target(NamedTuple):
-    """Where one file goes."""
+    """One file of the service, and where on the machine it goes."""
 
     name: str
     """In etc/ of the source tree."""
@@ -69,20 +69,20 @@ or with the init script, on Debian:
 """
 
 
-def run(settings: Settings) -> int:
-    """Do what `settings.command` says below `settings.root`, with a line for each file. Raises RelayError."""
+def run(arguments: Arguments) -> int:
+    """Do what `arguments.command` says below `arguments.root`, with a line for each file. Raises RelayError."""
     os.umask(0o022)  # all of it is for everybody to read
-    root, program = Path(settings.root), _program()
+    root, program = Path(arguments.root), _program()
     texts = {target: _text(target, program) for target in TARGETS}
     said = []
     try:
         for target, text in texts.items():
             path = root / target.path[1:]
-            said.append((_install if settings.command == "install" else _uninstall)(target, text, path))
+            said.append((_install if arguments.command == "install" else _uninstall)(target, text, path))
     except OSError as error:
         raise SystemRefusedError(f"cannot write {error.filename}: {error.strerror}") from error
     print("".join(f"{line}\n" for line in said if line), end="")
-    if settings.command == "install":
+    if arguments.command == "install":
         if program.startswith(_HIDDEN) or os.path.realpath(program).startswith(_HIDDEN):
             print(f"A service of systemd does not see {program}: install the program elsewhere, such as below /opt.")
         print(_NEXT, end="")

@@ -6,6 +6,7 @@ What `apply` installs is held by nobody and stays until `remove`. A running rela
 
 import json
 
+from tproxy_relay.cli.arguments import Arguments
 from tproxy_relay.intercept import backends, foreign_nat, lock, plan, ruleset
 from tproxy_relay.intercept.lock import Holder, Lock
 from tproxy_relay.intercept.plan import Plan
@@ -14,18 +15,20 @@ from tproxy_relay.net import proc_net
 from tproxy_relay.settings import Settings
 
 
-def run(settings: Settings) -> int:
-    """Do what `settings.action` says and print the answer. Returns the exit code; raises RelayError."""
+def run(settings: Settings, arguments: Arguments) -> int:
+    """Do what `arguments.action` says and print the answer. Returns the exit code; raises RelayError."""
     wanted = plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations())
-    return {"show": _show, "apply": _apply, "remove": _remove, "status": _status}[settings.action or ""](
-        wanted, settings
-    )
+    if arguments.action == "show":
+        return _show(wanted, settings, arguments.json)
+    if arguments.action == "apply":
+        return _apply(wanted, settings, arguments.json)
+    return _remove(arguments.json) if arguments.action == "remove" else _status(wanted, arguments.json)
 
 
-def _show(wanted: Plan, settings: Settings) -> int:
+def _show(wanted: Plan, settings: Settings, as_json: bool) -> int:
     where = backends.of_name(settings.backend) if settings.backend != "auto" else backends.preferred()
     steps = Ruleset(wanted, where).steps()
-    if settings.json:
+    if as_json:
         print(json.dumps({"backend": where.name, "steps": [step._asdict() for step in steps]}))
     else:
         title = f"The interception ruleset of tproxy-relay, plan {wanted.digest}, for {where.name}.\n"
@@ -33,29 +36,29 @@ def _show(wanted: Plan, settings: Settings) -> int:
     return 0
 
 
-def _apply(wanted: Plan, settings: Settings) -> int:
+def _apply(wanted: Plan, settings: Settings, as_json: bool) -> int:
     warnings: list[str] = []
     with Lock():
         where = backends.choose(settings.backend, wanted, warn=warnings.append)
         changed = Ruleset(wanted, where).apply()
     done = f"{'applied' if changed else 'already applied'} with {where.name}: {_summary(wanted)}"
-    _answer(settings, done, warnings)
+    _answer(done, warnings, as_json)
     return 0
 
 
-def _remove(wanted: Plan, settings: Settings) -> int:
+def _remove(as_json: bool) -> int:
     with Lock():
         removed = ruleset.remove()
-    _answer(settings, "removed" if removed else "there was nothing to remove", [])
+    _answer("removed" if removed else "there was nothing to remove", [], as_json)
     return 0
 
 
-def _status(wanted: Plan, settings: Settings) -> int:
+def _status(wanted: Plan, as_json: bool) -> int:
     now, holder = ruleset.status(wanted), lock.holder()
     listeners = _listeners(wanted)
     problems = now.problems + [f"nothing listens on port {port}" for port, there in listeners.items() if not there]
     state = "degraded" if problems and now.state != "absent" else now.state
-    if settings.json:
+    if as_json:
         print(
             json.dumps(
                 {
@@ -105,8 +108,8 @@ def _summary(wanted: Plan) -> str:
     return "; ".join(parts)
 
 
-def _answer(settings: Settings, done: str, warnings: list[str]) -> None:
-    if settings.json:
+def _answer(done: str, warnings: list[str], as_json: bool) -> None:
+    if as_json:
         print(json.dumps({"done": done, "warnings": warnings}))
     else:
         print("\n".join([*(f"warning: {line}" for line in warnings), done]))

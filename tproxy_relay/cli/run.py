@@ -31,8 +31,11 @@ def give_up_privileges(environ: MutableMapping[str, str]) -> None:
     privileges.shed(environ)
 
 
-def run(settings: Settings, reread: Callable[[], Settings], environ: MutableMapping[str, str]) -> NoReturn:
-    """Relay until told to stop; ends the process. `reread` is for a reload. Raises RelayError if it cannot begin."""
+def run(
+    settings: Settings, reread: Callable[[], Settings], environ: MutableMapping[str, str], *, take_over: bool
+) -> NoReturn:
+    """Relay until told to stop; ends the process. `reread` is for a reload. With `take_over`, a relay that is there
+    already hands over. Raises RelayError if it cannot begin."""
     proc_title.become(proc_title.SUPERVISOR)
     wakeup = Wakeup()
     wakeup.catch((*SIGNALS, *((signal.SIGCHLD,) if os.getpid() == 1 else ())))
@@ -42,7 +45,7 @@ def run(settings: Settings, reread: Callable[[], Settings], environ: MutableMapp
     try:
         generation.warn_of_nonlocal_bind()
         supervisor = Supervisor(settings, reread, environ, wakeup, writer)
-        code = supervisor.run() if supervisor.start() else 0
+        code = supervisor.run() if supervisor.start(take_over=take_over) else 0
     except BaseException:
         writer.stop(LOG_FLUSH)
         warnings.simplefilter("ignore", ResourceWarning)  # the end of the process closes everything

@@ -1,12 +1,10 @@
-"""`tproxy-relay status` and `sessions`: what a running relay says of itself, for people and for scripts."""
+"""`tproxy-relay status`: what a running relay says of itself, for people and for scripts."""
 
-import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tproxy_relay.admin import client
-from tproxy_relay.admin.client import Client
+from tproxy_relay.cli import output
 from tproxy_relay.cli.humanize import amount, clock, lasted, refusal
 from tproxy_relay.settings import Settings
 
@@ -16,39 +14,15 @@ DEGRADED = 1
 Document = Mapping[str, Any]
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, *, as_json: bool) -> int:
     """Ask, print, and return the exit code. Raises RelayError; NoRelayError if there is none."""
-    relay = client.find(settings)
-    if settings.command == "status":
-        return _status(relay, settings)
-    if settings.abort is not None:
-        relay.abort(settings.abort)
-        _say(settings, {"aborted": settings.abort}, [f"aborted {settings.abort}: both its ends see a reset"])
-        return 0
-    found = relay.get("/sessions", dict(settings.show))
-    _say(settings, found, list(session_lines(found)))
-    return 0
-
-
-def _status(relay: Client, settings: Settings) -> int:
-    status = relay.get("/status")
-    _say(settings, status, list(status_lines(status)))
+    status = client.find(settings).get("/status")
+    output.answer(status, status_lines(status), as_json)
     return 0 if status["health"] == "ok" else DEGRADED
 
 
-def _say(settings: Settings, document: Document, lines: Sequence[str]) -> None:
-    text = json.dumps(document) if settings.json else "\n".join(lines)
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stdout = None
-
-
-# --- status
-
-
 def status_lines(status: Document) -> Iterator[str]:
-    """For people. Facts that say nothing are left out."""
+    """The document of /status for people. Facts that say nothing are left out."""
     yield (
         f"tproxy-relay {status['version']}, process {status['pid']}: {status['state']} for "
         f"{lasted(status['uptime_seconds'])}, {status['health']}"
@@ -118,37 +92,3 @@ def _problem(line: Document) -> str:
 
 def _at_most(seconds: float | None) -> str:
     return "longer than all bounds" if seconds is None else f"within {lasted(seconds)}"
-
-
-# --- sessions
-
-COLUMNS = ("id", "client", "asked for", "state", "age", "idle", "to server", "to client", "rate", "rtt", "ends")
-
-
-def session_lines(found: Document) -> Iterator[str]:
-    """A table."""
-    rows = [COLUMNS, *(tuple(session_row(one)) for one in found["sessions"])]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()
-    shown = len(found["sessions"])
-    more = "" if shown == found["matching"] else f" of {found['matching']:,}"
-    yield f"{shown:,}{more} connections"
-    if found["silent"]:
-        yield f"workers that did not answer: {', '.join(map(str, found['silent']))}"
-
-
-def session_row(one: Document) -> Iterator[str]:
-    """Its cells, in the order of COLUMNS."""
-    yield one["id"]
-    yield one["client"]
-    yield one.get("orig_dst", "-") + (f" > {one['destination']}" if "destination" in one else "")
-    yield one["state"]
-    yield lasted(one["seconds"])
-    yield lasted(one["idle_seconds"])
-    yield amount(one["bytes_up"])
-    yield amount(one["bytes_down"])
-    yield f"{amount(one['rate_up'] + one['rate_down'])}/s"
-    yield "/".join(f"{one[key]:.3g}" if key in one else "-" for key in ("client_rtt_ms", "upstream_rtt_ms")) + " ms"
-    seconds = one.get("ending_in_seconds")
-    yield one.get("ending", "") + ("" if seconds is None else f" in {lasted(seconds)}")

@@ -21,24 +21,23 @@ from tproxy_relay.errors import RelayError, SystemRefusedError, UsageError
 from tproxy_relay.settings import Settings
 
 INTERVAL = 1.0
-"""Seconds between two looks at the relay."""
+"""Seconds between two questions to the relay."""
 KEY_TIMEOUT = 200
 """Milliseconds for a key, before the screen is drawn again."""
 ESCAPE, ENTER, ERASE = 27, (10, 13, curses.KEY_ENTER), (8, 127, curses.KEY_BACKSPACE)
 
 
-def run(settings: Settings) -> int:
-    """Until q. Raises RelayError, also for a terminal that cannot show it; the terminal is as before in any case."""
+def run(settings: Settings, show: dict[str, str]) -> int:
+    """Show the relay until q is pressed; `show` are filters, and the order at first. Returns the exit code. Raises
+    RelayError, also for a terminal that cannot show it; the terminal is as before in any case."""
     relay = client.find(settings)
     _require_terminal()
     locale.setlocale(locale.LC_ALL, "")
     os.environ.setdefault("ESCDELAY", "25")
     signal.signal(signal.SIGTERM, _leave)  # else the terminal would stay as it is now
     signal.signal(signal.SIGHUP, _leave)
-    shown = dict(settings.show)
-    view = View(sort=shown.pop("sort", "rate"), reverse=shown.pop("reverse", "no") == "yes")
-    shown.pop("limit", None)
-    view.show = shown
+    view = View(sort=show.get("sort", "rate"), reverse=show.get("reverse") == "yes")
+    view.show = {name: text for name, text in show.items() if name not in ("sort", "reverse", "limit")}
     curses.wrapper(lambda screen: Top(relay, view, screen).run())
     return 0
 
@@ -61,23 +60,23 @@ def _require_terminal() -> None:
         raise SystemRefusedError(f"the terminal {os.environ['TERM']!r} cannot move its cursor{how}")
 
 
-class Asker:
-    """The thread that asks the relay, once a second and when it is told to."""
+class Poller:
+    """The thread that asks the relay, every INTERVAL and on demand, and puts the answers into the view."""
 
     def __init__(self, relay: Client, view: View) -> None:
         self._relay = relay
         self._view = view
         self._rows = 20
         self._now, self._ended = threading.Event(), threading.Event()
-        threading.Thread(target=self._run, name="asker", daemon=True).start()
+        threading.Thread(target=self._run, name="poller", daemon=True).start()
 
-    def look(self, rows: int) -> None:
-        """At once, for so many rows."""
+    def poll(self, rows: int) -> None:
+        """Ask now, for a screen of so many rows. Returns before the answer is there."""
         self._rows = rows
         self._now.set()
 
     def end(self) -> None:
-        """Ask no more."""
+        """Ask no more. The thread may still wait for an answer; it does not keep the process from ending."""
         self._ended.set()
         self._now.set()
 
@@ -95,15 +94,14 @@ class Asker:
             status = self._relay.get("/status")
             found = self._relay.get("/sessions", query)
         except RelayError as error:
-            view.note = str(error)
+            view.trouble = str(error)
             return
         view.status, view.sessions, view.matching = status, found["sessions"], found["matching"]
-        if view.note.startswith(("the relay at", "cannot ask")):
-            view.note = ""
+        view.trouble = ""
 
 
 class Top:
-    """The screen and the keys."""
+    """The screen and the keys; poller and view are its own."""
 
     def __init__(self, relay: Client, view: View, screen: Any) -> None:
         self._relay = relay
@@ -116,21 +114,21 @@ class Top:
             curses.init_pair(1, curses.COLOR_RED, -1)
             self._styles["bad"] = curses.color_pair(1) | curses.A_BOLD
         screen.timeout(KEY_TIMEOUT)
-        self._asker = Asker(relay, view)
+        self._poller = Poller(relay, view)
 
     def run(self) -> None:
-        """Until q."""
+        """Draw and take keys until one of them is q."""
         try:
-            self._asker.look(self._screen.getmaxyx()[0])
+            self._poller.poll(self._screen.getmaxyx()[0])
             while True:
                 self._draw()
                 key = self._screen.getch()
                 if key in (ord("q"), ord("Q")):
                     return
                 if key != -1:
-                    self._obey(key)
+                    self._handle(key)
         finally:
-            self._asker.end()
+            self._poller.end()
 
     def _draw(self) -> None:
         with contextlib.suppress(OSError, curses.error):
@@ -144,7 +142,7 @@ class Top:
                 self._screen.addstr(number, 0, line.text, self._styles[line.style])
         self._screen.refresh()
 
-    def _obey(self, key: int) -> None:
+    def _handle(self, key: int) -> None:
         view, page = self._view, self._screen.getmaxyx()[0] // 2
         view.note = ""
         moves = {curses.KEY_UP: -1, curses.KEY_DOWN: 1, curses.KEY_PPAGE: -page, curses.KEY_NPAGE: page}
@@ -162,10 +160,10 @@ class Top:
             self._choose()
         elif key == ord("k"):
             self._abort()
-        self._asker.look(self._screen.getmaxyx()[0])
+        self._poller.poll(self._screen.getmaxyx()[0])
 
     def _choose(self) -> None:
-        """Which connections to show."""
+        """Ask which connections to show."""
         before = ",".join(f"{name}={text}" for name, text in self._view.show.items())
         text = self._ask_for("show only: ", before)
         if text is None:
@@ -182,7 +180,7 @@ class Top:
         self._view.show = show
 
     def _abort(self) -> None:
-        """The chosen one, if that is what is wanted."""
+        """End the chosen connection, if the answer to a question is yes."""
         number = self._view.chosen
         one = next((one for one in self._view.sessions if one["id"] == number), None)
         if one is None:

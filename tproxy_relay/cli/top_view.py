@@ -27,7 +27,7 @@ HELP = (
 
 
 class Column(NamedTuple):
-    """One of the table of connections."""
+    """One column of the table of connections; widths are in characters."""
 
     title: str
     width: int
@@ -69,21 +69,24 @@ class View:
     question: str | None = None
     """In the last line, instead of the keys."""
     note: str = ""
+    """What the last key has done."""
+    trouble: str = ""
+    """Why the relay has not answered the last question; '' if it has."""
     status: Document | None = None
     sessions: Sequence[Document] = ()
     matching: int = 0
 
     def query(self, rows: int) -> dict[str, str]:
-        """For /sessions, to fill so many rows."""
+        """The query of /sessions that fills so many rows."""
         reverse = {"reverse": "yes"} if self.reverse else {}
         return {**self.show, "sort": self.sort, **reverse, "limit": str(max(1, rows))}
 
     def next_sort(self) -> None:
-        """The next order in turn."""
+        """Take the next order of session_query.SORTS, after the last one the first."""
         self.sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)]
 
     def move(self, rows: int) -> None:
-        """Choose the connection so many rows further down."""
+        """Choose the connection so many rows further down, or further up if negative; the first or last at the end."""
         ids = [str(one["id"]) for one in self.sessions]
         if ids:
             now = ids.index(self.chosen) if self.chosen in ids else (-1 if rows > 0 else 0)
@@ -91,7 +94,7 @@ class View:
 
 
 class Line(NamedTuple):
-    """Of the screen."""
+    """One line of the screen."""
 
     text: str
     style: str = ""
@@ -109,7 +112,7 @@ def lines(view: View, rows: int, columns: int) -> list[Line]:
         small = Line(f"this needs {MIN_COLUMNS} columns and {MIN_ROWS} rows; q: leave")
         return _fitted([small], rows, columns)
     if view.status is None:
-        return _fitted([Line(view.note or "asking the relay ...")], rows, columns)
+        return _fitted([Line(view.trouble or view.note or "asking the relay ...")], rows, columns)
     found = [*_head(view, view.status), Line("")]
     if view.help:
         found += [Line(text) for text in HELP]
@@ -183,8 +186,8 @@ def _row(columns: Sequence[tuple[Column, int]], cells: Sequence[str]) -> str:
 def _last(view: View) -> Line:
     if view.question is not None:
         return Line(view.question, "bold")
-    if view.note:
-        return Line(view.note, "bad")
+    if view.trouble or view.note:
+        return Line(view.trouble or view.note, "bad")
     only = ",".join(f"{name}={text}" for name, text in view.show.items())
     parts = [
         f"{len(view.sessions)} of {view.matching:,} by {view.sort}{' reversed' if view.reverse else ''}",

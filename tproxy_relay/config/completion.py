@@ -7,7 +7,7 @@ known: words, files, accounts, interfaces. A value may look like a command ("--u
 import re
 import textwrap
 
-from tproxy_relay.config import option_types
+from tproxy_relay.config import option_addresses, option_types
 from tproxy_relay.config.options import ACTION, COMMAND, OPTIONS, POSITIONAL, Option
 
 _MADE = """\
@@ -89,7 +89,7 @@ return ret
 
 
 def bash() -> str:
-    """The file for bash."""
+    """The text of the completion file for bash: a function, and that it completes tproxy-relay."""
     options = [option for option in OPTIONS.values() if option not in POSITIONAL]
     return _MADE.format(name="bash") + _BASH.format(
         words=_wrapped(" | ".join(dict.fromkeys(COMMAND.words + ACTION.words)), 12),
@@ -116,13 +116,13 @@ def _bash_value(option: Option) -> str:
         return f"compopt -o {'default' if option.kind is option_types.PATH else 'dirnames'}"
     if option.kind is option_types.ACCOUNT:
         return 'mapfile -t COMPREPLY < <(compgen -u -- "$word")'
-    if option.kind is option_types.INTERFACE:
+    if option.kind is option_addresses.INTERFACE:
         return '_tproxy_relay_words "$(ls /sys/class/net)"'
     return ""
 
 
 def zsh() -> str:
-    """The file for zsh."""
+    """The text of the completion file for zsh, to be autoloaded as _tproxy-relay."""
     options = [_zsh_option(option) for option in OPTIONS.values() if option not in POSITIONAL]
     return _ZSH.format(
         made=_MADE.format(name="zsh"),
@@ -151,7 +151,7 @@ def _zsh_value(option: Option) -> str:
         return "_files" if option.kind is option_types.PATH else "_files -/"
     if option.kind is option_types.ACCOUNT:
         return "_users"
-    if option.kind is option_types.INTERFACE:
+    if option.kind is option_addresses.INTERFACE:
         return "_net_interfaces"
     return " "
 

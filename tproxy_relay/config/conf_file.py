@@ -50,7 +50,8 @@ def read(path: str) -> str:
 
 
 def distrust(path: str) -> str | None:
-    """Why not to trust what it says, if so: any account may write into it."""
+    """A sentence about why not to trust the file at this path: any account may write into it. None if there is no
+    reason, or no such file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -84,7 +85,7 @@ def _decoded(data: bytes, path: str) -> str:
 
 
 def parse(text: str, path: str) -> dict[str, Given]:
-    """What the file sets, by name of the option."""
+    """What the text of a file sets, by name of the option. `path` is for messages. Raises ConfigError."""
     given: dict[str, Given] = {}
     lines: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):

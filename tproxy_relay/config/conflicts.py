@@ -1,4 +1,4 @@
-"""Settings that are each fine and cannot be meant together.
+"""Settings and arguments that are each fine and cannot be meant together.
 
 Refused are only pairs of which one makes the other impossible or turns it against itself. The sentence
 names both and the way out. A pair of which one merely has no effect is worth a warning.
@@ -6,11 +6,20 @@ names both and the way out. A pair of which one merely has no effect is worth a 
 
 import ipaddress
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tproxy_relay.config.option_types import text_of
+from tproxy_relay.config.options import ARGUMENTS
 from tproxy_relay.errors import ConfigError, UsageError
 from tproxy_relay.settings import Settings
+
+_COMMANDS = {
+    "root": ("install", "uninstall"),
+    "show": ("sessions", "top"),
+    "abort": ("sessions",),
+    "json": ("status", "sessions", "rules", "check"),
+}
+"""Arguments, and which commands take them."""
 
 
 class Contradiction(NamedTuple):
@@ -20,9 +29,9 @@ class Contradiction(NamedTuple):
     sentence: str
 
 
-def refuse(settings: Settings, origins: Mapping[str, str]) -> None:
-    """Raise the first contradiction: as the command line's fault if one of the two stood there."""
-    for options, sentence in _contradictions(settings):
+def refuse(settings: Settings, arguments: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raise the first contradiction: UsageError if one of the two stood on the command line, ConfigError if not."""
+    for options, sentence in _contradictions(settings, arguments):
         where = ", ".join(f"{option}: {origins[option]}" for option in options)
         on_command_line = "command line" in (origins[option] for option in options)
         raise (UsageError if on_command_line else ConfigError)(f"{sentence} ({where})")
@@ -32,74 +41,66 @@ def warnings(settings: Settings) -> Iterator[str]:
     """A sentence for each setting that another one leaves without effect."""
     most = settings.max_connections
     if most is not None and settings.max_per_source > most:
-        yield (f"max-per-source {settings.max_per_source} has no effect: " f"max-connections {most} is reached first")
+        yield f"max-per-source {settings.max_per_source} has no effect: max-connections {most} is reached first"
     if settings.user in ("root", "0") and settings.intercept_outbound:
         yield "user root: no connection of any program of root is intercepted; give the workers an account of their own"
 
 
-def _contradictions(settings: Settings) -> Iterator[Contradiction]:
-    if settings.keep and settings.command != "demo":
-        yield Contradiction(
-            ("keep", "command"),
-            f"--keep is for 'demo', and the command is " f"{settings.command!r}: drop --keep or say demo",
-        )
-    if settings.take_over and settings.command != "run":
-        yield Contradiction(
-            ("take-over", "command"),
-            f"--take-over is for 'run', and the command is '{settings.command}': drop --take-over or say run",
-        )
-    yield from _misplaced_words(settings)
+def _contradictions(settings: Settings, arguments: Mapping[str, Any]) -> Iterator[Contradiction]:
+    yield from _misplaced_words(arguments)
+    yield from _aimless_rules(settings, arguments)
     yield from _interception(settings)
     if _target_is_own_listener(settings):
         yield Contradiction(
             ("target", "ports", "bind"),
-            f"target {settings.target} is this relay's own "
-            f"listener (ports {text_of(settings.ports)}, bind {text_of(settings.bind)}), so "
-            "every connection would come back: give target another address or port",
+            f"target {settings.target} is this relay's own listener (ports {text_of(settings.ports)}, bind "
+            f"{text_of(settings.bind)}), so every connection would come back: give target another address or port",
         )
     for network in set(settings.allow) & set(settings.deny):
         yield Contradiction(("allow", "deny"), f"{network} is allowed and denied: drop one of them")
     for address in () if settings.interface else filter(_is_link_local, settings.bind):
         yield Contradiction(
             ("bind", "interface"),
-            f"bind {address} is a link-local address, which means "
-            "something on one interface only: set interface too",
+            f"bind {address} is a link-local address, which means something on one interface only: set interface too",
         )
 
 
-def _misplaced_words(settings: Settings) -> Iterator[Contradiction]:
-    if settings.command == "rules" and settings.action is None:
+def _misplaced_words(arguments: Mapping[str, Any]) -> Iterator[Contradiction]:
+    command, action = arguments["command"], arguments["action"]
+    if arguments["keep"] and command != "demo":
+        yield Contradiction(
+            ("keep", "command"), f"--keep is for 'demo', and the command is {command!r}: drop --keep or say demo"
+        )
+    if arguments["take_over"] and command != "run":
+        yield Contradiction(
+            ("take-over", "command"),
+            f"--take-over is for 'run', and the command is {command!r}: drop --take-over or say run",
+        )
+    if command == "rules" and action is None:
         yield Contradiction(("command",), "'rules' needs one more word: show, apply, remove or status")
-    if settings.command != "rules" and settings.action is not None:
-        yield Contradiction(
-            ("action", "command"), f"'{settings.action}' goes with 'rules', and the command is '{settings.command}'"
-        )
-    if settings.root != "/" and settings.command not in ("install", "uninstall"):
-        yield Contradiction(
-            ("root", "command"), f"--root is for 'install' and 'uninstall', and the command is '{settings.command}'"
-        )
-    if settings.show and settings.command not in ("sessions", "top"):
-        yield Contradiction(
-            ("show", "command"), f"--show is for 'sessions' and 'top', and the command is '{settings.command}'"
-        )
-    if settings.abort and settings.command != "sessions":
-        yield Contradiction(("abort", "command"), f"--abort is for 'sessions', and the command is '{settings.command}'")
-    if settings.show and settings.abort:
+    if command != "rules" and action is not None:
+        yield Contradiction(("action", "command"), f"{action!r} goes with 'rules', and the command is {command!r}")
+    for name, commands in _COMMANDS.items():
+        if arguments[name] != ARGUMENTS[name] and command not in commands:
+            *most, last = map(repr, commands)
+            words = f"{', '.join(most)} and {last}" if most else last
+            yield Contradiction((name, "command"), f"--{name} is for {words}, and the command is {command!r}")
+    if arguments["show"] and arguments["abort"]:
         yield Contradiction(("show", "abort"), "--abort ends one connection, and shows none: drop --show or --abort")
-    if settings.json and settings.command not in ("status", "sessions", "rules", "check"):
+
+
+def _aimless_rules(settings: Settings, arguments: Mapping[str, Any]) -> Iterator[Contradiction]:
+    command, action = arguments["command"], arguments["action"]
+    wanted = settings.intercept_inbound or settings.intercept_outbound
+    if command == "rules" and action in ("show", "apply", "status") and not wanted:
         yield Contradiction(
-            ("json", "command"),
-            f"--json is for 'status', 'sessions', 'rules' and 'check', and the command is '{settings.command}'",
+            ("intercept-inbound", "intercept-outbound", "command"),
+            f"'rules {action}' needs something to intercept: set intercept-inbound or intercept-outbound",
         )
 
 
 def _interception(settings: Settings) -> Iterator[Contradiction]:
     inbound, outbound = settings.intercept_inbound, settings.intercept_outbound
-    if settings.command == "rules" and settings.action in ("show", "apply", "status") and not (inbound or outbound):
-        yield Contradiction(
-            ("intercept-inbound", "intercept-outbound", "command"),
-            f"'rules {settings.action}' needs something to intercept: set intercept-inbound or intercept-outbound",
-        )
     for name, ranges, port in (
         ("inbound", inbound, settings.inbound_port),
         ("outbound", outbound, settings.outbound_port),

@@ -15,7 +15,7 @@ _KNOWN = {variable: option for option in OPTIONS.values() for variable in option
 
 
 def gather(environ: Mapping[str, str]) -> dict[str, Given]:
-    """What the environment sets, by name of the option."""
+    """What the environment sets, by name of the option. Raises ConfigError for a value that is none."""
     found = {name: _first_of(option, environ) for name, option in OPTIONS.items()}
     return {name: given for name, given in found.items() if given}
 

@@ -1,4 +1,4 @@
-"""From command line, environment and file to one ``Settings``, with the origin of each value.
+"""From command line, environment and file to one ``Settings`` and the arguments, with the origin of each value.
 
 The command line wins over the environment, the environment over the file, the file over the defaults.
 ConfigArgParse merges them; what reaches it has been checked source by source before, because it would let
@@ -18,16 +18,27 @@ import tproxy_relay
 from tproxy_relay.config import conf_file, conflicts, environment, reference
 from tproxy_relay.config.conf_file import Given, label
 from tproxy_relay.config.option_types import BadValue, shown
-from tproxy_relay.config.options import ACTION, COMMAND, DEFAULT_FILE, OPTIONS, POSITIONAL, Option, did_you_mean
+from tproxy_relay.config.options import (
+    ACTION,
+    ARGUMENTS,
+    COMMAND,
+    DEFAULT_FILE,
+    OPTIONS,
+    POSITIONAL,
+    Option,
+    did_you_mean,
+)
 from tproxy_relay.errors import ConfigError, UsageError
 from tproxy_relay.settings import Settings
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The settings, and what an operator may ask about them."""
+    """The settings and the arguments, and what an operator may ask about them."""
 
     settings: Settings
+    arguments: Mapping[str, Any]
+    """A value for each of options.ARGUMENTS."""
     origins: Mapping[str, str]
     """By name of the option: 'default', 'command line', 'environment variable X', '/path:LINE'."""
     files_read: tuple[str, ...]
@@ -42,11 +53,14 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, default_file: str =
     in_environment = environment.gather(environ)
     path, text = _read_file(on_command_line, in_environment, default_file)
     in_file = conf_file.parse(text, path)
-    settings = parser.merge(argv, in_environment, text)
+    values = parser.merge(argv, in_environment, text)
+    settings = Settings(**{option.field: value for option, value in values if option.is_setting})
+    arguments = {**ARGUMENTS, **{option.field: value for option, value in values if option.is_argument}}
     origins = _origins(on_command_line, in_environment, in_file)
-    conflicts.refuse(settings, origins)
+    conflicts.refuse(settings, arguments, origins)
     return Loaded(
         settings,
+        arguments,
         origins,
         (path,) if path else (),
         (*_distrusted(path), *environment.warnings(environ), *conflicts.warnings(settings)),
@@ -83,7 +97,7 @@ def _origins(
         {name: given.where for name, given in in_environment.items()},
         {name: given.where for name, given in in_file.items()},
     )
-    return {name: layers.get(name, "default") for name, option in OPTIONS.items() if option.is_setting}
+    return {name: layers.get(name, "default") for name, option in OPTIONS.items() if option.has_value}
 
 
 class _FileSyntax(configargparse.ConfigFileParser):  # type: ignore[misc]
@@ -115,11 +129,12 @@ class _Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         _check_spelling(argv)
         return self._parse(argv, {}, "")
 
-    def merge(self, argv: Sequence[str], in_environment: Mapping[str, Given], file_text: str) -> Settings:
-        """All sources together. Each must have been checked before."""
+    def merge(
+        self, argv: Sequence[str], in_environment: Mapping[str, Given], file_text: str
+    ) -> list[tuple[Option, Any]]:
+        """The options that any source sets, each with its value. Each source must have been checked before."""
         variables = {OPTIONS[name].variable: given.text for name, given in in_environment.items()}
-        chosen = self._parse(argv, variables, file_text)
-        return Settings(**{OPTIONS[name].field: value for name, value in chosen.items() if OPTIONS[name].is_setting})
+        return [(OPTIONS[name], value) for name, value in self._parse(argv, variables, file_text).items()]
 
     def _parse(self, argv: Sequence[str], variables: Mapping[str, str], file_text: str) -> dict[str, Any]:
         namespace, rest = self.parse_known_args(list(argv), env_vars=variables, config_file_contents=file_text)
@@ -198,7 +213,8 @@ def print_config(loaded: Loaded) -> str:
 def _config_lines(loaded: Loaded) -> Iterator[str]:
     for name, origin in loaded.origins.items():
         option = OPTIONS[name]
-        text = option.write(getattr(loaded.settings, option.field))
+        value = loaded.arguments[option.field] if option.is_argument else getattr(loaded.settings, option.field)
+        text = option.write(value)
         line = f"{name} = {conf_file.quoted(text)}".rstrip()
         # What a file cannot set, and what is not set, stands there as a comment.
         off = "" if text and option.in_file else "# "

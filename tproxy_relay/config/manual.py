@@ -108,7 +108,7 @@ See also
 
 
 def page() -> str:
-    """What docs/configuration.rst holds."""
+    """The text of docs/configuration.rst, the source of tproxy-relay.conf(5)."""
     return "\n".join([_PAGE, *_settings(), _PAGE_END])
 
 
@@ -175,7 +175,7 @@ def _option_group(title: str, group: tuple[Option, ...]) -> Iterator[str]:
         yield ""
         if option.kind:
             default = f"; default: ``{option.default}``" if option.default else f"; not set: {option.unset}"
-            yield _indented(f"[{_escaped(option.kind.allowed)}{default if option.is_setting else ''}]")
+            yield _indented(f"[{_escaped(option.kind.allowed)}{default if option.has_value else ''}]")
             yield ""
 
 

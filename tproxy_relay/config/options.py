@@ -1,16 +1,19 @@
 """The table of options: each is described here, once.
 
-The parser, --help, the manual, etc/tproxy-relay.conf and the completions are all made from it, and the defaults
-are those of ``Settings``. An option is called ``connect-timeout`` everywhere: ``--connect-timeout`` on the
-command line, ``connect-timeout`` in the file, TPROXY_RELAY_CONNECT_TIMEOUT in the environment.
+The parser, --help, the manual, etc/tproxy-relay.conf and the completions are all made from it. The defaults are
+those of ``Settings``, and for what is no setting, but said to one command, those of ``ARGUMENTS``. An option is called
+``connect-timeout`` everywhere: ``--connect-timeout`` on the command line, ``connect-timeout`` in the file,
+TPROXY_RELAY_CONNECT_TIMEOUT in the environment.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
-from tproxy_relay.config import option_types
+from tproxy_relay import settings
+from tproxy_relay.config import option_addresses, option_types
 from tproxy_relay.settings import MAX_ROUTE_PRIORITY, Settings
 
 DEFAULT_FILE = "/etc/tproxy-relay.conf"
@@ -18,13 +21,25 @@ PREFIX = "TPROXY_RELAY_"
 # These two are usual names that other programs beside this one read too.
 ALIASES = {"log-level": "LOG_LEVEL", "log-format": "LOG_FORMAT"}
 
+ARGUMENTS: Mapping[str, object] = {
+    "command": "run",
+    "action": None,
+    "take_over": False,
+    "keep": False,
+    "root": "/",
+    "show": (),
+    "abort": None,
+    "json": False,
+}
+"""Fields of cli/arguments.py, with their defaults."""
+
 
 @dataclass(frozen=True)
 class Option:
     """One option, in the operator's words. ``kind`` is None where it takes no value."""
 
     name: str
-    kind: option_types.Kind | None
+    kind: option_types.OptionType | None
     metavar: str
     meaning: str
     unset: str = ""
@@ -35,15 +50,27 @@ class Option:
 
     @property
     def field(self) -> str:
-        """Its name in Settings, if it has one there."""
+        """Its name in Settings or ARGUMENTS, if it has one there."""
         return self.name.replace("-", "_")
 
     @property
     def is_setting(self) -> bool:
+        """True if it is a field of Settings."""
         return hasattr(Settings, self.field)
 
     @property
+    def is_argument(self) -> bool:
+        """True if it is one of ARGUMENTS."""
+        return self.field in ARGUMENTS
+
+    @property
+    def has_value(self) -> bool:
+        """False for what only changes this one run of the program: --help, --config."""
+        return self.is_setting or self.is_argument
+
+    @property
     def variable(self) -> str:
+        """The environment variable that bears its own name; `variables` has those that are read."""
         return PREFIX + self.field.upper()
 
     @property
@@ -72,7 +99,9 @@ class Option:
     @property
     def default(self) -> str:
         """The default as it stands in a file; '' where there is none."""
-        return self.write(getattr(Settings, self.field)) if self.is_setting else ""
+        if not self.has_value:
+            return ""
+        return self.write(ARGUMENTS[self.field] if self.is_argument else getattr(Settings, self.field))
 
 
 def _flag(name: str, meaning: str) -> Option:
@@ -110,7 +139,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         Option("ports", option_types.PORTS, "LIST", "Listening ports, all alike.", many=True),
         Option(
             "bind",
-            option_types.ADDRESSES,
+            option_addresses.ADDRESSES,
             "LIST",
             "Listening addresses. With nothing but loopback addresses here, nobody on the network can "
             "connect to the relay itself.",
@@ -118,14 +147,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "interface",
-            option_types.INTERFACE,
+            option_addresses.INTERFACE,
             "NAME",
             "Listen on this network interface only, and intercept only what arrives there.",
             unset="all interfaces",
         ),
         Option(
             "mode",
-            option_types.words("tproxy", "redirect"),
+            option_types.words(*get_args(settings.Mode)),
             "MODE",
             "How connections get here. tproxy: by TPROXY rules, which rewrite nothing. redirect: by nat "
             "REDIRECT rules; the kernel is asked where each connection was going.",
@@ -156,13 +185,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "backend",
-            option_types.words("auto", "nft", "iptables", "iptables-nft", "iptables-legacy"),
+            option_types.words(*get_args(settings.BackendName)),
             "PROGRAM",
             "What installs the rules. auto: nft where it works, else iptables.",
         ),
         Option(
             "on-failure",
-            option_types.words("open", "closed"),
+            option_types.words(*get_args(settings.OnFailure)),
             "WHAT",
             "What new connections meet when the relay has died. open: they go direct. closed: they are refused until "
             "the relay is back or the ruleset is removed.",
@@ -197,7 +226,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "cpu-affinity",
-            option_types.words("auto", "on", "off"),
+            option_types.words(*get_args(settings.CpuAffinity)),
             "WHEN",
             "If each worker stays on one processor, but for threads that carry a stream. auto: if there is a worker "
             "for each. on: always; taskset or CPUAffinity of the unit says which. off: never.",
@@ -220,7 +249,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Connecting upstream": (
         Option(
             "preserve-source",
-            option_types.words("no", "address", "full"),
+            option_types.words(*get_args(settings.PreserveSource)),
             "WHAT",
             "What the server sees as its client. no: the relay. address: the client's own address. full: "
             "the client's own address and port. The last two need CAP_NET_RAW, and a way back for the "
@@ -228,14 +257,14 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "target",
-            option_types.TARGET,
+            option_addresses.TARGET,
             "HOST:PORT",
             "Where to send connections that were not intercepted. A name is looked up once, at start and reload.",
             unset="they are refused",
         ),
         Option(
             "allow",
-            option_types.NETWORKS,
+            option_addresses.NETWORKS,
             "LIST",
             "Destinations that connections may have although another rule denies them. The longest prefix wins. Denied "
             "from the beginning are loopback, link-local (where clouds have their metadata), multicast and reserved "
@@ -246,7 +275,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "deny",
-            option_types.NETWORKS,
+            option_addresses.NETWORKS,
             "LIST",
             "Destinations that connections may not have: they are reset, and recorded as denied. With 0.0.0.0/0,::/0 "
             "only those of allow are left.",
@@ -313,7 +342,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "when-full",
-            option_types.words("wait", "refuse", "evict"),
+            option_types.words(*get_args(settings.WhenFull)),
             "WHAT",
             "What becomes of a new connection when there is no room for it. wait: it stays in the kernel's backlog "
             "until there is. refuse: it is reset. evict: the connection that has rested longest, for a second at "
@@ -357,13 +386,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Log": (
         Option(
             "log-level",
-            option_types.words("debug", "info", "warning", "error"),
+            option_types.words(*get_args(settings.LogLevel)),
             "LEVEL",
             "The least important messages that are still written.",
         ),
         Option(
             "log-format",
-            option_types.words("console", "json"),
+            option_types.words(*get_args(settings.LogFormat)),
             "FORMAT",
             "How a line is written. console: for people. json: as one JSON object.",
         ),
@@ -372,7 +401,7 @@ GROUPS: dict[str, tuple[Option, ...]] = {
     "Looking in": (
         Option(
             "admin",
-            option_types.ADMIN,
+            option_addresses.ADMIN,
             "WHERE",
             "Where else the relay can be asked how it does, beside its own socket, which status, sessions and top find "
             "by themselves and only root and the account of the relay may use. A port of a loopback address: for "

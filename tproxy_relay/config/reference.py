@@ -37,7 +37,7 @@ The command line wins over the environment, the environment over the file
 
 
 def help_text() -> str:
-    """What --help prints."""
+    """The text that --help prints."""
     return (
         _HELP
         + "".join(_help_entry(word, word.name) for word in POSITIONAL)
@@ -69,13 +69,13 @@ def _filled(text: str, width: int) -> str:
 def _in_brackets(option: Option) -> str:
     """What is allowed, and the default."""
     facts = [option.kind.allowed] if option.kind else []
-    if option.is_setting and option.kind:
+    if option.has_value and option.kind:
         facts.append(f"default: {option.default}" if option.default else f"not set: {option.unset}")
     return f"[{'; '.join(facts)}]" if facts else ""
 
 
 def conf() -> str:
-    """What etc/tproxy-relay.conf holds."""
+    """The text of etc/tproxy-relay.conf: every setting with its default, as a comment, and those of SHIPPED."""
     return "\n".join(_conf_lines())
 
 

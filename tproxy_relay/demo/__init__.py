@@ -13,7 +13,6 @@ from types import FrameType
 
 from tproxy_relay.demo import screen, story
 from tproxy_relay.lab import Lab, RelayProcess
-from tproxy_relay.settings import Settings
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -26,11 +25,14 @@ class _Stopped(BaseException):
         self.number = number
 
 
-def run(settings: Settings) -> int:
-    """Show it. 0 if all was as promised, or else a RelayError; 128 and its number if a signal ended it."""
+def run(*, keep: bool) -> int:
+    """Show it; `keep` leaves the network up until a signal comes.
+
+    Returns 0 if all was as promised, or else a RelayError; 128 and its number if a signal ended it.
+    """
     with _signals_raise():
         try:
-            _show(keep=settings.keep)
+            _show(keep=keep)
         except _Stopped as stop:
             with contextlib.suppress(screen.Unread):
                 screen.say("\nStopped. Everything was removed.")

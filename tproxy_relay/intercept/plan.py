@@ -12,9 +12,18 @@ import ipaddress
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from tproxy_relay.settings import INTERFACE_NAME, KERNEL_ROUTE_TABLES, MAX_ROUTE_PRIORITY, PortRange, Settings
+from tproxy_relay.settings import (
+    INTERFACE_NAME,
+    KERNEL_ROUTE_TABLES,
+    MAX_ROUTE_PRIORITY,
+    Mode,
+    OnFailure,
+    PortRange,
+    PreserveSource,
+    Settings,
+)
 from tproxy_relay.system import privileges
 
 State = Literal["active", "draining", "closed"]
@@ -47,7 +56,7 @@ class Marks(NamedTuple):
 class Plan:
     """Which connections go to which listener, and how. ValueError if a value could not stand in a rule."""
 
-    mode: str
+    mode: Mode
     inbound: tuple[PortRange, ...]
     """Destination ports of connections that arrive from outside."""
     outbound: tuple[PortRange, ...]
@@ -58,8 +67,8 @@ class Plan:
     """Families that are intercepted, with the address that the listeners have there ('0.0.0.0', '127.0.0.1')."""
     interface: str | None
     """Only what arrives here is inbound; None: what arrives anywhere but on lo."""
-    preserve_source: str
-    on_failure: str
+    preserve_source: PreserveSource
+    on_failure: OnFailure
     mark_mask: int
     route_table: int
     route_priority: int
@@ -82,9 +91,9 @@ class Plan:
         ):
             yield f"interface {self.interface!r}"
         for word, allowed in (
-            (self.mode, ("tproxy", "redirect")),
-            (self.on_failure, ("open", "closed")),
-            (self.preserve_source, ("no", "address", "full")),
+            (self.mode, get_args(Mode)),
+            (self.on_failure, get_args(OnFailure)),
+            (self.preserve_source, get_args(PreserveSource)),
         ):
             if word not in allowed:
                 yield repr(word)

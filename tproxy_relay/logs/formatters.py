@@ -15,6 +15,8 @@ try:
 except ImportError:  # python-json-logger before 3.1
     from pythonjsonlogger.jsonlogger import JsonFormatter  # type: ignore[attr-defined]
 
+from tproxy_relay.settings import LogFormat
+
 _BLANK = vars(logging.makeLogRecord({}))
 
 RESERVED = frozenset(_BLANK) | {"message", "asctime", "taskName"}
@@ -93,6 +95,6 @@ class LineFormatter(JsonFormatter):  # type: ignore[misc, unused-ignore]
         return text
 
 
-def formatter(log_format: str) -> logging.Formatter:
+def formatter(log_format: LogFormat) -> logging.Formatter:
     """The one for a value of the option log-format: `json`, or `console` for any other."""
     return LineFormatter() if log_format == "json" else ConsoleFormatter()

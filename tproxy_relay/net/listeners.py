@@ -14,7 +14,7 @@ from tproxy_relay.errors import CapabilityMissingError, KernelUnsupportedError, 
 from tproxy_relay.net import endpoint, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
-from tproxy_relay.settings import Settings
+from tproxy_relay.settings import Mode, Settings
 from tproxy_relay.system import systemd
 
 BACKLOG = 4096
@@ -265,7 +265,7 @@ def _interface_of(sock: socket.socket) -> str:
     return name.rstrip(b"\0").decode()
 
 
-def _unfit(sock: socket.socket, mode: str, stored: bool) -> str | None:
+def _unfit(sock: socket.socket, mode: Mode, stored: bool) -> str | None:
     if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         return "is not a TCP socket"
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

@@ -14,12 +14,13 @@ from collections.abc import Callable
 
 from tproxy_relay.net import endpoint, linux
 from tproxy_relay.net.endpoint import Endpoint
+from tproxy_relay.settings import Mode
 
 _NEVER_REDIRECTED = frozenset({errno.ENOENT, errno.ENOPROTOOPT})
 """SO_ORIGINAL_DST: conntrack has no entry for this connection, or is not loaded at all."""
 
 
-def original_destination(sock: socket.socket, mode: str) -> Endpoint | None:
+def original_destination(sock: socket.socket, mode: Mode) -> Endpoint | None:
     """The original destination of an accepted socket in `mode` (`tproxy` or `redirect`).
 
     None if the kernel knows of no interception. In tproxy mode a connection made to the listener itself has
@@ -71,7 +72,7 @@ def _check_family(family: int, expected: socket.AddressFamily) -> None:
         raise ValueError(f"the kernel answered with address family {family}, not {int(expected)}")
 
 
-_RESOLVERS: dict[str, Callable[[socket.socket], Endpoint | None]] = {
+_RESOLVERS: dict[Mode, Callable[[socket.socket], Endpoint | None]] = {
     "tproxy": _from_tproxy,
     "redirect": _from_redirect,
 }

@@ -104,13 +104,13 @@ class Supervisor:
 
     # --- the start
 
-    def start(self) -> bool:
+    def start(self, *, take_over: bool) -> bool:
         """Everything up to READY. False if told to stop before that. Raises RelayError. In both cases no process and no
-        rule is left behind."""
+        rule is left behind. With `take_over`, a relay that is there already hands over."""
         logging.getLogger().addHandler(self._problems)
         kept, unfit = listeners.adopt_all(self._settings, self._environ)
         self._inherited = any(not one.stored for one in kept)
-        if self._settings.take_over and not kept:
+        if take_over and not kept:
             self._offer = takeover.find(self._settings)
             kept = self._offer.listeners if self._offer else []
         prepared = prepare(self._settings, kept, inherited=self._inherited)

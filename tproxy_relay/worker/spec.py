@@ -1,14 +1,12 @@
 """What the supervisor tells a worker when it starts it, and how that travels as a message."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from tproxy_relay.ipc.channel import Message
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.relay.policy import Destinations
-from tproxy_relay.settings import HostPort, Network, PortRange, Settings
+from tproxy_relay.settings import Settings
 from tproxy_relay.system.limits import Limits
 
 
@@ -28,7 +26,7 @@ class WorkerSpec:
         return {
             "slot": slot,
             "cpu": cpu,
-            "settings": asdict(self.settings),
+            "settings": self.settings.to_json(),
             "tuning": asdict(self.tuning),
             "destinations": destinations,
             "limits": self.limits,
@@ -37,36 +35,13 @@ class WorkerSpec:
 
 def of_message(message: Message) -> WorkerSpec:
     """The other way."""
-    settings = _settings(message["settings"])
+    settings = Settings.from_json(message["settings"])
     return WorkerSpec(
         settings,
         Tuning(**message["tuning"]),
         _destinations(message["destinations"], settings),
         Limits(*message["limits"]),
     )
-
-
-def _settings(values: Message) -> Settings:
-    target, admin = values["target"], values["admin"]
-    return Settings(
-        **{
-            **values,
-            "ports": tuple(values["ports"]),
-            "bind": tuple(values["bind"]),
-            "intercept_inbound": tuple(PortRange(*ports) for ports in values["intercept_inbound"]),
-            "intercept_outbound": tuple(PortRange(*ports) for ports in values["intercept_outbound"]),
-            "target": None if target is None else HostPort(*target),
-            "show": tuple((name, text) for name, text in values["show"]),
-            "admin": HostPort(*admin) if isinstance(admin, list) else admin,
-            "allow": tuple(map(_network, values["allow"])),
-            "deny": tuple(map(_network, values["deny"])),
-        }
-    )
-
-
-def _network(values: Sequence[Any]) -> Network:
-    address, ports = values
-    return Network(address, None if ports is None else PortRange(*ports))
 
 
 def _destinations(values: Message, settings: Settings) -> Destinations:

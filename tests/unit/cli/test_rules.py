@@ -7,13 +7,14 @@ import loopback
 import pytest
 
 from tproxy_relay.cli import rules
+from tproxy_relay.cli.arguments import Arguments
+from tproxy_relay.config.options import ARGUMENTS
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.intercept import lock
 from tproxy_relay.intercept.lock import Lock
 from tproxy_relay.settings import PortRange, Settings
 
 WHAT: dict[str, Any] = {
-    "command": "rules",
     "intercept_inbound": (PortRange(443, 443), PortRange(8000, 8100)),
     "intercept_outbound": (PortRange(80, 80),),
     "backend": "nft",
@@ -27,11 +28,14 @@ class Command:
         self._capsys = capsys
 
     def __call__(self, action: str, code: int = 0, **settings: object) -> str:
-        assert rules.run(Settings(**{**WHAT, "action": action, **settings})) == code
-        return self._capsys.readouterr().out
+        return self._run(Settings(**{**WHAT, **settings}), {"action": action}, code)
 
     def json(self, action: str, code: int = 0, **settings: object) -> Any:
-        return json.loads(self(action, code, json=True, **settings))
+        return json.loads(self._run(Settings(**{**WHAT, **settings}), {"action": action, "json": True}, code))
+
+    def _run(self, settings: Settings, arguments: dict[str, Any], code: int) -> str:
+        assert rules.run(settings, Arguments(**{**ARGUMENTS, "command": "rules", **arguments})) == code
+        return self._capsys.readouterr().out
 
 
 @pytest.fixture

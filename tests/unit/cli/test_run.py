@@ -31,7 +31,7 @@ given = json.loads(sys.argv[1])
 given = {"workers": 1, **given, "target": HostPort(*given["target"])}
 try:
     settings = Settings(bind=("127.0.0.1",), ports=(0,), mode="redirect", log_format="json", **given)
-    service.run(settings, lambda: settings, os.environ)
+    service.run(settings, lambda: settings, os.environ, take_over=False)
 except RelayError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)

@@ -1,11 +1,10 @@
-"""What people read of a relay's answers."""
+"""What people read of the status of a relay."""
 
 from typing import Any
 
 import pytest
 
 from tproxy_relay.cli import status
-from tproxy_relay.cli.humanize import amount, lasted
 
 LENGTHS = {"count": 10, "sum": 1.0, "p50": 0.0005, "p90": 0.025, "p99": None, "buckets": []}
 STATUS: dict[str, Any] = {
@@ -84,58 +83,3 @@ def test_a_quiet_relay_says_little() -> None:
     assert len(lines) == 6
     assert lines[1].endswith("none has come yet")
     assert "rules status" in lines[3] and lines[4] == "in backlog    nobody"
-
-
-SESSION: dict[str, Any] = {
-    "id": "1f-6b-3",
-    "client": "192.0.2.1:1",
-    "orig_dst": "192.0.2.2:443",
-    "destination": "192.0.2.3:8443",
-    "state": "open",
-    "seconds": 61.0,
-    "idle_seconds": 0.25,
-    "bytes_up": 100,
-    "bytes_down": 5000,
-    "rate_up": 1000,
-    "rate_down": 24,
-    "client_rtt_ms": 0.0123,
-    "upstream_rtt_ms": 120.4,
-    "ending": "idle",
-    "ending_in_seconds": 9.75,
-}
-
-
-def test_a_table_of_connections() -> None:
-    refused = {key: SESSION[key] for key in ("id", "client", "state", "seconds", "idle_seconds")}
-    refused.update(bytes_up=0, bytes_down=0, rate_up=0, rate_down=0)
-    found = {"sessions": [SESSION, refused], "matching": 7, "silent": []}
-    head, one, other, last = status.session_lines(found)
-    assert head.split() == " ".join(status.COLUMNS).split()
-    assert one.split("  ")[-1] == "idle in 9.75 s"
-    for cell in ("192.0.2.2:443 > 192.0.2.3:8443", "1 min 1 s", "250 ms", "1.0 KiB/s", "0.0123/120 ms"):
-        assert cell in one
-    assert "-/- ms" in other
-    assert last == "2 of 7 connections"
-    assert list(status.session_lines({"sessions": [], "matching": 0, "silent": [4]}))[1:] == [
-        "0 connections",
-        "workers that did not answer: 4",
-    ]
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [
-        (0, "0 ms"), (0.0005, "0.5 ms"), (0.0234, "23 ms"), (0.9994, "999 ms"), (1, "1 s"), (59.4, "59.4 s"),
-        (60, "1 min"), (3599, "59 min 59 s"), (3600, "1 h"), (86399, "23 h 59 min"), (90000, "1 d 1 h"),
-    ],
-)  # fmt: skip
-def test_how_long(seconds: float, text: str) -> None:
-    assert lasted(seconds) == text
-
-
-@pytest.mark.parametrize(
-    "number, text",
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (102400, "100 KiB"), (1 << 20, "1.0 MiB"), (5 << 50, "5120 TiB")],
-)
-def test_how_much(number: float, text: str) -> None:
-    assert amount(number) == text

@@ -110,13 +110,15 @@ def test_the_last_line(view: View) -> None:
     assert screen(view)[-1].startswith("3 of 3 by age reversed | only port=443 | STANDS STILL | ")
     view.note = "aborted 1f-6b-1"
     assert lines(view, 24, 80)[-1] == ("aborted 1f-6b-1", "bad")
+    view.trouble = "the relay is gone"
+    assert lines(view, 24, 80)[-1] == ("the relay is gone", "bad")
     view.question = "really? "
     assert screen(view)[-1] == "really? "
 
 
 def test_before_the_first_answer() -> None:
     assert screen(View()) == ["asking the relay ..."]
-    assert screen(View(note="the relay is gone")) == ["the relay is gone"]
+    assert screen(View(trouble="the relay is gone")) == ["the relay is gone"]
 
 
 def test_one_is_chosen(view: View) -> None:

@@ -1,9 +1,11 @@
-"""Pairs of settings that cannot be meant together, and pairs that look so and can."""
+"""Pairs of settings or arguments that cannot be meant together, and pairs that look so and can."""
+
+from typing import Any
 
 import pytest
 
 from tproxy_relay.config import conflicts
-from tproxy_relay.config.options import OPTIONS
+from tproxy_relay.config.options import ARGUMENTS, OPTIONS
 from tproxy_relay.errors import ConfigError, RelayError, UsageError
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 
@@ -11,33 +13,33 @@ HTTP = (PortRange(80, 80),)
 EVERYTHING = (PortRange(1, 65535),)
 
 
-def refusal(settings: Settings, on_command_line: str = "") -> RelayError:
+def refusal(settings: Settings = Settings(), on_command_line: str = "", **arguments: object) -> RelayError:
     origins = {name: "command line" if name == on_command_line else "default" for name in OPTIONS}
     with pytest.raises(RelayError) as refused:
-        conflicts.refuse(settings, origins)
+        conflicts.refuse(settings, {**ARGUMENTS, **arguments}, origins)
     return refused.value
 
 
-def is_accepted(settings: Settings) -> bool:
-    conflicts.refuse(settings, {name: "default" for name in OPTIONS})
+def is_accepted(settings: Settings = Settings(), **arguments: object) -> bool:
+    conflicts.refuse(settings, {**ARGUMENTS, **arguments}, {name: "default" for name in OPTIONS})
     return True
 
 
 def test_keep_is_for_demo() -> None:
-    error = refusal(Settings(keep=True), on_command_line="keep")
+    error = refusal(keep=True, on_command_line="keep")
     assert isinstance(error, UsageError)
     assert str(error) == (
         "--keep is for 'demo', and the command is 'run': drop --keep or say demo "
         "(keep: command line, command: default)"
     )
-    assert is_accepted(Settings(keep=True, command="demo"))
+    assert is_accepted(keep=True, command="demo")
 
 
 def test_take_over_is_for_run() -> None:
-    error = refusal(Settings(take_over=True, command="demo"), on_command_line="take-over")
+    error = refusal(take_over=True, command="demo", on_command_line="take-over")
     assert isinstance(error, UsageError)
     assert str(error).startswith("--take-over is for 'run', and the command is 'demo': drop --take-over or say run")
-    assert is_accepted(Settings(take_over=True))
+    assert is_accepted(take_over=True)
 
 
 def test_a_network_that_is_allowed_and_denied() -> None:
@@ -93,46 +95,46 @@ def test_settings_that_go_well_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings, sentence",
+    "arguments, sentence",
     [
-        (Settings(command="rules"), "'rules' needs one more word: show, apply, remove or status"),
-        (Settings(action="show"), "'show' goes with 'rules', and the command is 'run'"),
-        (Settings(command="check", action="status"), "'status' goes with 'rules', and the command is 'check'"),
-        (Settings(root="/mnt"), "--root is for 'install' and 'uninstall', and the command is 'run'"),
+        (dict(command="rules"), "'rules' needs one more word: show, apply, remove or status"),
+        (dict(action="show"), "'show' goes with 'rules', and the command is 'run'"),
+        (dict(command="check", action="status"), "'status' goes with 'rules', and the command is 'check'"),
+        (dict(root="/mnt"), "--root is for 'install' and 'uninstall', and the command is 'run'"),
         *(
             (
-                Settings(command=command, json=True),
+                dict(command=command, json=True),
                 f"--json is for 'status', 'sessions', 'rules' and 'check', and the command is '{command}'",
             )
             for command in ("run", "demo", "top")
         ),
-        (Settings(show=(("port", "1"),)), "--show is for 'sessions' and 'top', and the command is 'run'"),
-        (Settings(command="status", abort="1-1-1"), "--abort is for 'sessions', and the command is 'status'"),
-        (Settings(command="sessions", abort="1-1-1", show=(("port", "1"),)), "--abort ends one connection"),
+        (dict(show=(("port", "1"),)), "--show is for 'sessions' and 'top', and the command is 'run'"),
+        (dict(command="status", abort="1-1-1"), "--abort is for 'sessions', and the command is 'status'"),
+        (dict(command="sessions", abort="1-1-1", show=(("port", "1"),)), "--abort ends one connection"),
         *(
-            (Settings(command="rules", action=action), f"'rules {action}' needs something to intercept")
+            (dict(command="rules", action=action), f"'rules {action}' needs something to intercept")
             for action in ("show", "apply", "status")
         ),
     ],
 )
-def test_words_in_the_wrong_place(settings: Settings, sentence: str) -> None:
-    assert str(refusal(settings)).startswith(sentence)
+def test_words_in_the_wrong_place(arguments: dict[str, Any], sentence: str) -> None:
+    assert str(refusal(**arguments)).startswith(sentence)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "arguments",
     [
-        Settings(command="check"),
-        Settings(command="check", json=True),
-        Settings(command="install", root="/mnt"),
-        Settings(command="uninstall", root="/mnt"),
-        Settings(command="rules", action="remove", json=True),
-        Settings(command="rules", action="status", json=True, intercept_inbound=HTTP),
-        Settings(command="rules", action="apply", intercept_outbound=HTTP),
+        dict(command="check"),
+        dict(command="check", json=True),
+        dict(command="install", root="/mnt"),
+        dict(command="uninstall", root="/mnt"),
+        dict(command="rules", action="remove", json=True),
+        dict(command="rules", action="status", json=True, settings=Settings(intercept_inbound=HTTP)),
+        dict(command="rules", action="apply", settings=Settings(intercept_outbound=HTTP)),
     ],
 )
-def test_words_in_the_right_place(settings: Settings) -> None:
-    assert is_accepted(settings)
+def test_words_in_the_right_place(arguments: dict[str, Any]) -> None:
+    assert is_accepted(**arguments)
 
 
 @pytest.mark.parametrize(

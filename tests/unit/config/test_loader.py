@@ -17,7 +17,7 @@ from rows import Seen
 import tproxy_relay
 from tproxy_relay.config import conf_file, loader
 from tproxy_relay.config.loader import Loaded
-from tproxy_relay.config.options import OPTIONS
+from tproxy_relay.config.options import ARGUMENTS, OPTIONS
 from tproxy_relay.errors import ConfigError, RelayError, UsageError
 from tproxy_relay.settings import HostPort, Settings
 
@@ -104,7 +104,7 @@ def value_from(name: str, text: str) -> object:
 
 def test_nothing_said_gives_the_defaults(load: Load) -> None:
     loaded = load()
-    assert loaded.settings == Settings()
+    assert loaded.settings == Settings() and loaded.arguments == ARGUMENTS
     assert set(loaded.origins.values()) == {"default"}
     assert loaded.files_read == () and loaded.warnings == () and not loaded.print_config
 
@@ -167,10 +167,11 @@ def test_a_list_in_brackets(load: Load) -> None:
 
 
 def test_commands(load: Load) -> None:
-    assert load("demo").settings.command == "demo"
-    assert load("demo", "--keep").settings.keep
+    assert load("demo").arguments["command"] == "demo"
+    assert load("demo", "--keep").arguments["keep"] is True
     assert load("--log-level", "info", "run").origins["command"] == "command line"
-    assert load("--keep", "-ports", "1", "demo", "-bind=::1", environ={"LOG_LEVEL": "info"}).settings.command == "demo"
+    loaded = load("--keep", "-ports", "1", "demo", "-bind=::1", environ={"LOG_LEVEL": "info"})
+    assert loaded.arguments == {**ARGUMENTS, "command": "demo", "keep": True}
 
 
 def test_rules_take_another_word(load: Load) -> None:
@@ -180,9 +181,9 @@ def test_rules_take_another_word(load: Load) -> None:
         ["-json", "rules", "remove"],
     ):
         loaded = load(*argv)
-        assert (loaded.settings.command, loaded.settings.action, loaded.settings.json) == ("rules", "remove", True)
+        assert loaded.arguments == {**ARGUMENTS, "command": "rules", "action": "remove", "json": True}
         assert loaded.origins["action"] == "command line"
-    assert load("check", "-json").settings.action is None
+    assert load("check", "-json").arguments["action"] is None
 
 
 def test_print_config_is_passed_on(load: Load) -> None:
@@ -369,7 +370,7 @@ def test_print_config_shows_each_value_and_its_origin(load: Load, tmp_path: Path
     assert "# interface =  # default: all interfaces" in lines
     assert "# command = run  # default" in lines
     assert "# keep = no  # default" in lines
-    assert len(lines) == 1 + len([option for option in OPTIONS.values() if option.is_setting])
+    assert len(lines) == 1 + len([option for option in OPTIONS.values() if option.has_value])
 
 
 def test_print_config_says_when_no_file_was_read(load: Load) -> None:

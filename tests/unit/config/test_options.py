@@ -1,14 +1,15 @@
-"""The table of options against Settings, and the guesses at mistyped names."""
+"""The table of options against Settings and Arguments, and the guesses at mistyped names."""
 
 import dataclasses
 import re
 
 import pytest
 
-from tproxy_relay.config.options import GROUPS, OPTIONS, POSITIONAL, Option, did_you_mean
+from tproxy_relay.config.options import ARGUMENTS, GROUPS, OPTIONS, POSITIONAL, Option, did_you_mean
 from tproxy_relay.settings import Settings
 
 SETTINGS = [option for option in OPTIONS.values() if option.is_setting]
+WITH_VALUE = [option for option in OPTIONS.values() if option.has_value]
 
 
 def name_of(option: Option) -> str:
@@ -19,16 +20,22 @@ def test_each_setting_has_one_option() -> None:
     assert sorted(option.field for option in SETTINGS) == sorted(field.name for field in dataclasses.fields(Settings))
 
 
+def test_each_argument_has_one_option() -> None:
+    assert sorted(option.field for option in WITH_VALUE if option not in SETTINGS) == sorted(ARGUMENTS)
+    assert not any(option.is_argument for option in SETTINGS)
+
+
 def test_no_name_is_there_twice() -> None:
     assert len(OPTIONS) == len(POSITIONAL) + sum(map(len, GROUPS.values()))
 
 
-@pytest.mark.parametrize("option", [option for option in SETTINGS if option.kind and option.default], ids=name_of)
+@pytest.mark.parametrize("option", [option for option in WITH_VALUE if option.kind and option.default], ids=name_of)
 def test_the_default_is_a_value_that_the_option_takes(option: Option) -> None:
-    assert option.kind and option.kind.parse(option.default) == getattr(Settings(), option.field)
+    default = ARGUMENTS[option.field] if option.is_argument else getattr(Settings(), option.field)
+    assert option.kind and option.kind.parse(option.default) == default
 
 
-@pytest.mark.parametrize("option", SETTINGS, ids=name_of)
+@pytest.mark.parametrize("option", WITH_VALUE, ids=name_of)
 def test_an_option_without_a_default_says_what_happens_then(option: Option) -> None:
     assert bool(option.unset) == (option.default == "")
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay import errors
-from tproxy_relay.config import conf_file, loader, manual, reference
+from tproxy_relay.config import conf_file, loader, reference
 from tproxy_relay.config.options import OPTIONS, POSITIONAL, Option
 from tproxy_relay.settings import Settings
 
@@ -52,32 +51,18 @@ def test_all_writes_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if option not in POSITIONAL])
-def test_help_and_manual_describe_every_option(name: str) -> None:
+def test_help_describes_every_option(name: str) -> None:
     assert re.search(rf"^  --{name}\b", reference.help_text(), re.MULTILINE)
-    assert re.search(rf"^.. option:: --{name}\b", manual.command_line(), re.MULTILINE)
-    assert bool(re.search(rf"^``{name}`` \*", manual.page(), re.MULTILINE)) == OPTIONS[name].in_file
 
 
 @pytest.mark.parametrize("word", POSITIONAL, ids=lambda option: option.name)
-def test_help_and_manual_describe_the_words(word: Option) -> None:
+def test_help_describes_the_words(word: Option) -> None:
     assert word.kind and re.search(rf"^  {word.name}\b", reference.help_text(), re.MULTILINE)
     assert re.sub(r"\s+", "", word.kind.allowed) in re.sub(r"\s+", "", reference.help_text())
-    assert word.explained.keys() == set(word.words)
-    for each in word.words:
-        assert f"**{each}**" in manual.commands() and f"**{each}**" in manual.synopsis().replace("[", "").replace(
-            "]", ""
-        )
 
 
 def test_help_fits_a_terminal() -> None:
     assert max(map(len, reference.help_text().splitlines())) <= 100
-
-
-def test_the_manual_has_every_exit_code() -> None:
-    codes = [code for code, _ in manual.exit_codes()]
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type(errors.RelayError))]
-    assert codes == [0, *sorted(kind.exit_code for kind in kinds)]
-    assert all(re.search(rf"^{code}\n   \S", manual.exit_status(), re.MULTILINE) for code in codes)
 
 
 def test_a_wrong_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tproxy_relay.config import option_types
+from tproxy_relay.config import option_addresses, option_types
 from tproxy_relay.config.option_types import BadValue
 from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.settings import Network, PortRange
 
-KINDS = {name: option.kind for name, option in OPTIONS.items() if option.kind}
+TYPES = {name: option.kind for name, option in OPTIONS.items() if option.kind}
 
 PIECES = st.sampled_from(
     [*"0123456789abcdefxX:.,;/[]%-+_ \t\n\0", "::", "ffff", "10.0.0.0/8", "65535", "0x", "٣", "１"]
@@ -51,16 +51,16 @@ def test_ranges_are_refused_exactly_when_they_share_a_port(
 
 @given(st.lists(written.networks(), max_size=option_types.MAX_ITEMS // 4, unique=True))
 def test_networks_are_read_as_written(networks: list[Network]) -> None:
-    assert option_types.NETWORKS.parse(option_types.NETWORKS.write(tuple(networks))) == tuple(networks)
+    assert option_addresses.NETWORKS.parse(option_addresses.NETWORKS.write(tuple(networks))) == tuple(networks)
     for one in networks:
-        assert option_types.NETWORKS.parse(str(one)) == (one,)
+        assert option_addresses.NETWORKS.parse(str(one)) == (one,)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", TYPES)
 @hypothesis_settings(max_examples=100)
 @given(st.text(max_size=40) | NEARLY)
 def test_whatever_is_written_is_read_again_or_refused(name: str, text: str) -> None:
-    kind = KINDS[name]
+    kind = TYPES[name]
     try:
         value = kind.parse(text)
     except BadValue as refused:
