@@ -18,8 +18,6 @@ import math
 import os
 import select
 import selectors
-import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +36,6 @@ from tproxy_relay.intercept.programs import ProgramError
 from tproxy_relay.intercept.ruleset import STATES, Ruleset
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel, Message
-from tproxy_relay.system import proc_title
 
 SETTLE = 0.2
 """Seconds after a change before the rules are looked at: changes come in bursts."""
@@ -133,7 +130,7 @@ class Guard:
         self.tell("changed", state="removed", pid=os.getpid())
 
     def _hear(self) -> None:
-        received = _receive(self._talk)
+        received = receive(self._talk)
         if received is None:
             self._selector.unregister(self._talk)
             self._talk.close()
@@ -149,7 +146,7 @@ class Guard:
         self._last_step = last_step
         if not self._formers:
             return
-        _put_nothing_at(2)  # who reads the relay's standard error sees its end
+        put_nothing_at(2)  # who reads the relay's standard error sees its end
         if last_step == self.remove:
             if self._state != "draining":
                 self._drain()
@@ -163,7 +160,7 @@ class Guard:
 
     def _hear_former(self, former: Channel) -> None:
         """Only its end means anything."""
-        received = _receive(former)
+        received = receive(former)
         if received is None:
             self._selector.unregister(former)
             self._formers.remove(former)
@@ -261,7 +258,7 @@ class Guard:
         that who reads the first one's sees its end."""
         for fd in descriptors[:1]:
             os.dup2(fd, 2)
-        plan = _understood(order)
+        plan = understood(order)
         state: State = order.get("state", self._state)
         try:
             if (plan, state) != (self._plan, self._state):
@@ -324,7 +321,7 @@ def tell(talk: Channel, event: str, **fields: Any) -> None:
     talk.send({"event": event, **words})
 
 
-def _receive(talk: Channel) -> tuple[Message, list[int]] | None:
+def receive(talk: Channel) -> tuple[Message, list[int]] | None:
     """The next message; what is none is an order that nobody knows."""
     try:
         return talk.receive()
@@ -337,7 +334,7 @@ def _do_not_know(message: Message, _: list[int]) -> None:
     raise RelayError(f"the guard of the ruleset does not know the order {message.get('order')!r}: restart the relay")
 
 
-def _understood(message: Message) -> Plan:
+def understood(message: Message) -> Plan:
     """The plan of a message, which may come from another version of the program."""
     try:
         if message.get("state", "active") not in STATES or type(message["pid"]) is not int:
@@ -349,47 +346,7 @@ def _understood(message: Message) -> Plan:
         ) from error
 
 
-def _standard_input() -> Channel:
-    """The channel, away from descriptor 0, which stays taken when the channel is closed: programs would meet
-    something else there. Raises OSError if it is none."""
-    talk = channel.adopt(os.dup(0))
-    _put_nothing_at(0)
-    return talk
-
-
-def _put_nothing_at(fd: int) -> None:
+def put_nothing_at(fd: int) -> None:
+    """Open /dev/null at a descriptor, in the place of what was there."""
     with open(os.devnull, "r+b", buffering=0) as nothing:
         os.dup2(nothing.fileno(), fd)
-
-
-def main() -> int:
-    """The process. The relay starts it; by hand it is of no use."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    proc_title.become(proc_title.GUARD)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a relay that is PID 1 ignores it, and exit codes would be lost
-    try:
-        talk = _standard_input()
-    except OSError:
-        print("the guard of the ruleset is started by `tproxy-relay run`", file=sys.stderr)
-        return 2
-    received = _receive(talk)
-    if received is None:
-        return 0
-    request = received[0]
-    try:
-        guard = Guard(talk, _understood(request), request["backend"], request["state"], request["pid"])
-    except RelayError as error:
-        tell(talk, "failed", message=str(error), exit_code=error.exit_code)
-        return error.exit_code
-    guard.tell("installed", backend=guard.backend, state=request["state"])
-    try:
-        guard.watch()
-    except BaseException:
-        guard.relay_died()
-        raise
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -179,7 +179,7 @@ class Interception:
             raise SystemRefusedError(f"cannot start the guard of the ruleset: {error.strerror}") from error
         try:
             self._guard = subprocess.Popen(
-                [sys.executable, "-m", "tproxy_relay.guard.guard"],
+                [sys.executable, "-m", "tproxy_relay.guard"],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 # Neither Ctrl-C nor the folder it was started in is the guard's.

@@ -60,7 +60,7 @@ def answer(talk: Channel) -> dict[str, Any]:
 def process() -> Iterator[Guard]:
     talk, theirs = channel.pair()
     with subprocess.Popen(
-        [sys.executable, "-m", "tproxy_relay.guard.guard"], stdin=theirs.fileno(), env=children.environment()
+        [sys.executable, "-m", "tproxy_relay.guard"], stdin=theirs.fileno(), env=children.environment()
     ) as child:
         theirs.close()
         try:
@@ -230,7 +230,7 @@ def test_nothing_to_do_is_no_error() -> None:
 
 def test_started_by_hand_it_says_what_it_is() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tproxy_relay.guard.guard"],
+        [sys.executable, "-m", "tproxy_relay.guard"],
         input="",
         capture_output=True,
         text=True,
