@@ -9,7 +9,7 @@ import signal
 import sys
 
 from tproxy_relay.errors import RelayError
-from tproxy_relay.guard import guard
+from tproxy_relay.guard import guard, messages
 from tproxy_relay.guard.guard import Guard
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
@@ -27,16 +27,16 @@ def main() -> int:
     except OSError:
         print("the guard of the ruleset is started by `tproxy-relay run`", file=sys.stderr)
         return 2
-    received = guard.receive(talk)
+    received = messages.receive_order(talk)
     if received is None:
         return 0
-    request = received[0]
     try:
-        one = Guard(talk, guard.understood(request), request["backend"], request["state"], request["pid"])
+        start = messages.start_of(received[0])
+        one = Guard(talk, start)
     except RelayError as error:
-        guard.tell(talk, "failed", message=str(error), exit_code=error.exit_code)
+        messages.send_event(talk, messages.Failed(str(error), error.exit_code))
         return error.exit_code
-    one.tell("installed", backend=one.backend, state=request["state"])
+    one.send(messages.Installed(one.backend, start.state))
     try:
         one.watch()
     except BaseException:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tproxy_relay.intercept.nft_owner import Holder
+from tproxy_relay.intercept.nft_owner import NftOwner
 from tproxy_relay.intercept.plan import Plan, State
 
 
@@ -33,13 +33,13 @@ class Backend(ABC):
     """Where rules go."""
 
     name: str
-    holder: Holder | None = None
+    owner: NftOwner | None = None
     """The child that owns the rules, if one does."""
 
     @property
     @abstractmethod
     def tells_changes(self) -> bool:
-        """True if the kernel tells when somebody changes these rules (changes.py)."""
+        """True if the kernel tells when somebody changes these rules (guard/netlink.py)."""
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ _SYNCED = "meta expression"
 """nft's interactive mode has no prompt on a pipe and says nothing of success: this question has a known answer."""
 
 
-class Holder:
+class NftOwner:
     """The child, and the way to talk to it."""
 
     def __init__(self) -> None:
@@ -30,6 +30,11 @@ class Holder:
             # Its history file would go to HOME.
             env={"PATH": programs.search_path(), "LC_ALL": "C", "HOME": os.devnull},
         )
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.pid
 
     @property
     def alive(self) -> bool:
