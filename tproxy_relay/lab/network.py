@@ -4,7 +4,7 @@
     10.81.1.2            10.81.1.1 | 10.81.2.1              10.81.2.2
     fd81:1::2            fd81:1::1 | fd81:2::1              fd81:2::2
 
-Nothing of it is visible on the machine, and nothing needs removing: see agent.py.
+Nothing of it is visible on the machine, and nothing needs removing: see net/namespace_agent.py.
 """
 
 import contextlib
