@@ -10,16 +10,17 @@ Nothing of it is visible on the machine, and nothing needs removing: see net/nam
 import contextlib
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
-from tproxy_relay.intercept import nft, routing
+from tproxy_relay.intercept import nft, plan, routing
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.lab import needs
 from tproxy_relay.lab.host import Host
 from tproxy_relay.lab.needs import LabError
 from tproxy_relay.lab.relay_process import RelayProcess
-from tproxy_relay.settings import PortRange
+from tproxy_relay.settings import PortRange, Settings
 
 Topology = Literal["gateway", "host", "local"]
 """gateway: client to server, forwarded by the relay's host. host: client to a server program on the relay's
@@ -109,12 +110,12 @@ class Lab:
 
     def stop_intercepting(self) -> None:
         """Take the rules away; it is no error if there are none."""
-        plan, self._plan = self._plan, None
-        if plan is None:
+        former, self._plan = self._plan, None
+        if former is None:
             return
         self.relay.run(["nft", "-f", "-"], input=nft.removal())
-        for family in plan.families:
-            self._ip(f"-{family}", routing.batch(plan).replace(" add ", " del "), force=True)
+        for family in former.families:
+            self._ip(f"-{family}", routing.batch(former).replace(" add ", " del "), force=True)
 
     def relay_process(self, *options: str, wrapper: Sequence[str] = ()) -> RelayProcess:
         """The real relay, in the relay host, run with these options; to be used in a `with`."""
@@ -165,21 +166,13 @@ class Lab:
 
 
 def _plan(ports: tuple[PortRange, ...], topology: Topology, preserve_source: bool) -> Plan:
-    return Plan(
-        mode="tproxy",
-        inbound=() if topology == "local" else ports,
-        outbound=ports if topology == "local" else (),
-        inbound_port=15006,
-        outbound_port=15002,
-        listen={4: "0.0.0.0", 6: "::"},
-        interface=None,
+    """As the relay makes it from its settings, but for both families, whatever this machine has."""
+    settings = Settings(
+        intercept_inbound=() if topology == "local" else ports,
+        intercept_outbound=ports if topology == "local" else (),
         preserve_source="address" if preserve_source else "no",
-        on_failure="open",
-        mark_mask=0x07000000,
-        route_table=7006,
-        route_priority=7006,
-        exempt_uid=None,
     )
+    return replace(plan.of_settings(settings), listen={4: "0.0.0.0", 6: "::"})
 
 
 def _range(ports: int | str) -> PortRange:
