@@ -1,10 +1,11 @@
 """`tproxy-relay check`, the doctor: what this host lacks, one line each, with the command that mends it.
 
-finding.py    what a line says              case.py, host.py   what is examined, and the facts about it
-tools.py  limits.py  sysctls.py             the programs, the limits, the settings of the kernel
-firewall.py  read_nft.py  read_iptables.py  other people's rules, in one form
-neighbours.py  standing.py                  who is in the way; what a former relay has left
-kernel.py  selfprobe.py  namespace.py       trying it out: the ruleset, and a connection through it
+finding.py                          what a line says
+context.py  host.py                 what is examined, and the facts about it
+tools.py  limits.py  sysctls.py     the programs, the limits, the settings of the kernel
+firewall.py  firewall_*.py          other people's rules, in one form, whether nft or iptables made them
+foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
+kernel.py  selfprobe.py             trying it out: the ruleset, and a connection through it
 """
 
 import json
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from tproxy_relay.check import foreign_rules, kernel, limits, ruleset, selfprobe, sysctls, tools
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
-from tproxy_relay.errors import CapabilityMissingError, RelayError
+from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import foreign_nat, plan
 from tproxy_relay.settings import Settings
 
@@ -69,12 +70,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
     for probe in PROBES:
         try:
             yield from probe(case)
-        except CapabilityMissingError as error:
-            yield _not_looked(probe, error)
         except RelayError as error:
-            yield _not_looked(probe, error)
+            yield _not_examined(probe, error)
 
 
-def _not_looked(probe: Probe, error: RelayError) -> Finding:
+def _not_examined(probe: Probe, error: RelayError) -> Finding:
     name = probe.__name__.removeprefix("probe_").replace("_", "-")
     return warning(name, f"could not be looked at ({str(error)[:200]})", "what is wrong there stays unknown")

@@ -13,6 +13,7 @@ from typing import Any
 
 from tproxy_relay.intercept import programs
 from tproxy_relay.intercept.plan import Family
+from tproxy_relay.system import privileges
 
 NET_ADMIN, NET_RAW, SYS_ADMIN = 12, 13, 21
 """linux/capability.h."""
@@ -40,20 +41,17 @@ class Interface:
 
 
 class Host:
-    """This host, in this network namespace."""
+    """The facts about this host, as the network namespace of this process has them."""
 
     @functools.cached_property
     def interfaces(self) -> list[Interface]:
-        """All of them, lo too."""
+        """Every network interface, lo too. Raises RelayError without `ip`."""
         return [_interface(one) for one in ask("ip", "-json", "-details", "address", "show")]
 
     @functools.cached_property
     def capabilities(self) -> int:
-        """The effective ones of this process, a bit each (proc(5))."""
-        for line in _read("/proc/self/status").splitlines():
-            if line.startswith("CapEff:"):
-                return int(line.split()[1], 16)
-        return 0
+        """The effective ones of this process, a bit each (linux/capability.h)."""
+        return privileges.held().effective
 
     def may(self, capability: int) -> bool:
         """True if this process has that capability."""
@@ -103,7 +101,7 @@ def sysctl(name: str) -> str | None:
 
 
 def number(name: str) -> int | None:
-    """The same for a whole number."""
+    """The value of a sysctl as a whole number; None if there is none such, or if it is no number."""
     value = sysctl(name)
     return int(value) if value is not None and value.lstrip("-").isdigit() else None
 

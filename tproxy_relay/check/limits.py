@@ -250,7 +250,7 @@ def _about_refusal(case: Case, address: Endpoint, error: OSError) -> Iterator[Fi
         yield problem(
             "ports",
             f"this account may not listen on port {address.port}",
-            "ports below " f"{host.sysctl('net.ipv4.ip_unprivileged_port_start')} take CAP_NET_BIND_SERVICE",
+            f"ports below {host.sysctl('net.ipv4.ip_unprivileged_port_start')} take CAP_NET_BIND_SERVICE",
             set_sysctl("net.ipv4.ip_unprivileged_port_start", address.port),
         )
     else:

@@ -36,9 +36,9 @@ from tproxy_relay.ipc.channel import Channel, Message
 SETTLE = 0.2
 """Seconds after a change before the rules are checked: changes come in bursts."""
 CHECK_INTERVAL = 2.0
-"""Seconds between two checks at the least, and at the most where nobody tells of changes."""
+"""Seconds between two checks at the least, and at the most where nobody reports changes."""
 SLOW_CHECK_INTERVAL = 30.0
-"""Seconds between two checks where changes are told: routes and interfaces are not."""
+"""Seconds between two checks where changes are reported: routes and interfaces are not."""
 
 CLOSED_TIMEOUT = 10.0
 """Seconds for former relays where rules that refuse must take the place of those that know their connections: until
@@ -80,7 +80,7 @@ class Guard:
         chosen = backends.choose(
             start.backend, start.plan, hold=hold, warn=lambda line: self.send(messages.Warned(line))
         )
-        self._changes = Changes(nftables=chosen.tells_changes)
+        self._changes = Changes(nftables=chosen.reports_changes)
         self._ruleset = self._install(start.plan, chosen)
         self._checked_at = time.monotonic()
         self._check_at = self._checked_at + self._interval
@@ -99,7 +99,7 @@ class Guard:
 
     @property
     def backend(self) -> str:
-        """The backend's name."""
+        """The name of the backend that has the rules: nft, iptables-nft, iptables-legacy or iptables."""
         return self._ruleset.backend.name
 
     @property
@@ -143,14 +143,14 @@ class Guard:
     def _on_order(self) -> None:
         received = messages.receive_order(self._talk)
         if received is not None:
-            self._obey(*received)
+            self._handle_order(*received)
             return
         self._selector.unregister(self._talk)
         self._talk.close()
         if self._last_step is None:
             self._leave(self.remove if self._opens else self.relay_died)
 
-    def _obey(self, message: Message, descriptors: list[int]) -> None:
+    def _handle_order(self, message: Message, descriptors: list[int]) -> None:
         handle = self._orders.get(str(message.get("order")), _refuse)
         try:
             handle(message, descriptors)
@@ -287,7 +287,7 @@ class Guard:
         self.send(messages.Serving(self.backend, self._plan.digest, self._state))
 
     def remove(self) -> None:
-        """Leave the host as it was."""
+        """Take the rules and the routing away; what cannot be taken away is trouble that is sent."""
         self._undo(self._ruleset.backend.remove, routing.uninstall)
 
     @property
@@ -301,7 +301,7 @@ class Guard:
         return not (self._opens or self._ruleset.backend.refuses_without_listener) and self._plan.mode == "tproxy"
 
     def relay_died(self) -> None:
-        """What `on-failure` says."""
+        """Do with the rules what `on-failure` says: remove them, or leave rules that refuse new connections."""
         if self._opens:
             self.remove()
         elif self._closes:

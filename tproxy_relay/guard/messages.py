@@ -34,7 +34,7 @@ class Start:
     pid: int
 
     def to_message(self) -> Message:
-        """As it goes on the channel."""
+        """The JSON object that goes on the channel."""
         return {"plan": plans.to_json(self.plan), "backend": self.backend, "state": self.state, "pid": self.pid}
 
 
@@ -45,7 +45,7 @@ class Drain:
     NAME: ClassVar[str] = "drain"
 
     def to_message(self) -> Message:
-        """As it goes on the channel."""
+        """The JSON object that goes on the channel."""
         return {"order": self.NAME}
 
 
@@ -56,7 +56,7 @@ class Remove:
     NAME: ClassVar[str] = "remove"
 
     def to_message(self) -> Message:
-        """As it goes on the channel."""
+        """The JSON object that goes on the channel."""
         return {"order": self.NAME}
 
 
@@ -72,7 +72,7 @@ class Replace:
     pid: int
 
     def to_message(self) -> Message:
-        """As it goes on the channel."""
+        """The JSON object that goes on the channel."""
         message = {"order": self.NAME, "plan": plans.to_json(self.plan), "state": self.state, "pid": self.pid}
         return {name: value for name, value in message.items() if value is not None}
 
@@ -86,7 +86,7 @@ class Serve:
     pid: int
 
     def to_message(self) -> Message:
-        """As it goes on the channel."""
+        """The JSON object that goes on the channel."""
         return {"order": self.NAME, "pid": self.pid}
 
 
@@ -159,7 +159,7 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Well:
-    """The trouble is over."""
+    """What was wrong with the rules is put right: the trouble is over."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Orphaned:
 
 @dataclass(frozen=True)
 class Warned:
-    """To be logged."""
+    """A line for the log, as a warning."""
 
     message: str
 

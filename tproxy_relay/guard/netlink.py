@@ -1,6 +1,6 @@
-"""Hearing of changes to rules: the kernel tells, over netlink, whoever asks (netlink(7), rtnetlink(7)).
+"""Changes to rules: the kernel reports them, over netlink, to whoever asks (netlink(7), rtnetlink(7)).
 
-What changed is not read here, only that something did. The legacy iptables tell nobody.
+What changed is not read here, only that something did. The legacy iptables report nothing.
 """
 
 import socket
@@ -30,7 +30,7 @@ class Changes:
         self.sockets: list[socket.socket] = []
         """Readable when something has changed."""
         self.complete = nftables
-        """False if some changes are not told: then one has to check from time to time."""
+        """False if some changes are not reported: then one has to check from time to time."""
         routing = (_RTNLGRP_LINK, _RTNLGRP_IPV4_ROUTE, _RTNLGRP_IPV4_RULE, _RTNLGRP_IPV6_ROUTE, _RTNLGRP_IPV6_RULE)
         wanted: dict[int, Sequence[int]] = {socket.NETLINK_ROUTE: routing}
         if nftables:
@@ -42,8 +42,8 @@ class Changes:
                 self.complete = False
 
     def read(self) -> bool:
-        """True if a change that may concern us has been told since the last call."""
-        return any([_tells_of_us(message) for sock in self.sockets for message in _messages(sock)])
+        """True if a change that may concern us has been reported since the last call."""
+        return any([_concerns_us(message) for sock in self.sockets for message in _messages(sock)])
 
 
 def _listen(protocol: int, groups: Sequence[int]) -> socket.socket:
@@ -77,7 +77,7 @@ def _split(datagram: bytes) -> Iterator[bytes]:
         datagram = datagram[(length + 3) & ~3 :]
 
 
-def _tells_of_us(message: bytes) -> bool:
+def _concerns_us(message: bytes) -> bool:
     """Routes of others come and go all the time on a router."""
     if len(message) <= _RTM_PROTOCOL or _HEADER.unpack_from(message)[1] not in (_RTM_NEWROUTE, _RTM_DELROUTE):
         return True

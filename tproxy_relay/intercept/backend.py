@@ -30,7 +30,7 @@ Labels = dict[str, list[str]]
 
 
 class Backend(ABC):
-    """Where rules go."""
+    """A way to have rules in the kernel, see them there, and take them away again."""
 
     name: str
     owner: NftOwner | None = None
@@ -38,8 +38,8 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def tells_changes(self) -> bool:
-        """True if the kernel tells when somebody changes these rules (guard/netlink.py)."""
+    def reports_changes(self) -> bool:
+        """True if the kernel reports changes that somebody makes to these rules (guard/netlink.py)."""
 
     @property
     @abstractmethod
@@ -48,7 +48,7 @@ class Backend(ABC):
 
     @abstractmethod
     def steps(self, plan: Plan, state: State) -> list[Step]:
-        """What `install` does."""
+        """The programs that `install` runs, in order, with what they read."""
 
     @abstractmethod
     def install(self, plan: Plan, state: State) -> None:

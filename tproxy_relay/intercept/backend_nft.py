@@ -21,7 +21,7 @@ class Nft(Backend):
         self._hold = hold
 
     @property
-    def tells_changes(self) -> bool:
+    def reports_changes(self) -> bool:
         return True
 
     @property

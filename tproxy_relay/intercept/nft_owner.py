@@ -18,7 +18,7 @@ _SYNCED = "meta expression"
 
 
 class NftOwner:
-    """The child, and the way to talk to it."""
+    """The child that owns the table, and the way to have it change that."""
 
     def __init__(self) -> None:
         self._at_end = False
@@ -33,7 +33,7 @@ class NftOwner:
 
     @property
     def pid(self) -> int:
-        """The child's process id."""
+        """The process id of `nft -i`, which owns the table."""
         return self._child.pid
 
     @property
@@ -47,7 +47,7 @@ class NftOwner:
         return self._at_end
 
     def fileno(self) -> int:
-        """Becomes readable when it ends."""
+        """A descriptor that becomes readable when the child ends."""
         assert self._child.stdout is not None
         return self._child.stdout.fileno()
 

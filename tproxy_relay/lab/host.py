@@ -57,7 +57,7 @@ class Host:
         return self._namespace.pid
 
     def address(self, family: int = AF_INET) -> str:
-        """Its address of that family."""
+        """Its address of that family on the way to the other hosts, as text."""
         return self.ipv6 if family == AF_INET6 else self.ipv4
 
     # Sockets.

@@ -86,7 +86,7 @@ class Lab:
 
     @property
     def hosts(self) -> tuple[Host, Host, Host]:
-        """Client, relay, server."""
+        """The three hosts in a row: client, relay, server."""
         return (self.client, self.relay, self.server)
 
     def relay_address(self, family: int = socket.AF_INET) -> str:
@@ -125,13 +125,13 @@ class Lab:
 
     def report(self) -> str:
         """All that one wants to see when a test has failed."""
-        looks = (["nft", "list", "ruleset"], ["ip", "-4", "rule"], ["ip", "-6", "rule"])
-        parts = [self._look(self.relay, look) for look in looks]
-        parts += [self._look(host, ["ss", "-tan"]) for host in self.hosts]
+        commands = (["nft", "list", "ruleset"], ["ip", "-4", "rule"], ["ip", "-6", "rule"])
+        parts = [self._output(self.relay, command) for command in commands]
+        parts += [self._output(host, ["ss", "-tan"]) for host in self.hosts]
         parts += [f"--- log of the relay with {relay.options}\n{relay.log}" for relay in self.relays]
         return "\n".join(parts)
 
-    def _look(self, host: Host, argv: Sequence[str]) -> str:
+    def _output(self, host: Host, argv: Sequence[str]) -> str:
         done = host.run(argv, check=False)
         return f"--- {host.name}: {' '.join(argv)}\n{done.stdout}{done.stderr}"
 

@@ -31,7 +31,7 @@ def possible(require_or_skip: Callable[[str], NoReturn]) -> None:
 def test_what_becomes_of_a_connection(
     possible: None, monkeypatch: pytest.MonkeyPatch, rule: str, expected: str
 ) -> None:
-    monkeypatch.setattr(selfprobe, "PATIENCE", 0.3 if expected == selfprobe.LOST else 20)
+    monkeypatch.setattr(selfprobe, "CONNECT_TIMEOUT", 0.3 if expected == selfprobe.LOST else 20)
     with Namespace(user=not needs.privileged()) as one:
         one.ip("link set lo up")
         chain = f"chain c {{ type filter hook input priority 0; {rule}; }}"
