@@ -6,27 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.plan import Plan, State
-from tproxy_relay.settings import PortRange
+from tproxy_relay.settings import PortRange, Settings
 
 STATES: tuple[State, ...] = ("active", "draining", "closed")
 
 PORTS = (PortRange(443, 443), PortRange(8000, 8100))
 
-PLAN = Plan(
-    mode="tproxy",
-    inbound=PORTS,
-    outbound=PORTS,
-    inbound_port=15006,
-    outbound_port=15002,
-    listen={4: "0.0.0.0", 6: "::"},
-    interface=None,
-    preserve_source="no",
-    on_failure="open",
-    mark_mask=0x07000000,
-    route_table=7006,
-    route_priority=7006,
-    exempt_uid=None,
+PLAN = replace(
+    plans.of_settings(Settings(intercept_inbound=PORTS, intercept_outbound=PORTS)), listen={4: "0.0.0.0", 6: "::"}
 )
 """Both directions, both families, and all defaults."""
 

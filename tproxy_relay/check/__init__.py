@@ -1,10 +1,11 @@
 """`tproxy-relay check`, the doctor: what this host lacks, one line each, with the command that mends it.
 
-finding.py    what a line says              case.py, host.py   what is examined, and the facts about it
-tools.py  limits.py  sysctls.py             the programs, the limits, the settings of the kernel
-firewall.py  read_nft.py  read_iptables.py  other people's rules, in one form
-neighbours.py  standing.py                  who is in the way; what a former relay has left
-kernel.py  selfprobe.py  namespace.py       trying it out: the ruleset, and a connection through it
+finding.py                          what a line says
+context.py  host.py                 what is examined, and the facts about it
+tools.py  limits.py  sysctls.py     the programs, the limits, the settings of the kernel
+firewall.py  firewall_*.py          other people's rules, in one form, whether nft or iptables made them
+foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
+kernel.py  selfprobe.py             trying it out: the ruleset, and a connection through it
 """
 
 import json
@@ -70,9 +71,9 @@ def examine(settings: Settings) -> Iterator[Finding]:
         try:
             yield from probe(case)
         except RelayError as error:
-            yield _not_looked(probe, error)
+            yield _not_examined(probe, error)
 
 
-def _not_looked(probe: Probe, error: RelayError) -> Finding:
+def _not_examined(probe: Probe, error: RelayError) -> Finding:
     name = probe.__name__.removeprefix("probe_").replace("_", "-")
     return warning(name, f"could not be looked at ({str(error)[:200]})", "what is wrong there stays unknown")

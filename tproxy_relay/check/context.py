@@ -16,7 +16,7 @@ from tproxy_relay.system import cpu
 
 
 class Case:
-    """One run of the doctor."""
+    """What one run of the doctor is about: settings, the plan made of them, and the host."""
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
         self.settings = settings
@@ -30,7 +30,7 @@ class Case:
 
     @property
     def workers(self) -> int:
-        """Processes that do the relaying."""
+        """How many processes would do the relaying."""
         return self.settings.workers or cpu.worth()
 
     @functools.cached_property
@@ -54,7 +54,7 @@ class Case:
 
     @functools.cached_property
     def firewall(self) -> Firewall:
-        """The rules of everybody else."""
+        """The rules of everybody but a relay: those of nft, and those of each kind of iptables that is here."""
         tables: dict[str, dict[str, Chain]] = {}
         left_out = [("inet", nft.TABLE)]
         for program, saved in self.host.iptables_rules:

@@ -25,7 +25,7 @@ _INSTALLERS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the answer."""
+    """One line of the answer: what was found, why it matters, and the command that mends it."""
 
     name: str
     """What was looked at, in one word."""
@@ -37,7 +37,7 @@ class Finding:
     """The command that mends it."""
 
     def as_json(self) -> dict[str, str]:
-        """The same as an object."""
+        """Its fields by name, for the answer in JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -47,17 +47,17 @@ class Finding:
 
 
 def ok(name: str, what: str) -> Finding:
-    """All is well."""
+    """A finding that all is well with what was looked at."""
     return Finding(name, OK, what)
 
 
 def warning(name: str, what: str, why: str, remedy: str = "") -> Finding:
-    """Works today, and will bite some day, or could not be looked at."""
+    """A finding of what works today, and will bite some day, or of what could not be looked at."""
     return Finding(name, WARNING, what, why, remedy)
 
 
 def problem(name: str, what: str, why: str, remedy: str) -> Finding:
-    """Breaks connections, or keeps the relay from starting."""
+    """A finding of what breaks connections, or keeps the relay from starting."""
     return Finding(name, PROBLEM, what, why, remedy)
 
 

@@ -47,7 +47,7 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule in somebody's chain."""
+    """A rule in a chain of another program: its conditions, and what is done where they are fulfilled."""
 
     conditions: tuple[Condition, ...]
     action: str
@@ -69,7 +69,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain with its rules."""
+    """A chain of another program with its rules, in order."""
 
     name: str
     title: str
@@ -125,7 +125,7 @@ def rewrites_source(firewall: Firewall, packet: Packet) -> Iterator[tuple[Rule, 
 
 
 def all_rules(firewall: Firewall) -> Iterator[tuple[Chain, Rule]]:
-    """Every rule with its chain."""
+    """Every rule of every table, each with the chain that it is in."""
     for table in firewall.values():
         for chain in table.values():
             for rule in chain.rules:

@@ -39,11 +39,11 @@ class Interface:
 
 
 class Host:
-    """This host, in this network namespace."""
+    """The facts about this host, as the network namespace of this process has them."""
 
     @functools.cached_property
     def interfaces(self) -> list[Interface]:
-        """All of them, lo too."""
+        """Every network interface, lo too. Raises RelayError without `ip`."""
         return [_interface(one) for one in ask("ip", "-json", "-details", "address", "show")]
 
     @functools.cached_property
@@ -101,7 +101,7 @@ def sysctl(name: str) -> str | None:
 
 
 def number(name: str) -> int | None:
-    """The same for a whole number."""
+    """The value of a sysctl as a whole number; None if there is none such, or if it is no number."""
     value = sysctl(name)
     return int(value) if value is not None and value.lstrip("-").isdigit() else None
 

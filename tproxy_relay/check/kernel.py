@@ -21,7 +21,7 @@ from tproxy_relay.intercept.ruleset import Ruleset
 from tproxy_relay.net import sockets
 from tproxy_relay.settings import PortRange
 
-PATIENCE = 2.0
+CONNECT_TIMEOUT = 2.0
 """Seconds for a connection from a namespace to itself, which takes a millisecond."""
 
 _PORT = 8
@@ -187,7 +187,7 @@ def _intercepted(listener: socket.socket, client: socket.socket, family: Family,
     sockets.set_transparent(listener)
     listener.listen(1)
     for sock in (listener, client):
-        sock.settimeout(PATIENCE)
+        sock.settimeout(CONNECT_TIMEOUT)
     client.bind((_HERE[family], 0))
     client.connect((_THERE[family], _PORT))
     accepted, _ = listener.accept()

@@ -22,7 +22,7 @@ from tproxy_relay.intercept import programs, ruleset
 from tproxy_relay.intercept.plan import Family
 from tproxy_relay.net import proc_net
 
-PATIENCE = 0.8
+CONNECT_TIMEOUT = 0.8
 """Seconds for a connection within this host, which takes a millisecond."""
 
 CLIENT_LINK, SERVER_LINK = "tprchk0", "tprchk1"
@@ -98,7 +98,7 @@ def attempt(
         listener.bind((destination, port))
         listener.listen(1)
         for each in (listener, sock):
-            each.settimeout(PATIENCE)
+            each.settimeout(CONNECT_TIMEOUT)
         try:
             sock.connect((destination, port))
         except ConnectionError:
@@ -116,7 +116,7 @@ def _passes(sock: socket.socket, listener: socket.socket) -> bool:
     try:
         accepted, _ = listener.accept()
         with accepted:
-            accepted.settimeout(PATIENCE)
+            accepted.settimeout(CONNECT_TIMEOUT)
             sock.sendall(b"?")
             accepted.sendall(b"!" if accepted.recv(1) == b"?" else b"-")
             return sock.recv(1) == b"!"
@@ -176,6 +176,6 @@ def _ip(*lines: str) -> None:
 
 def _await_gone() -> None:
     """The relay's last packets for the far ends must not find another way out of this host."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + CONNECT_TIMEOUT
     while time.monotonic() < deadline and os.path.exists(f"/proc/sys/net/ipv4/conf/{SERVER_LINK}"):
         continue

@@ -113,6 +113,6 @@ def probe_iptables(case: Case) -> Iterator[Finding]:
 
 
 def version(text: str) -> tuple[int, ...] | None:
-    """The first version number in it."""
+    """The first version number in a text, always of three parts (1.1 is 1, 1, 0); None if there is none."""
     match = _VERSION.search(text)
     return tuple(int(part or 0) for part in match.groups()) if match else None

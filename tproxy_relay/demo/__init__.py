@@ -46,7 +46,7 @@ def _show(*, keep: bool) -> None:
     screen.say("tproxy-relay demo: a network of three hosts, made of namespaces of this machine.")
     with contextlib.ExitStack() as opened:
         lab = opened.enter_context(Lab())
-        relay = story.Story(lab, opened).tell()
+        relay = story.Story(lab, opened).show()
         if keep:
             _play(lab, relay)
         pids = [relay.pid, *(host.pid for host in lab.hosts)]

@@ -20,7 +20,7 @@ from tproxy_relay.lab import Host, Lab
 from tproxy_relay.net import linux, sockets
 from tproxy_relay.net.endpoint import Endpoint, from_sockaddr
 
-PATIENCE = 10.0
+STEP_TIMEOUT = 10.0
 """Seconds that any single step may take before it counts as broken."""
 UPLOAD = bytes(range(256)) * 4096
 """What the client sends before it shuts its side: a mebibyte."""
@@ -47,7 +47,7 @@ class Background(Generic[T]):
 
     def result(self) -> T:
         """What it returned; what it raised is raised here."""
-        self._thread.join(2 * PATIENCE)
+        self._thread.join(2 * STEP_TIMEOUT)
         if self._errors:
             raise self._errors[0]
         if not self._results:
@@ -74,18 +74,18 @@ def conversation(lab: Lab, port: int, family: int = socket.AF_INET) -> Iterator[
     """Connect the client to a listener of the server; both sockets are closed afterwards."""
     with contextlib.ExitStack() as opened:
         listener = opened.enter_context(lab.server.listen(port, family))
-        listener.settimeout(PATIENCE)
-        client = opened.enter_context(lab.client.connect(lab.server.address(family), port, PATIENCE))
+        listener.settimeout(STEP_TIMEOUT)
+        client = opened.enter_context(lab.client.connect(lab.server.address(family), port, STEP_TIMEOUT))
         server, seen = listener.accept()
         opened.enter_context(server)
-        server.settimeout(PATIENCE)
+        server.settimeout(STEP_TIMEOUT)
         name, peer = from_sockaddr(client.getsockname()), from_sockaddr(client.getpeername())
         yield Conversation(client, server, name, peer, from_sockaddr(seen))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of an HTTP request."""
+    """The answer to an HTTP request, and who saw whom."""
 
     name: Endpoint
     asked_for: Endpoint
@@ -95,7 +95,7 @@ class Answer:
 
 
 class WebServer:
-    """Python's own http.server on the server host, for both families; it tells its visitors whom it sees."""
+    """Python's own http.server on the server host, for both families; its answer says whom it sees."""
 
     def __init__(self, host: Host, port: int) -> None:
         self._servers = [_http_server(host, port, family) for family in (socket.AF_INET, socket.AF_INET6)]
@@ -103,17 +103,17 @@ class WebServer:
             threading.Thread(target=server.serve_forever, args=(0.05,), name="demo-http", daemon=True).start()
 
     def close(self) -> None:
-        """Stop serving."""
+        """Stop serving and close the listeners."""
         for server in self._servers:
             server.shutdown()
             server.server_close()
 
 
-class _TellVisitor(BaseHTTPRequestHandler):
-    timeout = PATIENCE
+class _VisitorAddress(BaseHTTPRequestHandler):
+    timeout = STEP_TIMEOUT
 
     def do_GET(self) -> None:
-        """Answer with the visitor's address."""
+        """Answer with the address and port that the visitor came from, as JSON."""
         visitor = from_sockaddr(self.client_address)
         body = json.dumps({"hello": visitor.host, "port": visitor.port}).encode() + b"\n"
         self.send_response(200)
@@ -127,7 +127,7 @@ class _TellVisitor(BaseHTTPRequestHandler):
 
 
 def _http_server(host: Host, port: int, family: int) -> HTTPServer:
-    server = HTTPServer(("", port), _TellVisitor, bind_and_activate=False)
+    server = HTTPServer(("", port), _VisitorAddress, bind_and_activate=False)
     server.socket.close()  # that one was made on this machine
     server.socket = host.listen(port, family)
     return server
@@ -136,7 +136,7 @@ def _http_server(host: Host, port: int, family: int) -> HTTPServer:
 def get(lab: Lab, port: int, family: int) -> Answer:
     """One HTTP request from the client to the server's own address."""
     address = lab.server.address(family)
-    with lab.client.connect(address, port, PATIENCE) as sock:
+    with lab.client.connect(address, port, STEP_TIMEOUT) as sock:
         name, peer = from_sockaddr(sock.getsockname()), from_sockaddr(sock.getpeername())
         request = http.client.HTTPConnection(address, port)
         request.sock = sock
@@ -192,7 +192,7 @@ def _digest_then_answer(sock: socket.socket) -> None:
 
 def _send_then_reset(sock: socket.socket) -> None:
     sock.sendall(bytes(BEFORE_RESET))
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + STEP_TIMEOUT
     # What is still in the send queue would be thrown away by the reset, relay or no relay.
     while sockets.unacknowledged(sock) and time.monotonic() < deadline:
         time.sleep(0.001)

@@ -16,7 +16,7 @@ class Unread(Exception):
 
 
 def title(text: str) -> None:
-    """Begin a part of the story."""
+    """Print the title of a part of the story, after an empty line."""
     say("")
     say(_painted(_BOLD, text))
 
@@ -42,7 +42,7 @@ def remark(text: str) -> None:
 
 
 def seen_head() -> None:
-    """The column names of `seen_line`."""
+    """Print the names of the columns of `seen_line`."""
     say(_painted(_DIM, _SEEN.format("", "client saw", "server saw", "that is")))
 
 
@@ -52,7 +52,7 @@ def seen_line(how: str, client_saw: str, server_saw: str, meaning: str) -> None:
 
 
 def access_head() -> None:
-    """The column names of `access_line`."""
+    """Print the names of the columns of `access_line`."""
     say(_painted(_DIM, _ACCESS.format("client", "asked for", "shown", "outcome", "bytes up", "down")))
 
 

@@ -38,7 +38,7 @@ class BrokenPromise(RelayError):
 
 
 def promise(what: str, got: object, wanted: object) -> None:
-    """BrokenPromise unless the two are equal."""
+    """Raise BrokenPromise unless what was got is what was wanted; `what` names it."""
     if got != wanted:
         raise BrokenPromise(f"the demo is not as promised: {what}: {got}, expected {wanted}")
 
@@ -52,14 +52,14 @@ class Story:
         self._records: list[Line] = []
         self._carried = 0
 
-    def tell(self) -> RelayProcess:
+    def show(self) -> RelayProcess:
         """All of it; returns the relay, which still runs, as the web servers do."""
         try:
-            return self._tell()
+            return self._show()
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise BrokenPromise(f"the demo is not as promised: {type(error).__name__}: {error}") from error
 
-    def _tell(self) -> RelayProcess:
+    def _show(self) -> RelayProcess:
         self._introduce()
         direct, relayed = self._web_pages()
         self._who_is_seen(direct, relayed)
@@ -192,9 +192,9 @@ class Story:
 
     def _rules(self) -> list[str]:
         """What the relay's host steers packets by."""
-        looks = (["nft", "list", "ruleset"], ["ip", "-4", "rule"], ["ip", "-6", "rule"])
+        commands = (["nft", "list", "ruleset"], ["ip", "-4", "rule"], ["ip", "-6", "rule"])
         routes = (["ip", family, "route", "show", "table", "all"] for family in ("-4", "-6"))
-        return [self._lab.relay.run(look).stdout for look in (*looks, *routes)]
+        return [self._lab.relay.run(command).stdout for command in (*commands, *routes)]
 
     def _access_lines(self) -> None:
         screen.title("6. What the relay wrote about all this")

@@ -15,7 +15,7 @@ CHUNK = 1 << 20
 
 
 def send(sock: socket.socket, seconds: float) -> None:
-    """Send, as fast as it goes."""
+    """Send random bytes for so many seconds, as fast as it goes, then a FIN; return when the other end has closed."""
     data = os.urandom(CHUNK)  # zeros would all be one page of memory, and flatter
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -10,7 +10,8 @@ from tproxy_relay.net.endpoint import Endpoint
 
 SECONDS = 1.5
 """Of sending. Long enough for the buffers to grow, short enough to wait for."""
-PATIENCE = 15.0
+TRANSFER_TIMEOUT = 15.0
+"""Seconds for both ends to be done, the start of their interpreters included."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ def measure(lab: Lab, port: int) -> Measured:
         sender = lab.client.start(_argv("send", ends[0], SECONDS), pass_fds=(ends[0],))
     with receiver, sender:
         try:
-            said, _ = receiver.communicate(timeout=PATIENCE)
-            failed = sender.wait(PATIENCE) or receiver.returncode
+            said, _ = receiver.communicate(timeout=TRANSFER_TIMEOUT)
+            failed = sender.wait(TRANSFER_TIMEOUT) or receiver.returncode
         except subprocess.TimeoutExpired as error:
             receiver.kill()
             sender.kill()

@@ -1,6 +1,7 @@
-"""The relay's end of the guard: have the ruleset installed, replaced, drained and removed, and hear what it tells.
+"""The relay's end of the guard: have the ruleset installed, replaced, drained and removed, and receive what the guard
+says of it.
 
-A thread listens. If the guard itself dies, the thread starts another one, which puts the rules back in the state that
+A thread receives. If the guard itself dies, the thread starts another one, which puts the rules back in the state that
 they should have by then. A guard can also be handed over to the relay that takes this one's place. It still tells this
 one, which finishes its transfers, when the other one leaves.
 """
@@ -8,32 +9,29 @@ one, which finishes its transfers, when the other one leaves.
 import contextlib
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from tproxy_relay import errors
-from tproxy_relay.errors import RelayError, SystemRefusedError
-from tproxy_relay.intercept import plan as plans
+from tproxy_relay.errors import RelayError
+from tproxy_relay.guard import guard_process, messages
+from tproxy_relay.guard.messages import Event, Refused, Replaced
 from tproxy_relay.intercept import ruleset
 from tproxy_relay.intercept.plan import Plan, State
-from tproxy_relay.ipc import channel
-from tproxy_relay.ipc.channel import Channel, Message
-from tproxy_relay.system import children
+from tproxy_relay.ipc.channel import Channel
 
-PATIENCE = 3.0
+ORDER_TIMEOUT = 3.0
 """Seconds to wait for the guard to have drained or removed the rules; it takes a twentieth of one. Nothing else is
 done meanwhile."""
 INSTALL_TIMEOUT = 60.0
 """Seconds for the guard to install them: it runs some programs, which may wait for another program's lock."""
-MIN_LIFE = 1.0
+RESTART_INTERVAL = 1.0
 """Seconds between two starts of a guard that does not live."""
-
-Reached = Literal["active", "draining", "lingering", "removed", "gone"]
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +39,18 @@ log = logging.getLogger(__name__)
 class Health(NamedTuple):
     """The ruleset as its guard sees it."""
 
-    state: Reached | None
-    """None before it is installed; lingering: the guard keeps it for a relay before this one; gone: nobody guards
-    it, or another relay has it."""
+    state: str | None
+    """active, draining or removed; None: not installed yet; lingering: the guard keeps it for a relay before this one;
+    gone: nobody guards it, or another relay has it."""
     backend: str | None
     plan: str
     """The plan's digest."""
     trouble: str | None
     """What could not be done, until it can."""
+
+
+_AFTER_TROUBLE = (messages.Trouble, messages.Failed, messages.Warned)
+"""Events after which there may be trouble; after any other one there is none."""
 
 
 class Interception:
@@ -60,10 +62,10 @@ class Interception:
         self._backend = backend
         self._changed = threading.Condition()
         self._wanted: State = "active"
-        self._reached: Reached | None = None
+        self._reached: str | None = None
         self._failure: RelayError | None = None
         self._asked: Plan | None = None
-        self._answer: Message | None = None
+        self._answer: Replaced | Refused | None = None
         self._chosen: str | None = None
         self._trouble: str | None = None
         self._ending = False
@@ -73,6 +75,20 @@ class Interception:
         self._started_at = time.monotonic()
         self._guard: subprocess.Popen[bytes] | None = None
         """None if another relay has started it."""
+        self._handlers: dict[type[Event], Callable[[Any], None]] = {
+            messages.Installed: self._on_installed,
+            messages.Failed: self._on_failed,
+            messages.Restored: self._on_restored,
+            messages.Trouble: self._on_trouble,
+            messages.Well: lambda _: None,
+            messages.Changed: self._on_changed,
+            Replaced: self._on_replaced,
+            Refused: self._on_refused,
+            messages.Serving: self._on_serving,
+            messages.Orphaned: lambda _: None,  # no matter of a relay that has not handed over
+            messages.Warned: lambda event: log.warning(event.message),
+            messages.Unknown: self._on_unknown,
+        }
         self._talk = talk or self._start_guard()
 
     @classmethod
@@ -90,7 +106,7 @@ class Interception:
 
     def install(self) -> None:
         """Have the ruleset installed. Raises what kept it from that."""
-        threading.Thread(target=self._hear, name="guard", daemon=True).start()
+        threading.Thread(target=self._receive, name="guard", daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: self._reached, INSTALL_TIMEOUT)
             if self._reached not in ("active", "draining"):
@@ -103,7 +119,7 @@ class Interception:
         with self._changed:
             self._asked, self._answer = plan, None
             try:
-                if not _say(self._talk, self._order_to_replace(plan), *self._stderr):
+                if not messages.send_order(self._talk, self._order_to_replace(plan), *self._stderr):
                     raise RelayError("the guard of the ruleset has died, try again")
                 self._stderr = []
                 self._changed.wait_for(lambda: self._answer, INSTALL_TIMEOUT)
@@ -120,8 +136,8 @@ class Interception:
                 self._orphaned = True  # it drains, and need not be told
                 return
             self._wanted = "draining"
-            _say(self._talk, {"order": "drain"})  # if it is dead, the next one begins with draining
-            done = self._changed.wait_for(lambda: self._reached in ("draining", "gone"), PATIENCE)
+            messages.send_order(self._talk, messages.Drain())  # if it is dead, the next one begins with draining
+            done = self._changed.wait_for(lambda: self._reached in ("draining", "gone"), ORDER_TIMEOUT)
         if done and self._reached == "draining":
             log.info("ruleset draining")
         else:
@@ -135,81 +151,54 @@ class Interception:
                 return
             self._ending = True
             self._changed.notify_all()
-            _say(self._talk, {"order": "remove"})
-            self._changed.wait_for(lambda: self._reached in ("lingering", "removed", "gone"), PATIENCE)
+            messages.send_order(self._talk, messages.Remove())
+            self._changed.wait_for(lambda: self._reached in ("lingering", "removed", "gone"), ORDER_TIMEOUT)
         if self._reached == "lingering":
             log.info("ruleset stays until the relay before this one has ended")
-        elif self._reached == "removed" or self._remove_without_guard():
+        elif self._reached == "removed" or _remove_without_guard():
             log.info("ruleset removed")
             if guard is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    guard.wait(MIN_LIFE)  # it has nothing more to do
+                    guard.wait(guard_process.END_TIMEOUT)  # it has nothing more to do
 
     def hand_over(self, fd: int, pid: int) -> None:
         """Leave the guard to the relay with this process id, which has the other end of that channel, and which starts
         another one if this has just died. The descriptor stays the caller's, to be closed. The ruleset is no longer
         this relay's matter."""
         with self._changed:
-            _say(self._talk, {"order": "serve", "pid": pid}, fd)
+            messages.send_order(self._talk, messages.Serve(pid), fd)
             self._handed_over = True
             self._reached = "gone"
             self._changed.notify_all()
 
     @property
     def health(self) -> Health:
-        """As far as it is known."""
+        """The ruleset as far as it is known, from what the guard said last."""
         with self._changed:
             return Health(self._reached, self._chosen, self._plan.digest, self._trouble)
 
-    def _remove_without_guard(self) -> bool:
-        try:
-            ruleset.remove()
-            return True
-        except RelayError as error:
-            log.error("the ruleset could not be removed: %s; try `tproxy-relay rules remove`", error)
-            return False
+    def debug_state(self) -> dict[str, int]:
+        """For tests: the descriptor of the channel to the guard."""
+        return {"channel": self._talk.fileno()}
 
     def _start_guard(self) -> Channel:
         self._started_at = time.monotonic()
-        try:
-            talk, theirs = channel.pair()
-        except OSError as error:
-            raise SystemRefusedError(f"cannot start the guard of the ruleset: {error.strerror}") from error
-        try:
-            self._guard = subprocess.Popen(
-                children.module_command("tproxy_relay.guard.guard"),
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                # Neither Ctrl-C nor the folder it was started in is the guard's.
-                start_new_session=True,
-                cwd="/",
-                env=children.own_environment(),
-            )
-        except OSError as error:
-            talk.close()
-            raise SystemRefusedError(f"cannot start the guard of the ruleset: {error.strerror}") from error
-        finally:
-            theirs.close()
-        plan = plans.to_json(self._plan)
-        try:
-            _say(talk, {"plan": plan, "backend": self._backend, "state": self._wanted, "pid": os.getpid()})
-        except RelayError:
-            talk.close()
-            raise
+        order = messages.Start(self._plan, self._backend, self._wanted, os.getpid())
+        self._guard, talk = guard_process.start(order)
         return talk
 
-    def _order_to_replace(self, plan: Plan) -> Message:
-        return {"order": "replace", "plan": plans.to_json(plan), "state": self._wanted, "pid": os.getpid()}
+    def _order_to_replace(self, plan: Plan) -> messages.Replace:
+        return messages.Replace(plan, self._wanted, os.getpid())
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         """In its own thread, for as long as the relay lives."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
-            while (told := _next(self._talk)) is not None:
+            while (message := messages.receive_event(self._talk)) is not None:
                 try:
-                    self._take(told)
+                    self._handle(messages.event_of(message))
                 except KeyError:
-                    log.warning("the guard of the ruleset is of another version, and tells of %r", told["event"])
+                    log.warning("the guard of the ruleset is of another version, and tells of %r", message["event"])
             if self._ends():
                 return
             log.error("the guard of the ruleset has died, starting another one")
@@ -221,15 +210,15 @@ class Interception:
             if not (self._ending or self._handed_over or self._reached is None):
                 return False
             self._forget_guard()
-            self._reach("gone")
+            self._set_reached("gone")
             return True
 
     def _replace_guard(self) -> None:
         """With a pause, if this one has not lived for long or cannot be started. The new one puts the rules back."""
         with self._changed:
             self._forget_guard()
-            self._answered({"event": "refused", "message": "the guard of the ruleset has died", "exit_code": 1})
-            while not self._changed.wait_for(self._is_done, self._started_at + MIN_LIFE - time.monotonic()):
+            self._on_refused(Refused("the guard of the ruleset has died", 1))
+            while not self._changed.wait_for(self._is_done, self._started_at + RESTART_INTERVAL - time.monotonic()):
                 try:
                     self._talk = self._start_guard()
                     return
@@ -246,37 +235,69 @@ class Interception:
             self._guard.wait()
             self._guard = None
 
-    def _take(self, told: dict[str, Any]) -> None:
-        event = told["event"]
+    def _handle(self, event: Event) -> None:
         if self._handed_over:
-            if event == "orphaned":
-                self._drain_relay(at_once=told.get("at_once", False))
+            if isinstance(event, messages.Orphaned):
+                self._drain_relay(at_once=event.at_once)
             return
-        if event in ("trouble", "failed"):
-            self._trouble = told["message"]
-        elif event != "warning":
+        if not isinstance(event, _AFTER_TROUBLE):
             self._trouble = None
-        self._chosen = told.get("backend", self._chosen)
-        if event == "installed" and self._reached is None:
-            log.info("ruleset installed", extra={"backend": told["backend"], "plan": self._plan.digest})
-        elif event == "installed":
+        self._handlers[type(event)](event)
+
+    def _on_installed(self, event: messages.Installed) -> None:
+        self._chosen = event.backend
+        if self._reached is None:
+            log.info("ruleset installed", extra={"backend": event.backend, "plan": self._plan.digest})
+        else:
             log.warning("ruleset restored", extra={"what": "the guard had died"})
-        elif event == "serving":
-            log.info("ruleset taken over", extra={"backend": told["backend"], "plan": told["plan"]})
-        elif event == "restored":
-            log.warning("ruleset restored", extra={"what": told["what"]})
-        elif event == "warning":
-            log.warning(told["message"])
-        elif event == "failed" and self._reached is None:
-            self._failure = errors.of_exit_code(told["exit_code"], told["message"])
-        elif event in ("trouble", "failed"):
-            log.error("the ruleset could not be changed: %s", told["message"])
-        elif event in ("replaced", "refused"):
-            self._answered(told)
-        if "state" in told:
-            if told["state"] == "removed" and self._guard is None:
-                _await_end(told["pid"])  # no child of ours, which `remove` waits for
-            self._reach(told["state"])
+        self._set_reached(event.state)
+
+    def _on_failed(self, event: messages.Failed) -> None:
+        if self._reached is None:
+            self._trouble = event.message
+            self._failure = errors.of_exit_code(event.exit_code, event.message)
+        else:
+            self._on_trouble(event)
+
+    def _on_trouble(self, event: messages.Trouble | messages.Failed) -> None:
+        self._trouble = event.message
+        log.error("the ruleset could not be changed: %s", event.message)
+
+    def _on_restored(self, event: messages.Restored) -> None:
+        log.warning("ruleset restored", extra={"what": event.what})
+        self._set_reached(event.state)
+
+    def _on_serving(self, event: messages.Serving) -> None:
+        self._chosen = event.backend
+        log.info("ruleset taken over", extra={"backend": event.backend, "plan": event.plan})
+        self._set_reached(event.state)
+
+    def _on_changed(self, event: messages.Changed) -> None:
+        if event.state == "removed" and event.pid is not None and self._guard is None:
+            guard_process.await_end(event.pid)  # no child of ours, which `remove` waits for
+        self._set_reached(event.state)
+
+    def _on_unknown(self, event: messages.Unknown) -> None:
+        self._chosen = event.backend or self._chosen
+        if event.state is not None:
+            self._on_changed(messages.Changed(event.state, event.pid))
+
+    def _on_replaced(self, event: Replaced) -> None:
+        with self._changed:
+            if self._asked is not None and event.plan == self._asked.digest:
+                self._set_answer(event)
+            elif event.plan != self._plan.digest:  # so late that nobody wants it any more
+                messages.send_order(self._talk, self._order_to_replace(self._plan))
+        self._set_reached(event.state)
+
+    def _on_refused(self, event: Refused) -> None:
+        with self._changed:
+            if self._asked is not None:
+                self._set_answer(event)
+
+    def _set_answer(self, event: Replaced | Refused) -> None:
+        self._answer = event
+        self._changed.notify_all()
 
     def _drain_relay(self, *, at_once: bool) -> None:
         """The rules that know our last connections go with the relay that has them, or before they end."""
@@ -286,62 +307,26 @@ class Interception:
             self._orphaned = True
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _answered(self, told: Message) -> None:
-        with self._changed:
-            if self._asked is not None and told.get("plan", self._asked.digest) == self._asked.digest:
-                self._answer = told
-                self._changed.notify_all()
-            elif told["event"] == "replaced" and told["plan"] != self._plan.digest:
-                _say(self._talk, self._order_to_replace(self._plan))  # so late that nobody wants it any more
-
-    def _reach(self, state: Reached) -> None:
+    def _set_reached(self, state: str) -> None:
         with self._changed:
             if state != "gone" or self._reached not in ("lingering", "removed"):
                 self._reached = state
             self._changed.notify_all()
 
 
-def _say(talk: Channel, message: Message, *descriptors: int) -> bool:
-    """False if the guard has died; then the thread that listens to it sees its end."""
+def _remove_without_guard() -> bool:
+    """False if that did not work, which has been logged then."""
     try:
-        return talk.send(message, descriptors)
-    except ValueError as error:
-        raise RelayError("the plan of the ruleset is too long for its guard: name fewer ranges of ports") from error
+        ruleset.remove()
+        return True
+    except RelayError as error:
+        log.error("the ruleset could not be removed: %s; try `tproxy-relay rules remove`", error)
+        return False
 
 
-def _next(talk: Channel) -> Message | None:
-    """What the guard tells next; None at its end."""
-    while True:
-        try:
-            received = talk.receive()
-        except ValueError:
-            continue  # of another version, perhaps
-        except OSError:
-            return None
-        if received is None:
-            return None
-        message, descriptors = received
-        for fd in descriptors:
-            os.close(fd)
-        if "event" in message:
-            return message
-
-
-def _await_end(pid: int) -> None:
-    """Of a guard that has nothing more to do."""
-    try:
-        guard = os.pidfd_open(pid)
-    except OSError:
-        return  # it has ended
-    ended = select.poll()
-    ended.register(guard, select.POLLIN)
-    ended.poll(MIN_LIFE * 1000)
-    os.close(guard)
-
-
-def _check(answer: Message | None) -> None:
+def _check(answer: Replaced | Refused | None) -> None:
     """Raise what kept the guard from replacing the plan."""
     if answer is None:
         raise RelayError(f"the guard of the ruleset did not answer within {INSTALL_TIMEOUT:g} s")
-    if answer["event"] != "replaced":
-        raise errors.of_exit_code(answer["exit_code"], answer["message"])
+    if isinstance(answer, Refused):
+        raise errors.of_exit_code(answer.exit_code, answer.message)

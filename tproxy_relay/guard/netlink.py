@@ -1,12 +1,11 @@
-"""Hearing of changes to rules: the kernel tells, over netlink, whoever asks (netlink(7), rtnetlink(7)).
+"""Changes to rules: the kernel reports them, over netlink, to whoever asks (netlink(7), rtnetlink(7)).
 
-What changed is not read here, only that something did. The legacy iptables tell nobody.
+What changed is not read here, only that something did. The legacy iptables report nothing.
 """
 
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from selectors import EVENT_READ, BaseSelector
 
 from tproxy_relay.intercept.routing import PROTOCOL
 
@@ -25,31 +24,26 @@ _RTM_PROTOCOL = _HEADER.size + 5
 
 
 class Changes:
-    """Sockets that become readable when rules of nftables or of routing, links or routes have changed."""
+    """Hears of changes to rules of nftables or of routing, to links or to routes."""
 
-    def __init__(self, selector: BaseSelector, *, nftables: bool) -> None:
-        self._sockets: list[socket.socket] = []
+    def __init__(self, *, nftables: bool) -> None:
+        self.sockets: list[socket.socket] = []
+        """Readable when something has changed."""
+        self.complete = nftables
+        """False if some changes are not reported: then one has to check from time to time."""
         routing = (_RTNLGRP_LINK, _RTNLGRP_IPV4_ROUTE, _RTNLGRP_IPV4_RULE, _RTNLGRP_IPV6_ROUTE, _RTNLGRP_IPV6_RULE)
         wanted: dict[int, Sequence[int]] = {socket.NETLINK_ROUTE: routing}
         if nftables:
             wanted[_NETLINK_NETFILTER] = (_NFNLGRP_NFTABLES,)
-        self.complete = nftables
-        """False if some changes are not told: then one has to look from time to time."""
         for protocol, groups in wanted.items():
             try:
-                self._sockets.append(_listen(protocol, groups))
+                self.sockets.append(_listen(protocol, groups))
             except OSError:  # not in this kernel, or kept from us by a service manager
                 self.complete = False
-        for sock in self._sockets:
-            selector.register(sock, EVENT_READ)
 
-    def told(self, ready: Sequence[object]) -> bool:
-        """True if one of these, which are readable, told of a change that may concern us; it is forgotten then."""
-        return any([_tells_of_us(message) for sock in self._sockets if sock in ready for message in _messages(sock)])
-
-    def forget(self) -> None:
-        """Throw away what has been told so far."""
-        self.told(self._sockets)
+    def read(self) -> bool:
+        """True if a change that may concern us has been reported since the last call."""
+        return any([_concerns_us(message) for sock in self.sockets for message in _messages(sock)])
 
 
 def _listen(protocol: int, groups: Sequence[int]) -> socket.socket:
@@ -83,7 +77,7 @@ def _split(datagram: bytes) -> Iterator[bytes]:
         datagram = datagram[(length + 3) & ~3 :]
 
 
-def _tells_of_us(message: bytes) -> bool:
+def _concerns_us(message: bytes) -> bool:
     """Routes of others come and go all the time on a router."""
     if len(message) <= _RTM_PROTOCOL or _HEADER.unpack_from(message)[1] not in (_RTM_NEWROUTE, _RTM_DELROUTE):
         return True

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tproxy_relay.intercept.nft_owner import Holder
+from tproxy_relay.intercept.nft_owner import NftOwner
 from tproxy_relay.intercept.plan import Plan, State
 
 
@@ -30,16 +30,16 @@ Labels = dict[str, list[str]]
 
 
 class Backend(ABC):
-    """Where rules go."""
+    """A way to have rules in the kernel, see them there, and take them away again."""
 
     name: str
-    holder: Holder | None = None
+    owner: NftOwner | None = None
     """The child that owns the rules, if one does."""
 
     @property
     @abstractmethod
-    def tells_changes(self) -> bool:
-        """True if the kernel tells when somebody changes these rules (changes.py)."""
+    def reports_changes(self) -> bool:
+        """True if the kernel reports changes that somebody makes to these rules (guard/netlink.py)."""
 
     @property
     @abstractmethod
@@ -48,7 +48,7 @@ class Backend(ABC):
 
     @abstractmethod
     def steps(self, plan: Plan, state: State) -> list[Step]:
-        """What `install` does."""
+        """The programs that `install` runs, in order, with what they read."""
 
     @abstractmethod
     def install(self, plan: Plan, state: State) -> None:

@@ -21,7 +21,7 @@ class Iptables(Backend):
         self.name = f"iptables{variant}"
 
     @property
-    def tells_changes(self) -> bool:
+    def reports_changes(self) -> bool:
         return self._over_nft(4)
 
     @property

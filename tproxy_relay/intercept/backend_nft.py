@@ -7,7 +7,7 @@ from typing import Any
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import nft, programs
 from tproxy_relay.intercept.backend import Backend, Count, Labels, Step
-from tproxy_relay.intercept.nft_owner import Holder
+from tproxy_relay.intercept.nft_owner import NftOwner
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.intercept.programs import ProgramError
 
@@ -21,7 +21,7 @@ class Nft(Backend):
         self._hold = hold
 
     @property
-    def tells_changes(self) -> bool:
+    def reports_changes(self) -> bool:
         return True
 
     @property
@@ -35,31 +35,31 @@ class Nft(Backend):
         if not self._hold:
             programs.run(["nft", "-f", "-"], nft.script(plan, state))
             return
-        if self.holder is not None and self.holder.alive:
+        if self.owner is not None and self.owner.alive:
             self._load_again(plan, state, held=True)
             return
-        self._close_holder()
-        self.holder = Holder()
+        self._close_owner()
+        self.owner = NftOwner()
         try:
-            self.holder.load(nft.script(plan, state, held=True))
+            self.owner.load(nft.script(plan, state, held=True))
         except RelayError:
-            self._close_holder()
+            self._close_owner()
             raise
 
     def change(self, plan: Plan, state: State) -> None:
-        if self.holder is None:
+        if self.owner is None:
             programs.run(["nft", "-f", "-"], nft.change(plan, state))
         else:
-            self.holder.load(nft.change(plan, state, held=True))
+            self.owner.load(nft.change(plan, state, held=True))
 
     def replace(self, plan: Plan, state: State, *, hold: bool) -> None:
         """The table is deleted and made again in one transaction, so that no chain is left of those that only the
         former plan had. Whoever makes it says whether it is held: its owner can give it up that way, and a new owner
         take it, with no moment without it."""
-        if self.holder is not None and self.holder.alive and not hold:
+        if self.owner is not None and self.owner.alive and not hold:
             self._load_again(plan, state, held=False)
             self._hold = False
-            self._close_holder()
+            self._close_owner()
             return
         former, self._hold = self._hold, hold
         try:
@@ -71,14 +71,14 @@ class Nft(Backend):
             self.install(plan, state)  # held by nobody: before Linux 5.12 there is no other way
 
     def _load_again(self, plan: Plan, state: State, *, held: bool) -> None:
-        """In the holder, which owns the table. Without the line that makes sure that there is one: for the kernel it
+        """By the owner of the table. Without the line that makes sure that there is one: for the kernel it
         is an attempt to change the owner."""
-        assert self.holder is not None
-        self.holder.load(nft.script(plan, state, held=held).partition("\n")[2])
+        assert self.owner is not None
+        self.owner.load(nft.script(plan, state, held=held).partition("\n")[2])
 
     def remove(self) -> bool:
-        if self.holder is not None:
-            self._close_holder()
+        if self.owner is not None:
+            self._close_owner()
             return True
         if not self._table():
             return False
@@ -102,10 +102,10 @@ class Nft(Backend):
     def expected(self, plan: Plan, state: State) -> Labels:
         return {f"inet {chain.name}": [rule.label for rule in chain.rules] for chain in nft.chains(plan, state)}
 
-    def _close_holder(self) -> None:
-        if self.holder is not None:
-            self.holder.close()
-            self.holder = None
+    def _close_owner(self) -> None:
+        if self.owner is not None:
+            self.owner.close()
+            self.owner = None
 
     @staticmethod
     def _table() -> list[dict[str, Any]]:

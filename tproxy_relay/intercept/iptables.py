@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As it stands after `-A CHAIN`."""
+        """The rule in the words of iptables, as it stands after `-A CHAIN`."""
         return f'{self.match} -m comment --comment "{self.label}" {self.then}'.strip()
 
 

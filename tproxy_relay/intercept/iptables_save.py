@@ -22,7 +22,7 @@ class Counted(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What iptables-save -c says of us."""
+    """What `iptables-save -c` of one family says of the rules of a relay, and what it says of others."""
 
     chains: tuple[tuple[str, str], ...]
     """Table and name of each chain of ours."""
@@ -34,7 +34,7 @@ class Saved(NamedTuple):
     """`TABLE/CHAIN` of those in which there is a rule of somebody else, or another policy than ACCEPT."""
 
     def chains_in(self, table: str) -> list[str]:
-        """Our chains in that table."""
+        """The names of a relay's chains in that table, such as mangle."""
         return [name for where, name in self.chains if where == table]
 
     def jumps_in(self, table: str) -> list[str]:
@@ -52,7 +52,7 @@ class Saved(NamedTuple):
 
 
 def read(saved: str) -> Saved:
-    """Understand the output of `iptables-save -c`."""
+    """What the output of `iptables-save -c` says; an empty one says that nothing is there."""
     table, chains_here, jumps, rules, rest = "", [], [], [], set()
     jump_rules = []
     for line in saved.splitlines():

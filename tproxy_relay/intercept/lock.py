@@ -24,7 +24,7 @@ _WAIT = b"wait"
 
 
 class Holder(NamedTuple):
-    """Who holds the ruleset."""
+    """The process that holds the ruleset, and its account."""
 
     pid: int
     """The relay's process, or that of a command that is just changing rules."""

@@ -64,7 +64,7 @@ def one_line(text: str) -> str:
 
 
 def chains(plan: Plan, state: State) -> list[Chain]:
-    """What the table holds."""
+    """The chains of the table for that plan in that state, those without rules left out."""
     return [chain for chain in _all_chains(plan, state) if chain.rules]
 
 

@@ -18,8 +18,8 @@ _SYNCED = "meta expression"
 """nft's interactive mode has no prompt on a pipe and says nothing of success: this question has a known answer."""
 
 
-class Holder:
-    """The child, and the way to talk to it."""
+class NftOwner:
+    """The child that owns the table, and the way to have it change that."""
 
     def __init__(self) -> None:
         self._at_end = False
@@ -33,6 +33,11 @@ class Holder:
         )
 
     @property
+    def pid(self) -> int:
+        """The process id of `nft -i`, which owns the table."""
+        return self._child.pid
+
+    @property
     def alive(self) -> bool:
         """False once it has ended, and the table with it."""
         return not self._at_end and self._child.poll() is None
@@ -43,7 +48,7 @@ class Holder:
         return self._at_end
 
     def fileno(self) -> int:
-        """Becomes readable when it ends."""
+        """A descriptor that becomes readable when the child ends."""
         assert self._child.stdout is not None
         return self._child.stdout.fileno()
 

@@ -83,7 +83,7 @@ class Plan:
             raise ValueError(f"{fault} cannot stand in a rule")
 
     def _faults(self) -> Iterator[str]:
-        """The settings have been checked already (values.py); this is the last door before the kernel."""
+        """The settings have been checked already (config/option_types.py); this is the last door before the kernel."""
         if not _is_whole(self.mark_mask, 1, 0xFFFFFFFF) or self.mark_mask.bit_count() != 3:
             yield f"mark mask {self.mark_mask!r}"
         if self.interface is not None and (
@@ -116,19 +116,19 @@ class Plan:
 
     @property
     def marks(self) -> Marks:
-        """IN, OUT and RELAY."""
+        """The bits IN, OUT and RELAY, which are those of the mark mask from the lowest up."""
         low, middle, high = (1 << bit for bit in range(32) if self.mark_mask >> bit & 1)
         return Marks(low, middle, high)
 
     @property
     def listener_ports(self) -> frozenset[int]:
-        """Where intercepted connections are sent."""
+        """The ports of the listeners that intercepted connections are sent to."""
         ports = [self.inbound_port] * bool(self.inbound) + [self.outbound_port] * bool(self.outbound)
         return frozenset(ports)
 
     @property
     def families(self) -> tuple[Family, ...]:
-        """4, 6 or both."""
+        """The families that are intercepted, 4 before 6."""
         return tuple(sorted(self.listen))
 
     @property

@@ -67,7 +67,7 @@ def install(plan: Plan, added: Added) -> None:
 
 
 def take_back(added: Added) -> None:
-    """Undo an `install`."""
+    """Delete what an `install` has added, and nothing else."""
     for family, lines in added.items():
         _delete(family, lines)
 

@@ -19,7 +19,7 @@ STATES: tuple[State, ...] = ("active", "draining", "closed")
 
 
 class Status(NamedTuple):
-    """The plan against the kernel."""
+    """What the kernel has, compared with a plan."""
 
     state: str
     """A State, or 'absent', or 'degraded': then `problems` says why."""
@@ -37,7 +37,7 @@ class Ruleset:
         self.backend = where
 
     def steps(self) -> list[Step]:
-        """What `apply` does, in its order."""
+        """The programs that `apply` runs on a host where nothing is there, in order, with what they read."""
         steps = []
         if self.plan.needs_routing:
             for family in self.plan.families:
@@ -104,7 +104,7 @@ class Ruleset:
         return rules + routes
 
     def change(self, state: State) -> None:
-        """Bring it into another state."""
+        """Bring the installed rules into another state, relayed connections going on. Raises RelayError."""
         self.backend.change(self.plan, state)
 
     def problems(self, state: State) -> list[str]:
@@ -151,7 +151,8 @@ def remove() -> bool:
 
 
 def status(plan: Plan) -> Status:
-    """Compare the plan with the kernel."""
+    """What the kernel has in the way of a relay's rules, compared with that plan. Raises CapabilityMissingError without
+    the right to ask."""
     found = backends.present()
     lines = routing.listing()
     if not found:

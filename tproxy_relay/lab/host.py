@@ -1,33 +1,24 @@
 """One host of the lab, as its maker holds it: open sockets there, run programs there, set sysctls there.
 
-Behind each host is one process (agent.py) in a network namespace of its own. The namespace has no name and
-no mount: it lives as long as the agent, and the agent as long as the maker's end of the control socket.
+Behind each host is a network namespace of its own (net/namespace.py), which lives as long as its maker, with every
+program in it.
 """
 
 import contextlib
-import json
 import os
 import shlex
 import socket
-import struct
 import subprocess
-import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from socket import AF_INET, AF_INET6, SOCK_STREAM
 from typing import IO, Any
 
 from tproxy_relay.intercept import programs
-from tproxy_relay.lab import agent, needs
+from tproxy_relay.lab import needs
 from tproxy_relay.lab.needs import LabError
+from tproxy_relay.net.namespace import GoneError, NetworkNamespace, NoNamespaceError
 
-START_TIMEOUT = 10.0
-"""Seconds for an agent to say that it lives; it takes some 30 ms."""
-STOP_TIMEOUT = 10.0
 RUN_TIMEOUT = 30.0
-
-_DESCRIPTOR = struct.Struct("@i")
-"""What SCM_RIGHTS carries (unix(7)): an int for each descriptor."""
 
 File = IO[Any] | int | None
 
@@ -48,41 +39,33 @@ class Host:
         self.ipv4 = ipv4
         self.ipv6 = ipv6
         self._user = user
-        self._lock = threading.Lock()
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(START_TIMEOUT)
         reader, self._presence = os.pipe()
-        with theirs, os.fdopen(reader):
-            # -S: no site-packages; -I: nothing of the user's environment.
-            command = [*enter, sys.executable, "-I", "-S", agent.__file__, str(theirs.fileno()), str(reader)]
-            self._agent = _spawn(command, pass_fds=(theirs.fileno(), reader), stderr=subprocess.PIPE)
+        with os.fdopen(reader):
+            self._namespace = NetworkNamespace(enter, env=_environment(), presence=reader)
 
     def await_ready(self) -> "Host":
         """Wait for the namespace to exist; LabError with the remedy if it could not be made."""
-        if not _receive(self._control):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._agent.wait(START_TIMEOUT)
-            assert self._agent.stderr is not None
-            said = self._agent.stderr.read().decode(errors="replace").strip()
-            raise needs.no_namespace(said.splitlines()[-1] if said else "unshare failed silently")
+        try:
+            self._namespace.await_ready()
+        except NoNamespaceError as error:
+            raise needs.no_namespace(str(error) or "unshare failed silently") from error
         return self
 
     @property
     def pid(self) -> int:
         """A process in the namespace, for nsenter and /proc/PID/ns; it lives as long as the host."""
-        return self._agent.pid
+        return self._namespace.pid
 
     def address(self, family: int = AF_INET) -> str:
-        """Its address of that family."""
+        """Its address of that family on the way to the other hosts, as text."""
         return self.ipv6 if family == AF_INET6 else self.ipv4
 
     # Sockets.
 
     def socket(self, family: int = AF_INET, kind: int = SOCK_STREAM, protocol: int = 0) -> Socket:
         """An ordinary socket object, for use right here, whose packets live in this host."""
-        _, descriptor = self._ask("socket", int(family), int(kind), protocol)
-        assert descriptor is not None
-        return Socket(fileno=descriptor)
+        with self._reached():
+            return self._namespace.socket(family, kind, protocol)
 
     def listen(self, port: int = 0, family: int = AF_INET, backlog: int = 128) -> Socket:
         """A TCP listener on all addresses of the host, of one family."""
@@ -152,81 +135,46 @@ class Host:
 
         It dies with the host at the latest.
         """
-        command, kept = self.command(argv), (self._presence, *pass_fds)
-        return _spawn(command, stdin=stdin, stdout=stdout, stderr=stderr, env=env, pass_fds=kept)
+        return subprocess.Popen(
+            self.command(argv),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=_environment() if env is None else env,
+            pass_fds=(self._presence, *pass_fds),
+            start_new_session=True,
+        )
 
     # Settings.
 
     def sysctl(self, name: str) -> str:
         """The value of a sysctl of this host, e.g. `net.ipv4.ip_forward`."""
-        answer, _ = self._ask("read", _sysctl_path(name))
-        return str(answer["text"]).strip()
+        with self._reached():
+            return self._namespace.read(_sysctl_path(name)).strip()
 
     def set_sysctl(self, name: str, value: object) -> None:
         """Set a sysctl of this host; OSError if the kernel has none such or does not want the value."""
-        self._ask("write", _sysctl_path(name), f"{value}\n")
+        with self._reached():
+            self._namespace.write(_sysctl_path(name), f"{value}\n")
 
     def close(self) -> None:
         """End it and everything in it; done when it is gone. May be called again."""
-        self._control.close()
         if self._presence >= 0:
             os.close(self._presence)
             self._presence = -1
+        self._namespace.close()
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Around what the process in the namespace is asked for."""
         try:
-            self._agent.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._agent.kill()
-            self._agent.wait()
-        if self._agent.stderr is not None:
-            self._agent.stderr.close()
-
-    def _ask(self, *request: object) -> tuple[dict[str, Any], int | None]:
-        with self._lock:
-            try:
-                self._control.send(json.dumps(request).encode())
-                # Not socket.recv_fds(): it ignores its flags, and the descriptor would leak into children.
-                message, ancillary, _, _ = self._control.recvmsg(
-                    agent.MESSAGE_LIMIT, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
-                )
-            except OSError as error:
-                raise LabError(f"the {self.name} host of the lab is gone ({error})") from error
-        if not message:
-            raise LabError(f"the {self.name} host of the lab is gone")
-        answer: dict[str, Any] = json.loads(message)
-        if "errno" in answer:
-            raise OSError(answer["errno"], answer["error"], str(request[1]))
-        return answer, _DESCRIPTOR.unpack(ancillary[0][2])[0] if ancillary else None
-
-
-def _spawn(
-    command: Sequence[str],
-    *,
-    stdin: File = subprocess.DEVNULL,
-    stdout: File = subprocess.DEVNULL,
-    stderr: File = None,
-    env: Mapping[str, str] | None = None,
-    pass_fds: Sequence[int] = (),
-) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        command,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        env=_environment() if env is None else env,
-        pass_fds=pass_fds,
-        start_new_session=True,
-    )
+            yield
+        except GoneError as error:
+            raise LabError(f"the {self.name} host of the lab is gone ({error})") from error
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": programs.search_path()}
-
-
-def _receive(control: socket.socket) -> bytes:
-    try:
-        return control.recv(agent.MESSAGE_LIMIT)
-    except OSError:
-        return b""
 
 
 def _sysctl_path(name: str) -> str:

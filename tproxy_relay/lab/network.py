@@ -4,22 +4,23 @@
     10.81.1.2            10.81.1.1 | 10.81.2.1              10.81.2.2
     fd81:1::2            fd81:1::1 | fd81:2::1              fd81:2::2
 
-Nothing of it is visible on the machine, and nothing needs removing: see agent.py.
+Nothing of it is visible on the machine, and nothing needs removing: see net/namespace_agent.py.
 """
 
 import contextlib
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal
 
-from tproxy_relay.intercept import nft, routing
+from tproxy_relay.intercept import nft, plan, routing
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.lab import needs
 from tproxy_relay.lab.host import Host
 from tproxy_relay.lab.needs import LabError
 from tproxy_relay.lab.relay_process import RelayProcess
-from tproxy_relay.settings import PortRange
+from tproxy_relay.settings import PortRange, Settings
 
 Topology = Literal["gateway", "host", "local"]
 """gateway: client to server, forwarded by the relay's host. host: client to a server program on the relay's
@@ -85,7 +86,7 @@ class Lab:
 
     @property
     def hosts(self) -> tuple[Host, Host, Host]:
-        """Client, relay, server."""
+        """The three hosts in a row: client, relay, server."""
         return (self.client, self.relay, self.server)
 
     def relay_address(self, family: int = socket.AF_INET) -> str:
@@ -109,12 +110,12 @@ class Lab:
 
     def stop_intercepting(self) -> None:
         """Take the rules away; it is no error if there are none."""
-        plan, self._plan = self._plan, None
-        if plan is None:
+        former, self._plan = self._plan, None
+        if former is None:
             return
         self.relay.run(["nft", "-f", "-"], input=nft.removal())
-        for family in plan.families:
-            self._ip(f"-{family}", routing.batch(plan).replace(" add ", " del "), force=True)
+        for family in former.families:
+            self._ip(f"-{family}", routing.batch(former).replace(" add ", " del "), force=True)
 
     def relay_process(self, *options: str, wrapper: Sequence[str] = ()) -> RelayProcess:
         """The real relay, in the relay host, run with these options; to be used in a `with`."""
@@ -124,13 +125,13 @@ class Lab:
 
     def report(self) -> str:
         """All that one wants to see when a test has failed."""
-        looks = (["nft", "list", "ruleset"], ["ip", "-4", "rule"], ["ip", "-6", "rule"])
-        parts = [self._look(self.relay, look) for look in looks]
-        parts += [self._look(host, ["ss", "-tan"]) for host in self.hosts]
+        commands = (["nft", "list", "ruleset"], ["ip", "-4", "rule"], ["ip", "-6", "rule"])
+        parts = [self._output(self.relay, command) for command in commands]
+        parts += [self._output(host, ["ss", "-tan"]) for host in self.hosts]
         parts += [f"--- log of the relay with {relay.options}\n{relay.log}" for relay in self.relays]
         return "\n".join(parts)
 
-    def _look(self, host: Host, argv: Sequence[str]) -> str:
+    def _output(self, host: Host, argv: Sequence[str]) -> str:
         done = host.run(argv, check=False)
         return f"--- {host.name}: {' '.join(argv)}\n{done.stdout}{done.stderr}"
 
@@ -165,21 +166,13 @@ class Lab:
 
 
 def _plan(ports: tuple[PortRange, ...], topology: Topology, preserve_source: bool) -> Plan:
-    return Plan(
-        mode="tproxy",
-        inbound=() if topology == "local" else ports,
-        outbound=ports if topology == "local" else (),
-        inbound_port=15006,
-        outbound_port=15002,
-        listen={4: "0.0.0.0", 6: "::"},
-        interface=None,
+    """As the relay makes it from its settings, but for both families, whatever this machine has."""
+    settings = Settings(
+        intercept_inbound=() if topology == "local" else ports,
+        intercept_outbound=ports if topology == "local" else (),
         preserve_source="address" if preserve_source else "no",
-        on_failure="open",
-        mark_mask=0x07000000,
-        route_table=7006,
-        route_priority=7006,
-        exempt_uid=None,
     )
+    return replace(plan.of_settings(settings), listen={4: "0.0.0.0", 6: "::"})
 
 
 def _range(ports: int | str) -> PortRange:

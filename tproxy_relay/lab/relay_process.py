@@ -172,7 +172,7 @@ class RelayProcess:
             self._process.send_signal(number)
 
     def terminate(self) -> None:
-        """Tell it to drain and stop."""
+        """Send it TERM: it drains and stops. Nothing happens if it has ended."""
         self.signal(signal.SIGTERM)
 
     def wait(self, timeout: float = STOP_TIMEOUT) -> int:

@@ -5,6 +5,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,9 @@ import pytest
 from deadlines import PATIENCE, wait_until
 from plans import PLAN, PORTS, VARIANTS, quickly
 
+from tproxy_relay.guard import formers as formers_module
 from tproxy_relay.guard import guard
+from tproxy_relay.guard.messages import Start
 from tproxy_relay.intercept import backends, lock
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept import programs, ruleset
@@ -60,7 +63,7 @@ def answer(talk: Channel) -> dict[str, Any]:
 def process() -> Iterator[Guard]:
     talk, theirs = channel.pair()
     with subprocess.Popen(
-        [sys.executable, "-m", "tproxy_relay.guard.guard"], stdin=theirs.fileno(), env=children.environment()
+        [sys.executable, "-m", "tproxy_relay.guard"], stdin=theirs.fileno(), env=children.environment()
     ) as child:
         theirs.close()
         try:
@@ -213,14 +216,18 @@ def test_without_an_owner_the_guard_takes_the_table_away(monkeypatch: pytest.Mon
     def refuse(*_: object) -> None:
         raise programs.ProgramError("no such flag")
 
-    monkeypatch.setattr(guard.Holder, "load", refuse)
-    one = guard.Guard(channel.pair()[0], PLAN, "nft", "active", 1)
+    monkeypatch.setattr(guard.NftOwner, "load", refuse)
+    talk, theirs = channel.pair()
+    one = guard.Guard(theirs, Start(PLAN, "nft", "active", 1))
     assert one.backend == "nft" and state_of(PLAN) == "active"
+    watching = threading.Thread(target=one.watch)
+    watching.start()
     for plan in (CLOSED, MORE_PORTS):
-        one._obey({"order": "replace", "plan": plans.to_json(plan), "pid": 1}, [])
-        assert state_of(plan) == "active"
-    one.relay_died()
-    assert state_of(MORE_PORTS) == "absent"
+        talk.send({"order": "replace", "plan": plans.to_json(plan), "pid": 1})
+        assert answer(talk)["event"] == "replaced" and state_of(plan) == "active"
+    talk.close()
+    watching.join(PATIENCE)
+    assert not watching.is_alive() and state_of(MORE_PORTS) == "absent"
 
 
 def test_nothing_to_do_is_no_error() -> None:
@@ -230,7 +237,7 @@ def test_nothing_to_do_is_no_error() -> None:
 
 def test_started_by_hand_it_says_what_it_is() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tproxy_relay.guard.guard"],
+        [sys.executable, "-m", "tproxy_relay.guard"],
         input="",
         capture_output=True,
         text=True,
@@ -555,9 +562,9 @@ def test_iptables_refuses_when_the_former_one_is_gone() -> None:
 @in_network
 def test_iptables_does_not_wait_for_ever_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "CLOSED_TIMEOUT", 0.1)
-    monkeypatch.setattr(guard, "FAREWELL", 0.1)
+    monkeypatch.setattr(formers_module, "FAREWELL_TIMEOUT", 0.1)
     (former, theirs), (second, seconds) = channel.pair(), channel.pair()
-    one = guard.Guard(theirs, CLOSED, "iptables-nft", "active", 1)
+    one = guard.Guard(theirs, Start(CLOSED, "iptables-nft", "active", 1))
     former.send({"order": "serve", "pid": 2}, [seconds.fileno()])
     seconds.close()
     second.close()

@@ -228,7 +228,8 @@ def handed_over(one: Interception, plan: Plan = PLAN) -> Interception:
 
 def ends(one: Interception) -> None:
     """For the guard it is as if the process had ended."""
-    one._talk._sock.shutdown(socket.SHUT_RDWR)
+    with socket.socket(fileno=os.dup(one.debug_state()["channel"])) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 @in_network

@@ -10,7 +10,7 @@ from plans import PLAN
 
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import nft, programs
-from tproxy_relay.intercept.nft_owner import Holder
+from tproxy_relay.intercept.nft_owner import NftOwner
 from tproxy_relay.intercept.programs import ProgramError
 
 pytestmark = pytest.mark.usefixtures("network")
@@ -20,45 +20,45 @@ def is_there() -> bool:
     return "tproxy_relay" in programs.run(["nft", "list", "tables"]).stdout
 
 
-def held() -> Holder:
-    holder = Holder()
-    holder.load(nft.script(PLAN, "active", held=True))
-    assert is_there() and holder.alive
-    return holder
+def held() -> NftOwner:
+    owner = NftOwner()
+    owner.load(nft.script(PLAN, "active", held=True))
+    assert is_there() and owner.alive
+    return owner
 
 
 def test_it_goes_when_the_owner_is_closed() -> None:
-    holder = held()
-    holder.close()
-    assert not is_there() and not holder.alive
-    holder.close()
+    owner = held()
+    owner.close()
+    assert not is_there() and not owner.alive
+    owner.close()
 
 
 def test_it_goes_when_the_owner_is_killed_and_that_is_noticed() -> None:
-    holder = held()
-    os.kill(holder._child.pid, signal.SIGKILL)
-    assert select.select([holder], [], [], 5)[0] and holder.has_ended()
-    assert not holder.alive
+    owner = held()
+    os.kill(owner.pid, signal.SIGKILL)
+    assert select.select([owner], [], [], 5)[0] and owner.has_ended()
+    assert not owner.alive
     wait_until(lambda: not is_there(), "the table is gone")
     with pytest.raises((ProgramError, OSError)):
-        holder.load(nft.script(PLAN, "active", held=True))
-    holder.close()
+        owner.load(nft.script(PLAN, "active", held=True))
+    owner.close()
 
 
 @pytest.mark.parametrize(
     "command", ["delete table inet tproxy_relay", "flush ruleset", "flush table inet tproxy_relay"]
 )
 def test_nobody_else_changes_it(command: str) -> None:
-    holder = held()
+    owner = held()
     programs.run(["nft", *command.split()], check=False)
     assert "TCP only" in programs.run(["nft", "list", "ruleset"]).stdout
-    holder.load(nft.change(PLAN, "draining", held=True))
+    owner.load(nft.change(PLAN, "draining", held=True))
     assert "draining: TCP only" in programs.run(["nft", "list", "ruleset"]).stdout
-    holder.close()
+    owner.close()
 
 
 def test_what_nft_refuses_is_told_and_changes_nothing() -> None:
-    holder = held()
+    owner = held()
     before = programs.run(["nft", "list", "ruleset"]).stdout
     for wrong in (
         "nonsense",
@@ -66,14 +66,14 @@ def test_what_nft_refuses_is_told_and_changes_nothing() -> None:
         nft.change(PLAN, "active") + "oops",
     ):
         with pytest.raises(ProgramError, match="nft -i.* failed: .*[Ee]rror"):
-            holder.load(wrong)
+            owner.load(wrong)
         assert programs.run(["nft", "list", "ruleset"]).stdout == before
-    holder.load(nft.change(PLAN, "draining", held=True))
-    holder.close()
+    owner.load(nft.change(PLAN, "draining", held=True))
+    owner.close()
 
 
 def test_a_table_of_an_owner_is_not_taken_over() -> None:
-    first, second = held(), Holder()
+    first, second = held(), NftOwner()
     with pytest.raises(RelayError):
         second.load(nft.script(PLAN, "active", held=True))
     second.close()

@@ -1,18 +1,19 @@
-"""The process that is one host of the lab: it holds the network namespace and opens sockets in it.
+"""The process that a network namespace lives with: it opens sockets there for its maker, and does nothing else.
 
-host.py runs this file as a script, in a network namespace that was made for it, with two descriptor numbers
-as its arguments: the control socket and the presence pipe. It imports nothing of the package, to start fast.
+namespace.py runs this file as a script, in a namespace that was made for it, with descriptor numbers as its arguments:
+the control socket, and perhaps the presence pipe. It imports nothing of the package, to start fast.
 
-A socket belongs to the namespace of the process that created it, for ever and whoever holds the descriptor.
-So the maker of the lab asks here for a socket, gets the descriptor by SCM_RIGHTS, and uses it at home.
+A socket belongs to the namespace of the process that created it, for ever and whoever holds the descriptor. So the
+maker asks here for a socket, gets the descriptor by SCM_RIGHTS, and uses it at home.
 
-A request is one message, a JSON list `[verb, argument...]`; so is the answer, a JSON object. When the
-control socket is at its end the maker is gone, however it died: then whatever still runs in the namespace is
-killed, and with its last process the kernel removes the namespace, its links and its rules.
+A request is one message, a JSON list `[verb, argument...]`; so is the answer, a JSON object. When the control socket is
+at its end the maker is gone, however it died, and with the last process in it the kernel removes the namespace, its
+links and its rules.
 
-A program on its way here (forked, but not yet in the namespace) is not to be seen, and would arrive after the
-last look. So every program that the maker starts inherits the write end of the presence pipe: nobody is on
-the way when the pipe has no writer.
+With a presence pipe, whatever still runs in the namespace is killed then. A program on its way here (forked, but not
+yet in the namespace) is not to be seen, and would arrive after the last scan. So every program that such a maker starts
+inherits the write end of the pipe: nobody is on the way when the pipe has no writer. Without such a pipe nothing is
+killed: a namespace that turned out to be the host's own would be a bad place for that.
 """
 
 import json
@@ -27,20 +28,20 @@ MESSAGE_LIMIT = 65536
 """Bytes; requests and answers are far smaller."""
 SWEEPS = 500
 SWEEP_PAUSE = 0.01
-"""Seconds between two looks at who is left: a killed process needs a moment to go."""
+"""Seconds between two scans for who is left: a killed process needs a moment to go."""
 
 
 def main() -> None:
-    """Serve until the maker is gone, then leave nobody behind."""
+    """Serve until the maker is gone; with a presence pipe, leave nobody behind then."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
-    control, presence = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    os.set_blocking(presence, False)
+    control = socket.socket(fileno=int(sys.argv[1]))
     try:
         serve(control)
     except OSError:
         pass  # the maker vanished between a request and its answer
-    empty_namespace(presence)
+    for presence in map(int, sys.argv[2:]):
+        empty_namespace(presence)
 
 
 def serve(control: socket.socket) -> None:
@@ -72,6 +73,7 @@ def answer(control: socket.socket, verb: str, arguments: list[Any]) -> None:
 
 def empty_namespace(presence: int) -> None:
     """Kill every other process in this namespace, again and again until none is here or on its way."""
+    os.set_blocking(presence, False)
     for _ in range(SWEEPS):
         nobody_comes = at_end(presence)  # asked first: who arrives in between is seen below
         others = inhabitants()
@@ -101,7 +103,7 @@ def inhabitants() -> list[int]:
 
 
 def lives_in(pid: int, namespace: os.stat_result) -> bool:
-    """False also for processes that are gone by now or that we may not look at: those are not of the lab."""
+    """False also for processes that are gone by now or that we may not look at: those are not the maker's."""
     try:
         return os.path.samestat(os.stat(f"/proc/{pid}/ns/net"), namespace)
     except OSError:

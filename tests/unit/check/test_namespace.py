@@ -1,4 +1,4 @@
-"""The throw-away namespace, and what is tried in it, for root and for others."""
+"""The throw-away namespace in which rules are tried, for root and for others."""
 
 import os
 import socket
@@ -7,7 +7,6 @@ from typing import NoReturn
 
 import pytest
 
-from tproxy_relay.check import kernel
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
 from tproxy_relay.lab import LabError, needs
@@ -58,14 +57,3 @@ def test_where_it_is_not_allowed_it_says_so(possible: None, monkeypatch: pytest.
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(RelayError, match="Operation not permitted"), Namespace(user=False):
         pass
-
-
-@pytest.mark.parametrize("user", USERS)
-def test_features_are_told_apart(possible: None, user: bool) -> None:
-    hook = "filter hook prerouting priority mangle"
-    with Namespace(user=user) as namespace:
-        for module, feature in kernel.FEATURES.items():
-            assert kernel.works(namespace, *feature), module
-        assert not kernel.works(namespace, hook, "meta l4proto tcp frobnicate")
-        assert not kernel.works(namespace, "filter hook output priority mangle", "meta l4proto tcp tproxy to :1")
-        assert namespace.run(["nft", "list", "ruleset"]) == ""

@@ -1,0 +1,99 @@
+"""Settings of the kernel that break interception, in a network whose settings are changed."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from doctor import case, levels
+
+from tproxy_relay.check import sysctls
+from tproxy_relay.intercept import programs
+
+pytestmark = pytest.mark.usefixtures("network")
+
+
+def set_sysctl(name: str, value: int) -> None:
+    Path("/proc/sys/net", *name.split(".")).write_text(str(value))
+
+
+def mend(remedy: str) -> None:
+    """Do what the doctor says, as it says it."""
+    subprocess.run(["sh", "-c", remedy], check=True, stdout=subprocess.DEVNULL)
+
+
+def links(*kinds: str) -> None:
+    """Interfaces eth0, eth1 ... with an address each, which are up."""
+    for number, kind in enumerate(kinds):
+        programs.run(["ip", "link", "add", f"eth{number}", "type", kind])
+        programs.run(["ip", "addr", "add", f"192.0.2.{number * 4 + 1}/30", "dev", f"eth{number}"])
+        programs.run(["ip", "link", "set", f"eth{number}", "up"])
+
+
+def test_strict_values_are_no_problem() -> None:
+    set_sysctl("ipv4.conf.all.rp_filter", 1)
+    (found,) = sysctls.probe_harmless(case())
+    assert found.level == "ok" and "rp_filter on" in found.what.replace(",", " on")
+    for name in ("all", "default", "lo"):
+        set_sysctl(f"ipv4.conf.{name}.rp_filter", 0)
+    (found,) = sysctls.probe_harmless(case())
+    assert "rp_filter" not in found.what or found.what.endswith("are off")
+
+
+def test_nonlocal_bind() -> None:
+    assert not [*sysctls.probe_nonlocal_bind(case())]
+    set_sysctl("ipv4.ip_nonlocal_bind", 1)
+    (found,) = sysctls.probe_nonlocal_bind(case())
+    assert found.level == "problem"
+    mend(found.remedy)
+    assert not [*sysctls.probe_nonlocal_bind(case())]
+
+
+def test_lo_must_be_up_and_have_ipv6() -> None:
+    assert levels([*sysctls.probe_loopback(case())]) == [("lo", "ok")]
+    one = case()
+    for change in ("ip link set lo down", "sysctl -q -w net.ipv6.conf.lo.disable_ipv6=1"):
+        programs.run(change.split())
+        (found,) = sysctls.probe_loopback(one)
+        assert (found.name, found.level) == ("lo", "problem")
+        mend(found.remedy)
+        one = case()
+    assert levels([*sysctls.probe_loopback(one)]) == [("lo", "ok")]
+
+
+def test_the_interface_that_is_listened_on() -> None:
+    programs.run("ip link add eth0 type veth peer name eth1".split())
+    (found,) = sysctls.probe_interface(case(interface="eth0"))
+    assert found.level == "problem"
+    mend(found.remedy)
+    assert not [*sysctls.probe_interface(case(interface="eth0"))] and not [*sysctls.probe_interface(case())]
+
+
+def test_a_gateway_forwards() -> None:
+    links("veth", "veth")
+    set_sysctl("ipv4.ip_forward", 0)
+    (found, *_) = sysctls.probe_forwarding(case())
+    assert (found.name, found.level) == ("forwarding-ipv4", "problem")
+    mend(found.remedy)
+    (found, *_) = sysctls.probe_forwarding(case())
+    assert (found.name, found.level) == ("forwarding-ipv4", "ok")
+    set_sysctl("ipv4.conf.eth1.forwarding", 0)
+    (found, *_) = sysctls.probe_forwarding(case())
+    assert found.what == "net.ipv4.conf.eth1.forwarding is 0"
+    mend(found.remedy)
+    assert next(iter(sysctls.probe_forwarding(case()))).level == "ok"
+    assert not [*sysctls.probe_forwarding(case(on_failure="closed"))]
+
+
+def test_bridges_whose_packets_meet_the_rules() -> None:
+    assert not [*sysctls.probe_bridges(case())], "there is none"
+    links("bridge")
+    for found in sysctls.probe_bridges(case()):
+        if found.level == "problem":  # br_netfilter is loaded, and takes packets of bridges unless told otherwise
+            assert found.what.startswith("net.bridge.bridge-nf-call-")
+            mend(found.remedy)
+    assert levels([*sysctls.probe_bridges(case())]) == [("bridge", "ok")]
+    programs.run("ip link set eth0 type bridge nf_call_iptables 1".split())
+    (found,) = sysctls.probe_bridges(case())
+    assert (found.name, found.level) == ("bridge-ipv4", "problem")
+    mend(found.remedy)
+    assert levels([*sysctls.probe_bridges(case())]) == [("bridge", "ok")]
