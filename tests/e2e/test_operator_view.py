@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from deadlines import wait_until
 from exchanges import read_exactly
-from interception import wait_until
 from looking import ADMIN, PORT, connect, fetch, program, sessions, status
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 import terminal
-from interception import wait_until
+from deadlines import wait_until
 from looking import PORT
 from terminal import Terminal
 

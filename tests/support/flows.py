@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -389,14 +389,6 @@ def streams(host: "Host", address: str, port: int, count: int = 1, *, size: int 
 def steady(host: "Host", address: str, port: int, rate: float = 200) -> Flow:
     """Connections that come and go."""
     return Flow(host, "steady", address, port, rate)
-
-
-def wait_until(come: Callable[[], object], what: str, patience: float = LAST_TIMEOUT) -> None:
-    """Until it has come."""
-    deadline = time.monotonic() + patience
-    while not come():
-        assert time.monotonic() < deadline, f"not within {patience:g} s: {what}"
-        select.select([], [], [], 0.005)
 
 
 if __name__ == "__main__":
