@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from admin_views import ADMIN, fetch, program, status
 from clients import EchoServer
 from deadlines import wait_until
-from looking import ADMIN, fetch, program, status
 from rows import Seen
 
 from tproxy_relay.admin import http, server
