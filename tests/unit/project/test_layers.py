@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "tproxy_relay"
+PACKAGE = Path(__file__).parents[3] / "tproxy_relay"
 
 # From the top down. A module may import from any row below its own, and from no other.
 LAYERS = (

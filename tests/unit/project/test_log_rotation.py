@@ -13,7 +13,7 @@ from deadlines import wait_until
 from relays import Relay
 from rows import Seen
 
-SHIPPED = Path(__file__).parents[2] / "etc" / "logrotate.d" / "tproxy-relay"
+SHIPPED = Path(__file__).parents[3] / "etc" / "logrotate.d" / "tproxy-relay"
 ROTATIONS = 10
 
 
