@@ -1,10 +1,11 @@
 """Fixtures of the tests that send packets."""
 
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
-from interception import BOTH_WAYS
+from interception import BOTH_WAYS, PORT
 
 from tproxy_relay.lab import Lab
 
@@ -18,3 +19,10 @@ def rules() -> Callable[..., str]:
         return lab.relay.run([*command, *BOTH_WAYS, *options]).stdout
 
     return run
+
+
+@pytest.fixture
+def server(lab: Lab) -> Iterator[socket.socket]:
+    """Listens in the server's host, on the port that clients are steered from."""
+    with lab.server.listen(PORT) as listening:
+        yield listening

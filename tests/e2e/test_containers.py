@@ -32,7 +32,8 @@ from container import (
     stages,
     zombies,
 )
-from interception import FAMILIES, EchoServer, ping, wait_until
+from deadlines import wait_until
+from interception import FAMILIES, EchoServer, ping
 
 from tproxy_relay.check import kernel
 from tproxy_relay.config import environment, loader

@@ -6,10 +6,10 @@ A worker takes its own connections along; the supervisor has none, but the worke
 import os
 import signal
 import socket
-from collections.abc import Iterator
 
 import pytest
 from exchanges import Ends, read_to_end
+from relay_fixtures import intercepting_relay
 from rows import Seen
 
 from tproxy_relay.lab import Lab, RelayProcess
@@ -19,12 +19,7 @@ PORT = 8000
 VICTIMS = [pytest.param("pid", id="supervisor"), pytest.param("worker", id="worker")]
 
 
-@pytest.fixture
-def relay(lab: Lab) -> Iterator[RelayProcess]:
-    lab.intercept((PORT,))
-    with lab.relay_process() as running:
-        yield running
-    lab.stop_intercepting()
+relay = intercepting_relay((PORT,))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=["SIGKILL", "SIGSEGV"])

@@ -2,10 +2,10 @@
 
 import select
 import socket
-from collections.abc import Iterator
 
 import pytest
 from exchanges import EXCHANGES, Ends, Exchange, Saw, play, read_to_end, see_reset
+from relay_fixtures import intercepting_relay
 
 from tproxy_relay.lab import Lab, RelayProcess
 from tproxy_relay.net.endpoint import from_sockaddr
@@ -15,12 +15,7 @@ DIRECT, INTERCEPTED = 9000, 8000
 """Ports of the server: the rules steer the second to the relay."""
 
 
-@pytest.fixture(scope="module")
-def relay(lab: Lab) -> Iterator[RelayProcess]:
-    lab.intercept((INTERCEPTED,))
-    with lab.relay_process() as running:
-        yield running
-    lab.stop_intercepting()
+relay = intercepting_relay((INTERCEPTED,), scope="module")
 
 
 def record_of(relay: RelayProcess, ends: Ends) -> dict[str, object]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from deadlines import wait_until
 from interception import (
     BACKENDS,
     BOTH_WAYS,
@@ -22,7 +23,6 @@ from interception import (
     opened,
     ping,
     processes,
-    wait_until,
     ways,
 )
 

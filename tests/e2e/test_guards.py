@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, for_all_accounts
 from exchanges import see_reset
+from relay_fixtures import intercepting_relay
 from rows import Seen
 
 from tproxy_relay.lab import Host, Lab, Line, RelayProcess
@@ -16,12 +17,7 @@ FAMILIES = {"v4": socket.AF_INET, "v6": socket.AF_INET6}
 INBOUND, OUTBOUND = 15006, 15002
 
 
-@pytest.fixture
-def relay(lab: Lab):  # type: ignore[no-untyped-def]
-    lab.intercept(("8000-8999",))
-    with lab.relay_process() as running:
-        yield running
-    lab.stop_intercepting()
+relay = intercepting_relay(("8000-8999",))
 
 
 def descriptors(relay: RelayProcess) -> int:

@@ -11,19 +11,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from interception import (
-    BACKENDS,
-    BOTH_WAYS,
-    FAMILIES,
-    PORT,
-    attempt,
-    echo_servers,
-    opened,
-    ping,
-    processes,
-    wait_until,
-    ways,
-)
+from deadlines import wait_until
+from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, attempt, echo_servers, opened, ping, processes, ways
 from rows import Seen
 
 from tproxy_relay.lab import Lab

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from flows import echo_server, steady, streams, wait_until
+from deadlines import wait_until
+from flows import echo_server, steady, streams
 from init_host import InitHost, gone, stranger
 from interception import PORT, look, ping
 from machine import NAME, SCRIPT

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import pytest
-from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, echo_servers, opened, ping, wait_until, ways
+from deadlines import wait_until
+from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, echo_servers, opened, ping, ways
 from rows import Seen
 from topologies import HOSTILE
 

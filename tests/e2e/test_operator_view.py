@@ -6,35 +6,18 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from admin_views import ADMIN, PORT, client_name, connect, fetch, program, sessions, status
+from deadlines import wait_until
 from exchanges import read_exactly
-from interception import wait_until
-from looking import ADMIN, PORT, connect, fetch, program, sessions, status
 from prometheus_client.parser import text_string_to_metric_families
+from relay_fixtures import intercepting_relay
 
 from tproxy_relay.lab import Lab, RelayProcess
 
-
-@pytest.fixture
-def relay(lab: Lab) -> Iterator[RelayProcess]:
-    lab.intercept((PORT,))
-    options = ("--admin", f"127.0.0.1:{ADMIN}", "--idle-timeout", "300", "--workers", "2")
-    with lab.relay_process(*options) as running:
-        yield running
-    lab.stop_intercepting()
-
-
-@pytest.fixture
-def server(lab: Lab) -> Iterator[socket.socket]:
-    with lab.server.listen(PORT) as listening:
-        yield listening
-
-
-def name_of(client: socket.socket) -> str:
-    return "{}:{}".format(*client.getsockname())
+relay = intercepting_relay((PORT,), "--admin", f"127.0.0.1:{ADMIN}", "--idle-timeout", "300", "--workers", "2")
 
 
 def test_connections_come_move_and_go(lab: Lab, relay: RelayProcess, server: socket.socket) -> None:
@@ -46,7 +29,7 @@ def test_connections_come_move_and_go(lab: Lab, relay: RelayProcess, server: soc
         served.sendall(b"y" * 5000)
         wait_until(lambda: sessions(lab)[0]["bytes_down"] == 5000, "it is relayed")
         (one,) = sessions(lab)
-        assert (one["client"], one["orig_dst"]) == (name_of(client), f"{lab.server.ipv4}:{PORT}")
+        assert (one["client"], one["orig_dst"]) == (client_name((client, served)), f"{lab.server.ipv4}:{PORT}")
         assert (one["state"], one["bytes_up"], one["ending"], one["direction"]) == ("open", 1000, "idle", "inbound")
         assert 290 < one["ending_in_seconds"] <= 300 and one["upstream_local"].startswith(lab.relay_address())
         assert one["client_rtt_ms"] > 0 and one["upstream_retransmits"] == 0
@@ -88,7 +71,7 @@ def test_filters_and_order(lab: Lab, relay: RelayProcess, server: socket.socket)
             for end in both:
                 stack.enter_context(end)
             both[1].sendall(b"y" * 1000 * number)
-        names = [name_of(client) for client, _ in ends]
+        names = [client_name(both) for both in ends]
 
         def shown(show: str) -> list[str]:
             return [one["client"] for one in sessions(lab, show)]
@@ -108,7 +91,7 @@ def test_filters_and_order(lab: Lab, relay: RelayProcess, server: socket.socket)
 def test_one_is_aborted(lab: Lab, relay: RelayProcess, server: socket.socket) -> None:
     (client, served), (other, other_served) = connect(lab, server), connect(lab, server)
     with client, served, other, other_served:
-        (number,) = [one["id"] for one in sessions(lab) if one["client"] == name_of(client)]
+        (number,) = [one["id"] for one in sessions(lab) if one["client"] == client_name((client, served))]
         assert fetch(lab, f"/sessions/{number}", "-X", "DELETE")[0] == 403, "not over TCP"
         assert "both its ends see a reset" in program(lab, "sessions", "--abort", number)
         for end in (client, served):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from deadlines import wait_until
 from debian_host import DebianHost
-from flows import steady, wait_until
+from flows import steady
 from interception import FAMILIES, PORT, echo_servers, look, ping, ways
 from machine import NAME
 

@@ -10,8 +10,9 @@ from typing import NoReturn
 
 import browser
 import pytest
+from admin_views import ADMIN, PORT, client_name, close_all, connect
 from browser import Browser
-from looking import ADMIN, PORT, Ends, connect
+from relay_fixtures import intercepting_relay
 
 from tproxy_relay.lab import Lab, RelayProcess
 
@@ -25,19 +26,7 @@ def chromium(require_or_skip: Callable[[str], NoReturn]) -> None:
         require_or_skip(f"{lacking} is not installed")
 
 
-@pytest.fixture
-def relay(lab: Lab) -> Iterator[RelayProcess]:
-    lab.intercept((PORT,))
-    options = ("--admin", f"127.0.0.1:{ADMIN}", "--idle-timeout", "300", "--workers", "2")
-    with lab.relay_process(*options) as running:
-        yield running
-    lab.stop_intercepting()
-
-
-@pytest.fixture
-def server(lab: Lab) -> Iterator[socket.socket]:
-    with lab.server.listen(PORT) as listening:
-        yield listening
+relay = intercepting_relay((PORT,), "--admin", f"127.0.0.1:{ADMIN}", "--idle-timeout", "300", "--workers", "2")
 
 
 @pytest.fixture
@@ -45,16 +34,6 @@ def page(lab: Lab, relay: RelayProcess) -> Iterator[Browser]:
     with Browser(lab.relay, ADMIN) as opened:
         opened.wait(lambda: opened.text("#health") == "ok", "the first answer")
         yield opened
-
-
-def close(*ends: Ends) -> None:
-    for both in ends:
-        for end in both:
-            end.close()
-
-
-def name_of(both: Ends) -> str:
-    return "{}:{}".format(*both[0].getsockname())
 
 
 def heights(page: Browser, selector: str) -> set[str]:
@@ -74,7 +53,7 @@ def keep(page: Browser, name: str) -> None:
 def test_a_connection_appears_moves_and_goes(lab: Lab, page: Browser, server: socket.socket) -> None:
     assert page.text("#count") == "0" and page.texts("#sessions tbody tr") == []
     both = connect(lab, server)
-    name = name_of(both)
+    name = client_name(both)
     page.wait(lambda: any(name in row for row in page.texts("#sessions tbody tr")), "it appears")
     assert f"{lab.server.ipv4}:{PORT}" in page.texts("#sessions tbody tr")[0]
     for _ in range(3):
@@ -87,7 +66,7 @@ def test_a_connection_appears_moves_and_goes(lab: Lab, page: Browser, server: so
     assert len(heights(page, "#arrivals .new")) > 1
     page.wait(lambda: "879 KiB so far" in page.text("#cards"), "it is counted")
     keep(page, "moving")
-    close(both)
+    close_all(both)
     page.wait(lambda: page.texts("#sessions tbody tr") == [] and page.text("#count") == "0", "it goes")
     page.wait(lambda: "completed\t1" in page.texts("#outcomes tr"), "and how it ended is seen")
     assert page.complaints() == []
@@ -95,7 +74,7 @@ def test_a_connection_appears_moves_and_goes(lab: Lab, page: Browser, server: so
 
 def test_search_and_order(lab: Lab, page: Browser, server: socket.socket) -> None:
     ends = [connect(lab, server) for _ in range(6)]
-    names = [name_of(both) for both in ends]
+    names = [client_name(both) for both in ends]
 
     def shown() -> list[str]:
         return page.texts("#sessions tbody tr td:first-child")
@@ -114,7 +93,7 @@ def test_search_and_order(lab: Lab, page: Browser, server: socket.socket) -> Non
         "const field = document.querySelector('#search'); field.value = ''; field.dispatchEvent(new Event('input'))"
     )
     page.wait(lambda: len(shown()) == 6, "all again")
-    close(*ends)
+    close_all(*ends)
 
 
 def test_why_something_was_refused(lab: Lab, page: Browser) -> None:
@@ -141,13 +120,13 @@ def test_on_a_phone(lab: Lab, page: Browser, server: socket.socket) -> None:
     assert page.run("return [document.documentElement.scrollWidth, innerWidth]") == [375, 375], "nothing is beside it"
     cells = "[...document.querySelectorAll('#sessions td')].filter(one => one.offsetParent)"
     shown = page.run(f"return {cells}.map(one => one.innerText)")
-    assert len(shown) == 4 and shown[:2] == [name_of(both), f"{lab.server.ipv4}:{PORT}"]
+    assert len(shown) == 4 and shown[:2] == [client_name(both), f"{lab.server.ipv4}:{PORT}"]
     right = (
         "return Math.max(...[...document.querySelectorAll('.card, td')].map(one => one.getBoundingClientRect().right))"
     )
     assert page.run(right) <= 375
     keep(page, "phone")
-    close(both)
+    close_all(both)
 
 
 def test_it_needs_nothing_from_elsewhere(page: Browser) -> None:

@@ -21,7 +21,8 @@ from typing import NoReturn
 import pytest
 from accounts import for_all_accounts
 from configured import OTHER, Configured, merged, text_of
-from flows import Flow, echo_server, steady, streams, wait_until
+from deadlines import wait_until
+from flows import Flow, echo_server, steady, streams
 from interception import FAMILIES, PORT, attempt, look, ping, processes, ways
 from rows import Seen
 from service_manager import ServiceManager

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from flows import Flow, echo_server, steady, streams, wait_until
+from deadlines import wait_until
+from flows import Flow, echo_server, steady, streams
 from interception import PORT, look, ping, processes
 from service_manager import ServiceManager
 

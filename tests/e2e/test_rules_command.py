@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from deadlines import wait_until
 from interception import (
     BACKENDS,
     BOTH_WAYS,
@@ -27,7 +28,6 @@ from interception import (
     look,
     opened,
     processes,
-    wait_until,
     ways,
 )
 from rows import Seen

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from deadlines import wait_until
 from interception import (
     BACKENDS,
     BOTH_WAYS,
@@ -18,7 +19,6 @@ from interception import (
     opened,
     ping,
     processes,
-    wait_until,
     ways,
 )
 from rows import Seen

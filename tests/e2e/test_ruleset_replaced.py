@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from deadlines import PATIENCE, wait_until
 from interception import (
     BACKENDS,
     FAMILIES,
     OWN_SERVERS,
-    PATIENCE,
     PORT,
     EchoServer,
     attempt,
@@ -29,7 +29,6 @@ from interception import (
     opened,
     ping,
     processes,
-    wait_until,
     ways,
 )
 

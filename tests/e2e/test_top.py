@@ -12,15 +12,15 @@ from typing import NoReturn
 
 import pytest
 import terminal
-from interception import wait_until
-from looking import PORT
+from admin_views import PORT, Ends, client_name, close_all, connect
+from deadlines import wait_until
+from relay_fixtures import intercepting_relay
 from terminal import Terminal
 
 from tproxy_relay.lab import Lab, RelayProcess
 
 CONNECTIONS = 12
 SIZES = {"80x24": (80, 24), "200x50": (200, 50)}
-Ends = tuple[socket.socket, socket.socket]
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +29,7 @@ def tmux(require_or_skip: Callable[[str], NoReturn]) -> None:
         require_or_skip("tmux is not installed")
 
 
-@pytest.fixture
-def relay(lab: Lab) -> Iterator[RelayProcess]:
-    lab.intercept((PORT,))
-    with lab.relay_process("--workers", "2", "--idle-timeout", "300") as running:
-        yield running
-    lab.stop_intercepting()
+relay = intercepting_relay((PORT,), "--workers", "2", "--idle-timeout", "300")
 
 
 @pytest.fixture
@@ -43,14 +38,11 @@ def ends(lab: Lab, relay: RelayProcess) -> Iterator[list[Ends]]:
     found: list[Ends] = []
     with lab.server.listen(PORT) as server:
         for number in range(CONNECTIONS):
-            client = lab.client.connect(lab.server.ipv4, PORT)
-            served, peer = server.accept()
-            assert peer[0] == lab.relay_address()
+            client, served = connect(lab, server)
             served.sendall(b"y" * 5000 * number)
             found.append((client, served))
         yield found
-        for both in found:
-            close(both)
+        close_all(*found)
 
 
 def top(lab: Lab, *words: str) -> list[str]:
@@ -60,15 +52,6 @@ def top(lab: Lab, *words: str) -> list[str]:
 def clients(screen: Terminal) -> list[str]:
     """In the order of the screen."""
     return re.findall(r"^(10\.81\.1\.2:\d+)", screen.text, re.MULTILINE)
-
-
-def name_of(both: Ends) -> str:
-    return "{}:{}".format(*both[0].getsockname())
-
-
-def close(both: Ends) -> None:
-    for end in both:
-        end.close()
 
 
 def is_as_before(screen: Terminal) -> None:
@@ -83,7 +66,7 @@ def is_as_before(screen: Terminal) -> None:
 def test_shown_sorted_chosen_and_aborted(
     lab: Lab, relay: RelayProcess, ends: list[Ends], size: tuple[int, int]
 ) -> None:
-    names = [name_of(both) for both in ends]
+    names = [client_name(both) for both in ends]
     with Terminal(*size, top(lab)) as screen:
         shown = screen.wait_for(f"{CONNECTIONS} of {CONNECTIONS} by rate", f"process {relay.pid}, running")
         assert f"{CONNECTIONS} connections of at most" in shown and f"{lab.server.ipv4}:{PORT}" in shown
@@ -116,7 +99,7 @@ def test_only_some(lab: Lab, relay: RelayProcess, ends: list[Ends]) -> None:
         screen.type("/", *["BSpace"] * 20, "state=half-closed", "Enter")
         screen.wait_for("0 of 0 by age", "only state=half-closed")
         ends[3][0].shutdown(socket.SHUT_WR)
-        screen.wait_for("1 of 1 by age", name_of(ends[3]))
+        screen.wait_for("1 of 1 by age", client_name(ends[3]))
         screen.type("/", "x", "Enter")
         screen.wait_for("'half-closedx' is not one of")
         screen.type("/", "Escape")
@@ -127,13 +110,13 @@ def test_only_some(lab: Lab, relay: RelayProcess, ends: list[Ends]) -> None:
 
 def test_it_moves_and_stands_still(lab: Lab, relay: RelayProcess, ends: list[Ends]) -> None:
     with Terminal(80, 24, top(lab)) as screen:
-        name = name_of(ends[0])
+        name = client_name(ends[0])
         screen.wait_for("12 of 12", name)
-        close(ends[0])
+        close_all(ends[0])
         screen.wait_for("11 of 11", gone=[name])
         screen.type("p")
         screen.wait_for("STANDS STILL")
-        close(ends[1])
+        close_all(ends[1])
         wait_until(lambda: len(relay.records()) == 2, "it has ended")
         time.sleep(1.5)  # longer than it takes to look again
         assert "11 of 11" in screen.text

@@ -17,7 +17,8 @@ from typing import NoReturn
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, becoming, for_all_accounts
 from activation import passing
-from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PATIENCE, PORT, EchoServer, opened, ping, wait_until, ways
+from deadlines import PATIENCE, wait_until
+from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PORT, EchoServer, opened, ping, ways
 from rows import Seen
 
 from tproxy_relay.config import loader

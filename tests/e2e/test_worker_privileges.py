@@ -17,7 +17,8 @@ from typing import NoReturn
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, NUMBER, OTHER, becoming, for_all_accounts, gid_of, uid_of
 from activation import passing
-from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PORT, processes, wait_until
+from deadlines import wait_until
+from interception import BOTH_WAYS, FAMILIES, OWN_SERVERS, PORT, processes
 from rows import Seen
 from topologies import PLACES, Place, ends
 

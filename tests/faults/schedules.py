@@ -26,7 +26,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from end import End, Step, schedule
+from scripted_end import ScriptedEnd, Step, schedule
 
 from tproxy_relay.lab import Lab, Line, RelayProcess
 from tproxy_relay.net.endpoint import from_sockaddr
@@ -53,8 +53,8 @@ class Pair:
     number: int
     port: int
     family: int
-    client: End
-    server: End
+    client: ScriptedEnd
+    server: ScriptedEnd
     name: str = ""
     """The client's address and port, as the relay writes them."""
     accepted: bool = False
@@ -75,7 +75,7 @@ class Pair:
             found.append(f"outcome {self.record['outcome']}, not one of {sorted(self._outcomes())}")
         return found
 
-    def _stream(self, way: str, sender: End, reader: End) -> list[str]:
+    def _stream(self, way: str, sender: ScriptedEnd, reader: ScriptedEnd) -> list[str]:
         assert self.record is not None
         passed, found = self.record[f"bytes_{way}"], list(reader.faults)
         if not reader.got <= passed <= sender.sent:
@@ -117,8 +117,8 @@ class Run:
         self._poll = select.epoll()
         self._pairs: dict[int, Pair] = {}
         """By the server's port."""
-        self._ends: dict[int, End] = {}
-        self._due: list[tuple[float, int, End]] = []
+        self._ends: dict[int, ScriptedEnd] = {}
+        self._due: list[tuple[float, int, ScriptedEnd]] = []
         self._records: collections.deque[Line] = collections.deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll.register(self._bell, _IN)
@@ -183,7 +183,7 @@ class Run:
         sock = self._lab.client.socket(family)
         sock.setblocking(False)
         up, down = self._plans(dice)
-        pair = Pair(number, port, family, End(up, dice), End(down, dice))
+        pair = Pair(number, port, family, ScriptedEnd(up, dice), ScriptedEnd(down, dice))
         pair.client.expect(pair.server)
         pair.server.expect(pair.client)
         self._pairs[port] = pair
@@ -191,7 +191,7 @@ class Run:
         pair.name = str(from_sockaddr(sock.getsockname()))
         self._enter(pair.client, sock)
 
-    def _enter(self, end: End, sock: socket.socket) -> None:
+    def _enter(self, end: ScriptedEnd, sock: socket.socket) -> None:
         end.enter(sock)
         self._ends[sock.fileno()] = end
         self._poll.register(sock, end.wants())
@@ -213,14 +213,14 @@ class Run:
         while self._records:
             self._note(self._records.popleft())
 
-    def _wake(self, end: End) -> None:
+    def _wake(self, end: ScriptedEnd) -> None:
         was_deaf = end.deaf
         end.wake()
         if was_deaf:
             self._poll.register(end.sock, end.wants())
         self._act(end)
 
-    def _act(self, end: End) -> None:
+    def _act(self, end: ScriptedEnd) -> None:
         fd, pause = end.sock.fileno(), end.paused_until
         end.step()
         if end.over:

@@ -21,8 +21,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from end import Step
 from schedules import AT_ONCE, FIRST_PORT, OPTIONS, Run
+from scripted_end import Step
 
 from tproxy_relay.lab import Lab, Line, RelayProcess
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from admin_views import ADMIN, fetch, program, status
 from clients import EchoServer
-from looking import ADMIN, fetch, program, status
+from deadlines import wait_until
 from rows import Seen
 
 from tproxy_relay.admin import http, server
@@ -85,9 +86,7 @@ def test_who_asks_badly(fresh_lab: Lab, relay: RelayProcess, seen: Seen) -> None
         assert with_all <= before + SLOWER
         seen(f"p99 {1000 * (with_all - before):+.1f} ms", "H28")
         assert status(lab)["health"] == "ok", "the relay's own socket is no part of it"
-    deadline = time.monotonic() + 30
-    while fetch(lab, "/healthz", "-m", "5")[0] != 200:
-        assert time.monotonic() < deadline
+    wait_until(lambda: fetch(lab, "/healthz", "-m", "5")[0] == 200, "it answers again", 30)
 
 
 @pytest.mark.row(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from clients import Clients, EchoServer
+from deadlines import wait_until
 from exchanges import PATIENCE
 from pairs import Pairs
 from rows import Seen
@@ -33,10 +34,7 @@ def outcomes(relay: RelayProcess) -> Counter[str]:
 
 
 def wait_for_outcomes(relay: RelayProcess, outcome: str, count: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while outcomes(relay)[outcome] < count:
-        assert time.monotonic() < deadline, outcomes(relay)
-        time.sleep(0.02)
+    wait_until(lambda: outcomes(relay)[outcome] >= count, f"{count} x {outcome}")
 
 
 @pytest.mark.row(

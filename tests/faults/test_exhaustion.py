@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from clients import Clients, EchoServer
+from relay_fixtures import intercepting_relay
 from rows import Seen
 
 from tproxy_relay.lab import Lab, RelayProcess
@@ -19,12 +20,7 @@ QUIET = 2.0
 """Seconds over which the relay's use of the processor is measured."""
 
 
-@pytest.fixture
-def relay(lab: Lab) -> Iterator[RelayProcess]:
-    lab.intercept((PORT,))
-    with lab.relay_process() as running:
-        yield running
-    lab.stop_intercepting()
+relay = intercepting_relay((PORT,))
 
 
 def cpu_seconds(pid: int) -> float:

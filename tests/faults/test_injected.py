@@ -14,6 +14,7 @@ from typing import NoReturn
 import pytest
 from clients import Clients, EchoServer
 from exchanges import PATIENCE, see_reset
+from relay_fixtures import intercepting_relay
 from rows import Seen
 
 from tproxy_relay.lab import Lab, RelayProcess
@@ -24,14 +25,13 @@ CLIENTS = 4
 Need = Callable[[str], NoReturn]
 
 
-@pytest.fixture
-def relay(lab: Lab, require_or_skip: Need) -> Iterator[RelayProcess]:
+@pytest.fixture(autouse=True)
+def strace(require_or_skip: Need) -> None:
     if shutil.which("strace") is None:
         require_or_skip("strace is not installed")
-    lab.intercept((PORT,))
-    with lab.relay_process() as running:
-        yield running
-    lab.stop_intercepting()
+
+
+relay = intercepting_relay((PORT,))
 
 
 @contextlib.contextmanager

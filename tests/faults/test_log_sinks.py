@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from deadlines import wait_until
 from rows import Seen
 from swarm import Script, come_and_go, echo_server
 
@@ -267,13 +268,13 @@ def test_the_disk_of_the_log_file_is_full(
         log = Path(f"/proc/{relay.pid}/root{tmp_path}/log")
         ask_all(clients, "open 1")
         ask_all(clients, "close")
-        wait_for(lambda: any(map(is_closed, read_log(log))))
+        wait_until(lambda: any(map(is_closed, read_log(log))), "a record is in the log")
         check_intercepted(lab, read_log(log)[-1])
         ballast = log.with_name("ballast")
         ballast.write_bytes(bytes(168 * 1024))
         serve_all(clients)  # some 30 KiB of log
         serve_all(clients)
-        wait_for(lambda: log.stat().st_size == 24 * 1024)  # the disk is full
+        wait_until(lambda: log.stat().st_size == 24 * 1024, "the disk is full")
         assert not (tmp_path / "log").exists(), "the file is not on the full disk"
         check_idle(relay)
         serve_all(clients)
@@ -282,7 +283,7 @@ def test_the_disk_of_the_log_file_is_full(
         ask_all(clients, "open 1")
         ask_all(clients, "close")
         made = AT_START + 2 * (1 + 3 * CLIENTS + 1)
-        wait_for(lambda: accounted_for(read_log(log)) >= made)
+        wait_until(lambda: accounted_for(read_log(log)) >= made, "every line is in the log, or counted there as lost")
         lines = read_log(log)
         check_drops(lines, made)
         relay.stop()
@@ -294,10 +295,3 @@ def read_log(path: Path) -> list[Line]:
     """Its whole lines."""
     *whole, _ = path.read_text().split("\n")
     return [json.loads(line) for line in whole]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it is not in the log"
-        time.sleep(0.05)

@@ -4,10 +4,10 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from exchanges import PATIENCE, Ends, Exchange, data, play, read_to_end, see_reset
+from relay_fixtures import intercepting_relay
 from rows import Seen
 
 from tproxy_relay.lab import Lab, RelayProcess
@@ -146,12 +146,7 @@ def test_lost_packets_are_no_matter(steered: Lab, seen: Seen) -> None:
 # --- servers that are not there
 
 
-@pytest.fixture(scope="module")
-def relay(lab: Lab) -> Iterator[RelayProcess]:
-    lab.intercept(("8000-8099",))
-    with lab.relay_process("--connect-timeout", "3") as running:
-        yield running
-    lab.stop_intercepting()
+relay = intercepting_relay(("8000-8099",), "--connect-timeout", "3", scope="module")
 
 
 def check_reset(lab: Lab, relay: RelayProcess, address: str, port: int, outcome: str, most: float) -> float:

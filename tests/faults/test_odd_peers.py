@@ -5,6 +5,7 @@ import time
 from collections import Counter
 
 import pytest
+from deadlines import wait_until
 from exchanges import PATIENCE, reset
 from rows import Seen
 
@@ -69,10 +70,7 @@ def end(closer: str, client: socket.socket, server: socket.socket) -> None:
 
 
 def wait_for_records(relay: RelayProcess, count: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while len(relay.records()) < count:
-        assert time.monotonic() < deadline, relay.records()
-        time.sleep(0.02)
+    wait_until(lambda: len(relay.records()) >= count, f"{count} records")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -100,11 +98,12 @@ def test_short_lives(lab: Lab, family: int, seen: Seen) -> None:
             client.close()
             listener.settimeout(0)
             take_all(listener)
-        deadline = time.monotonic() + PATIENCE
-        while len(relay.records()) < 200:
-            assert time.monotonic() < deadline, len(relay.records())
+
+        def all_recorded() -> bool:
             take_all(listener)
-            time.sleep(0.02)
+            return len(relay.records()) >= 200
+
+        wait_until(all_recorded, "200 records")
         assert {record["client"] for record in relay.records()} <= set(names), "records of nobody"
         relay.stop()
         stopped = relay.wait_for_line(lambda line: line["message"] == "stopped")

@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 
 import pytest
+from deadlines import wait_until
 from pairs import PATIENCE, Pair, Pairs, Rhythm
 from rows import Seen
 
@@ -56,15 +57,6 @@ def look(lab: Lab) -> str:
     return "\n".join(lab.relay.run(argv).stdout for argv in LOOKS)
 
 
-def until(come: Callable[[], object], what: str, patience: float = PATIENCE) -> float:
-    """Wait until it has come. The seconds that it took."""
-    began = time.monotonic()
-    while not come():
-        assert time.monotonic() - began < patience, f"not within {patience:g} s: {what}"
-        select.select([], [], [], 0.005)
-    return time.monotonic() - began
-
-
 def said(relay: RelayProcess, message: str) -> list[Line]:
     """The lines with that message, so far."""
     return [line for line in relay.lines() if line.get("message") == message]
@@ -84,7 +76,7 @@ def by_worker(lab: Lab, relay: RelayProcess, pairs: Iterable[Pair]) -> dict[int,
         lines[:] = [line for line in said(relay, "connection open") if line["client"] in names]
         return len(lines) >= len(names)
 
-    until(all_there, "the line of each connection in the log")
+    wait_until(all_there, "the line of each connection in the log")
     assert {line["orig_dst"] for line in lines} == {f"{lab.server.ipv4}:{PORT}"}
     found: dict[int, list[Pair]] = {pid: [] for pid in relay.workers}
     for line in lines:
@@ -101,7 +93,7 @@ def outcomes(relay: RelayProcess, pairs: Iterable[Pair]) -> Counter[str]:
         found.update({record["client"]: record["outcome"] for record in relay.records() if record["client"] in names})
         return len(found) == len(names)
 
-    until(all_there, "the record of each connection")
+    wait_until(all_there, "the record of each connection")
     return Counter(found.values())
 
 
@@ -120,7 +112,7 @@ def live_as_told(relay: RelayProcess) -> int:
     """How many connections the relay says that it has."""
     before = len(said(relay, "connections"))
     relay.signal(signal.SIGUSR1)
-    until(lambda: len(said(relay, "connections")) > before, "its own count")
+    wait_until(lambda: len(said(relay, "connections")) > before, "its own count")
     return int(said(relay, "connections")[-1]["live"])
 
 
@@ -238,10 +230,10 @@ def test_a_killed_supervisor_leaves_nothing_in_the_way_of_the_next_one(
             assert len(by_worker(lab, relay, carried)) == 4
             kill_supervisor(relay, pairs, carried)
         if on_failure == "open":
-            until(lambda: look(lab) == before, "the rules are gone", 2)
+            wait_until(lambda: look(lab) == before, "the rules are gone", 2)
             assert attempt(lab) == "direct"
         else:
-            until(lambda: attempt(lab) == "ConnectionRefusedError", "new ones are refused", 2)
+            wait_until(lambda: attempt(lab) == "ConnectionRefusedError", "new ones are refused", 2)
         assert said(relay, "worker ended") == []
 
     with lab.relay_process(*options) as second, Pairs(lab, PORT) as pairs:
@@ -283,9 +275,9 @@ def test_four_deaths_are_made_good_after_growing_pauses(steered: Lab) -> None:
         pairs.all_reset(owners.pop(first[0]))
         os.kill(first_client_of_another(lab, relay, pairs, first), signal.SIGKILL)
         for deaths in (2, 3):
-            until(lambda: len(said(relay, "worker started")) == 4 + deaths, f"replaced after {deaths} deaths")
+            wait_until(lambda: len(said(relay, "worker started")) == 4 + deaths, f"replaced after {deaths} deaths")
             os.kill(relay.workers[-1], signal.SIGKILL)
-        until(lambda: len(said(relay, "worker started")) == 8, "replaced after 4 deaths")
+        wait_until(lambda: len(said(relay, "worker started")) == 8, "replaced after 4 deaths")
         pauses = [
             (moment(started) - moment(ended)).total_seconds()
             for ended, started in zip(said(relay, "worker ended"), said(relay, "worker started")[4:])
@@ -354,7 +346,7 @@ def five_deaths(lab: Lab, relay: RelayProcess, pairs: Pairs) -> list[Pair]:
     victim = max(owners, key=lambda pid: len(owners[pid]))
     for deaths in range(1, 6):
         os.kill(victim, signal.SIGKILL)
-        until(lambda: len(said(relay, "worker ended")) == deaths, f"{deaths} deaths")
+        wait_until(lambda: len(said(relay, "worker ended")) == deaths, f"{deaths} deaths")
         if deaths < 5:
             known = {line["pid"] for line in said(relay, "worker ended")} | set(owners)
             victim = first_client_of_another(lab, relay, pairs, known)
@@ -508,7 +500,7 @@ def test_a_stalled_worker_is_replaced_and_meanwhile_nobody_waits(steered: Lab) -
             line = relay.wait_for_line(lambda line: line["message"] == "worker stalled")
             seconds = time.monotonic() - halted
             pairs.all_reset(lost)
-            until(lambda: said(relay, "worker ended"), "it has ended")
+            wait_until(lambda: said(relay, "worker ended"), "it has ended")
         assert line["pid"] == victim and line["seconds"] >= STALL_TIMEOUT
         assert STALL_TIMEOUT - 0.6 < seconds < STALL_TIMEOUT + 2.5, "it is looked for once a second"
         pairs.go_on(rest)

@@ -5,7 +5,7 @@
 Guided by coverage (atheris), from tests/fuzz/corpus/ on. The first byte of an input says which parser it is for. All
 may be refused, by the one error that is documented, and what is accepted must mean the same when it is written down
 again; any other exception is a fault. libFuzzer keeps the input then; once mended, it belongs in the corpus, which
-tests/unit/test_fuzz_corpus.py plays without atheris.
+tests/unit/project/test_fuzz_corpus.py plays without atheris.
 """
 
 import contextlib

@@ -8,8 +8,8 @@ import socket
 import time
 from pathlib import Path
 
-from flows import wait_until
-from interception import PATIENCE, PORT, ping, processes
+from deadlines import PATIENCE, wait_until
+from interception import PORT, ping, processes
 
 from tproxy_relay.lab import Host, Lab, Line
 from tproxy_relay.net.endpoint import from_sockaddr

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import yaml
 from accounts import for_all_accounts
-from interception import wait_until
+from deadlines import wait_until
 
 import tproxy_relay
 from tproxy_relay.intercept import programs

@@ -21,8 +21,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
+
+from echoing import BLOCK, echo_some
 
 if TYPE_CHECKING:
     from tproxy_relay.lab import Host
@@ -33,7 +35,6 @@ LAST_TIMEOUT = 20.0
 """Seconds for the connections that are there when the input ends."""
 VISIT = 100
 """Bytes of one echo to a steady client."""
-BLOCK = 65536
 
 Answer = dict[str, Any]
 
@@ -86,22 +87,6 @@ def serve(first: int, last: int) -> None:
                     socks[sock.fileno()] = (sock, bytearray())
             elif not echo_some(poll, *socks[fd]):
                 socks.pop(fd)[0].close()
-
-
-def echo_some(poll: select.epoll, sock: socket.socket, owed: bytearray) -> bool:
-    """One read or one write; False when this connection is over."""
-    try:
-        if not owed:
-            owed += sock.recv(BLOCK)
-            if not owed:
-                return False
-        del owed[: sock.send(owed)]
-    except BlockingIOError:
-        pass
-    except OSError:
-        return False
-    poll.modify(sock, select.EPOLLOUT if owed else select.EPOLLIN)
-    return True
 
 
 # --- one client
@@ -322,8 +307,8 @@ class Flow:
     """One of the above, running in a host."""
 
     def __init__(self, host: "Host", *arguments: object) -> None:
-        # -I -S: no site-packages, nothing of the user's environment, so that it starts fast.
-        command = [sys.executable, "-I", "-S", __file__, *map(str, arguments)]
+        # No site-packages, nothing of the user's environment, so that it starts fast; -I would hide its own folder.
+        command = [sys.executable, "-E", "-s", "-S", __file__, *map(str, arguments)]
         self._process = host.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._ended = False
 
@@ -389,14 +374,6 @@ def streams(host: "Host", address: str, port: int, count: int = 1, *, size: int 
 def steady(host: "Host", address: str, port: int, rate: float = 200) -> Flow:
     """Connections that come and go."""
     return Flow(host, "steady", address, port, rate)
-
-
-def wait_until(come: Callable[[], object], what: str, patience: float = LAST_TIMEOUT) -> None:
-    """Until it has come."""
-    deadline = time.monotonic() + patience
-    while not come():
-        assert time.monotonic() < deadline, f"not within {patience:g} s: {what}"
-        select.select([], [], [], 0.005)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows import wait_until
+from deadlines import wait_until
 from machine import NAME, Machine
 
 import tproxy_relay

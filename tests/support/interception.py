@@ -4,8 +4,7 @@ import contextlib
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from tproxy_relay.lab import Host, Lab, RelayProcess
@@ -16,8 +15,6 @@ BACKENDS = ("nft", "iptables-nft", "iptables-legacy")
 OWN_SERVERS = ("--allow", "10.81.1.1,10.81.2.1,fd81:1::1,fd81:2::1")
 """For a relay that others steer to: it does not know that servers on its own host are meant."""
 BOTH_WAYS = ("--intercept-inbound", str(PORT), "--intercept-outbound", str(PORT))
-PATIENCE = 20.0
-"""Seconds after which an event that a test waits for has not come."""
 
 LEGACY_TABLES = ("raw", "mangle", "nat", "filter")
 """One by one: only the real root may read the list of them, /proc/net/ip_tables_names."""
@@ -56,15 +53,6 @@ def look(lab: Lab) -> str:
     """All rules and routes of the relay's host, without counters and the time of day."""
     lines = [line for argv in LOOKS for line in lab.relay.run(argv).stdout.splitlines()]
     return "\n".join(line.partition(" [")[0] if line.startswith(":") else line for line in lines if line[:1] != "#")
-
-
-def wait_until(come: Callable[[], bool], what: str, patience: float = PATIENCE) -> float:
-    """The seconds that it took."""
-    began = time.monotonic()
-    while not come():
-        assert time.monotonic() - began < patience, f"not within {patience:g} s: {what}"
-        time.sleep(0.005)
-    return time.monotonic() - began
 
 
 class EchoServer:

@@ -23,12 +23,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
+from echoing import BLOCK, echo_some
+
 if TYPE_CHECKING:
     from tproxy_relay.lab import Host
 
 PATIENCE = 60.0
 """Seconds for one command over all connections."""
-BLOCK = 65536
 
 Answer = dict[str, Any]
 
@@ -79,22 +80,6 @@ def serve(address: str, port: int) -> None:
                     socks[sock.fileno()] = (sock, bytearray())
             elif not echo_some(poll, *socks[fd]):
                 socks.pop(fd)[0].close()
-
-
-def echo_some(poll: select.epoll, sock: socket.socket, owed: bytearray) -> bool:
-    """One read or one write; False when this connection is over."""
-    try:
-        if not owed:
-            owed += sock.recv(BLOCK)
-            if not owed:
-                return False
-        del owed[: sock.send(owed)]
-    except BlockingIOError:
-        pass
-    except OSError:
-        return False
-    poll.modify(sock, select.EPOLLOUT if owed else select.EPOLLIN)
-    return True
 
 
 # --- clients that stay
@@ -233,8 +218,8 @@ class Script:
     """One of the above, running in a host."""
 
     def __init__(self, host: "Host", role: str, address: str, port: int, *numbers: int) -> None:
-        # -I -S: no site-packages, nothing of the user's environment, so that it starts fast.
-        command = [sys.executable, "-I", "-S", __file__, role, address, str(port), *map(str, numbers)]
+        # No site-packages, nothing of the user's environment, so that it starts fast; -I would hide its own folder.
+        command = [sys.executable, "-E", "-s", "-S", __file__, role, address, str(port), *map(str, numbers)]
         self._process = host.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> "Script":

@@ -1,7 +1,7 @@
 """Rules about destinations, against an oracle that is slow and obvious.
 
 The oracle knows addresses as text and as bytes, and looks at every rule for every question. It shares nothing with
-destinations.py but the list of special networks.
+acl.py but the list of special networks.
 """
 
 import ipaddress

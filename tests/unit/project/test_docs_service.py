@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "etc/init.d/tproxy-relay"
 TEXT = SCRIPT.read_text()
 PAGE = (ROOT / "docs/service.rst").read_text()

@@ -1,4 +1,4 @@
-"""Look into a relay of the lab, as an operator on its host would."""
+"""What a relay of the lab shows to an operator on its host, and connections to be seen there."""
 
 import json
 import socket
@@ -22,6 +22,18 @@ def connect(lab: Lab, server: socket.socket) -> Ends:
     served.settimeout(PATIENCE)
     assert peer[0] == lab.relay_address()
     return client, served
+
+
+def client_name(ends: Ends) -> str:
+    """ADDRESS:PORT, as the relay names the connection's client."""
+    return "{}:{}".format(*ends[0].getsockname())
+
+
+def close_all(*connections: Ends) -> None:
+    """Both ends of each."""
+    for ends in connections:
+        for end in ends:
+            end.close()
 
 
 def program(lab: Lab, *words: str, code: int = 0, before: tuple[str, ...] = ()) -> str:

@@ -8,7 +8,7 @@ from tproxy_relay.net.linux import TcpInfo
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay.access_record import ConnectionRecord
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 
 

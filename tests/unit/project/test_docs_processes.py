@@ -21,7 +21,7 @@ from tproxy_relay.supervisor import generation, supervisor
 from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MAX_DEATHS, Deaths
 from tproxy_relay.system import limits, privileges, proc_title
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "processes.rst").read_text()
 WORDS = " ".join(PAGE.split())
 """The page without its line breaks."""

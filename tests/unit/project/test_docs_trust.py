@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 DOCS = TESTS.parent / "docs"
 PAGE = (DOCS / "trust.rst").read_text(encoding="utf-8")
 

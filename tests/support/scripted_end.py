@@ -45,7 +45,7 @@ def _pause(dice: random.Random) -> Step:
     return (dice.choice(("rest", "deaf")), 2 * dice.random() * dice.choice(PAUSES))
 
 
-class End:
+class ScriptedEnd:
     """`sent` and `got` are bytes. `saw` is how the peer's stream ended for us: EOF, or the name of an error. `broke` is
     the error that ended all."""
 
@@ -72,7 +72,7 @@ class End:
         plan = ", ".join(f"{verb} {amount:g}" if amount else verb for verb, amount in self.plan)
         return f"sent {self.sent}, got {self.got}, {did}saw {self.saw}, broke {self.broke} ({plan})"
 
-    def expect(self, peer: "End") -> None:
+    def expect(self, peer: "ScriptedEnd") -> None:
         """What comes will come from there."""
         self._peer_place = peer._place
 

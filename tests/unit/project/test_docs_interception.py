@@ -15,7 +15,7 @@ from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.intercept import nft, plan
 from tproxy_relay.settings import PortRange, Settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 PAGES = ("interception.rst", "cookbook.rst")
 EXAMPLE = DOCS / "examples" / "gateway.sh"

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-FUZZ = Path(__file__).parents[1] / "fuzz"
+FUZZ = Path(__file__).parents[2] / "fuzz"
 CORPUS = sorted((FUZZ / "corpus").iterdir())
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from tproxy_relay.outcome import Outcome
 
-ETC = Path(__file__).parents[2] / "etc"
+ETC = Path(__file__).parents[3] / "etc"
 RULES = ETC / "prometheus" / "tproxy-relay.rules.yml"
 DASHBOARD = json.loads((ETC / "grafana" / "tproxy-relay.json").read_text())
 SOURCE = (ETC.parent / "tproxy_relay" / "admin" / "metrics.py").read_text()
