@@ -1,7 +1,8 @@
 """The unit tests stand where the modules do: `tests/unit/FOLDER/test_MODULE.py` for each module of the package.
 
 What hypothesis says of a module may have a file of its own, `test_MODULE_properties.py`. The tests of a `__main__` are
-in `test_main.py`. An `__init__` needs none, and tests/unit/project is of no module.
+in `test_main.py`. The `__init__` of a folder needs none, and may have `FOLDER/test_FOLDER.py`. tests/unit/project is of
+no module.
 """
 
 from collections import Counter
@@ -39,7 +40,8 @@ def without_tests(package: Path, unit: Path, exceptions: Iterable[str]) -> list[
 
 def without_module(package: Path, unit: Path) -> list[str]:
     """The test files that are called like no module."""
-    known = {*wanted(package).values()}
+    folders = [path.parent.name for path in sources(package) if path.name == "__init__.py" and path.parent != package]
+    known = {*wanted(package).values(), *(f"{folder}/test_{folder}.py" for folder in folders)}
     return [test for test in present(unit) if test.replace("_properties.py", ".py") not in known]
 
 
@@ -78,8 +80,8 @@ def test_it_sees_what_is_missing_and_what_is_left_over(tmp_path: Path) -> None:
     for name in ("__init__.py", "__main__.py", "errors.py", "net/__init__.py", "net/leaf.py", "net/__main__.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).touch()
-    tests = ("test_main.py", "test_errors.py", "test_errors_properties.py", "net/test_gone.py", "project/test_docs.py")
-    for name in (*tests, "conftest.py", "net/helper.py"):
+    tests = ("test_main.py", "test_errors.py", "test_errors_properties.py", "net/test_net.py", "net/test_gone.py")
+    for name in (*tests, "project/test_docs.py", "conftest.py", "net/helper.py"):
         (unit / name).parent.mkdir(parents=True, exist_ok=True)
         (unit / name).touch()
     assert without_module(package, unit) == ["net/test_gone.py"]
