@@ -128,29 +128,6 @@ def test_a_host_that_is_gone_says_so(user: bool | None) -> None:
                 lab.client.socket().close()
 
 
-# --- what is missing is named, with the remedy ---
-
-
-def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "search_path", lambda: "/nonexistent")
-    with pytest.raises(LabError, match="apt-get install iproute2 nftables util-linux"):
-        needs.require_tools()
-
-
-def test_tools_are_found_without_the_administrators_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/usr/bin")
-    assert programs.search_path().split(":") == ["/usr/bin", "/usr/local/sbin", "/usr/sbin", "/sbin"]
-
-
-def test_forbidden_user_namespaces_are_named_with_the_sysctl(monkeypatch: pytest.MonkeyPatch) -> None:
-    forbidden = {"kernel/unprivileged_userns_clone": "0"}
-    monkeypatch.setattr(needs, "_read", lambda name: forbidden.get(name, ""))
-    said = str(needs.no_namespace("unshare: Operation not permitted"))
-    assert "sysctl -w kernel.unprivileged_userns_clone=1" in said and "Operation not permitted" in said
-    forbidden.clear()
-    assert "run it as root" in str(needs.no_namespace("unshare: Operation not permitted"))
-
-
 def test_a_namespace_that_cannot_be_made_is_one_line_with_the_kernels_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -163,3 +140,22 @@ def test_a_namespace_that_cannot_be_made_is_one_line_with_the_kernels_reason(
         Lab().__enter__()
     assert "unshare failed: Operation not permitted" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_rules_steer_only_while_they_are_wanted(lab: Lab) -> None:
+    before = lab.relay.run(["nft", "list", "ruleset"]).stdout, lab.relay.run(["ip", "rule"]).stdout
+    for topology, preserve_source in (("gateway", False), ("local", True)):
+        lab.intercept(["8000-8999", 22], topology=topology, preserve_source=preserve_source)  # type: ignore[arg-type]
+        rules = lab.relay.run(["nft", "list", "ruleset"]).stdout
+        assert "22" in rules and "8000-8999" in rules
+        with pytest.raises(ConnectionRefusedError):
+            lab.client.connect(lab.relay.ipv4, 8000)
+    lab.stop_intercepting()
+    lab.stop_intercepting()
+    assert (lab.relay.run(["nft", "list", "ruleset"]).stdout, lab.relay.run(["ip", "rule"]).stdout) == before
+
+
+def test_a_report_has_rules_and_sockets(lab: Lab) -> None:
+    with lab.server.listen(7001):
+        report = lab.report()
+    assert "--- relay: nft list ruleset" in report and ":7001" in report
