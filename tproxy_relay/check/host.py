@@ -47,15 +47,15 @@ class Host:
         return [_interface(one) for one in ask("ip", "-json", "-details", "address", "show")]
 
     @functools.cached_property
-    def _held(self) -> privileges.Held | None:
-        """None without /proc."""
+    def held(self) -> privileges.Held | None:
+        """The capabilities of this process; None without /proc."""
         with contextlib.suppress(OSError):
             return privileges.held()
         return None
 
     def may(self, capability: str) -> bool:
         """True if this process has that capability: one of privileges.NUMBERS."""
-        return self._held is not None and self._held.has(capability)
+        return self.held is not None and self.held.has(capability)
 
     @functools.cached_property
     def nft_ruleset(self) -> list[dict[str, Any]]:

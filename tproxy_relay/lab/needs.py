@@ -1,6 +1,7 @@
 """What the lab needs of this machine, and the one line that says how to get what is missing."""
 
 import os
+from pathlib import Path
 
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import programs
@@ -22,6 +23,8 @@ _USER_NAMESPACE_SWITCHES = (
     ),
 )
 """File under /proc/sys, the value that forbids, the setting that allows."""
+
+SYSCTLS = Path("/proc/sys")
 
 
 class LabError(RelayError):
@@ -59,7 +62,6 @@ def no_namespace(said: str) -> LabError:
 
 def _read(name: str) -> str:
     try:
-        with open(f"/proc/sys/{name}", encoding="ascii") as file:
-            return file.read().strip()
+        return (SYSCTLS / name).read_text("ascii").strip()
     except OSError:
         return ""

@@ -11,7 +11,7 @@ from tproxy_relay.check.finding import Finding, ok, problem
 from tproxy_relay.errors import CapabilityMissingError
 from tproxy_relay.settings import Settings
 
-SETTINGS = Settings(command="check", intercept_inbound=(PORT,))
+SETTINGS = Settings(intercept_inbound=(PORT,))
 
 
 def probe_well(case: Case) -> list[Finding]:
@@ -28,26 +28,26 @@ def probe_ill(_: Case) -> list[Finding]:
 
 def test_what_is_printed_and_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(check, "PROBES", (probe_well, probe_a_secret))
-    assert check.run(SETTINGS) == 0
+    assert check.run(SETTINGS, as_json=False) == 0
     assert capsys.readouterr().out.splitlines() == [
         "ok: port 15006",
         "warning: could not be looked at (run it as root to know of [15006]): what is wrong there stays unknown",
     ]
     monkeypatch.setattr(check, "PROBES", (probe_well, probe_ill))
-    assert check.run(SETTINGS) == 1
+    assert check.run(SETTINGS, as_json=False) == 1
     assert capsys.readouterr().out.splitlines()[1] == "problem: it is broken: it does not work. Mend: mend it"
 
 
 def test_in_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(check, "PROBES", (probe_a_secret, probe_ill))
-    assert check.run(Settings(command="check", intercept_inbound=(PORT,), json=True)) == 1
+    assert check.run(SETTINGS, as_json=True) == 1
     answer = json.loads(capsys.readouterr().out)
     assert not answer["ok"] and [one["name"] for one in answer["findings"]] == ["a-secret", "ill"]
 
 
 def test_that_nothing_is_to_be_intercepted_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "PROBES", ())
-    (only,) = check.examine(Settings(command="check"))
+    (only,) = check.examine(Settings())
     assert only.level == "ok" and "nothing is to be intercepted" in only.what
     assert not [*check.examine(SETTINGS)]
 

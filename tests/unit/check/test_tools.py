@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from doctor import case, levels
 
-from tproxy_relay.check import host, tools
+from tproxy_relay.check import tools
 from tproxy_relay.intercept import programs
+from tproxy_relay.system import privileges
+
+NET_ADMIN, NET_RAW = (1 << privileges.NUMBERS[name] for name in ("net_admin", "net_raw"))
 
 
 @pytest.fixture
@@ -96,14 +99,14 @@ def test_ip_answers_in_json(only: Callable[..., None]) -> None:
     "bits, settings, missing",
     [
         (0, {}, "CAP_NET_ADMIN and CAP_NET_RAW"),
-        (1 << host.NET_ADMIN, {}, ""),
-        (1 << host.NET_ADMIN, {"preserve_source": "address"}, "CAP_NET_RAW"),
+        (NET_ADMIN, {}, ""),
+        (NET_ADMIN, {"preserve_source": "address"}, "CAP_NET_RAW"),
         (0, {"intercept_inbound": ()}, "CAP_NET_RAW"),
-        (1 << host.NET_ADMIN | 1 << host.NET_RAW, {"preserve_source": "full"}, ""),
+        (NET_ADMIN | NET_RAW, {"preserve_source": "full"}, ""),
     ],
 )
 def test_rights_that_are_missing_are_named(bits: int, settings: dict[str, object], missing: str) -> None:
     one = case(**settings)
-    one.host.capabilities = bits
+    one.host.held = privileges.Held(bits, bits)
     (found,) = tools.probe_capabilities(one)
     assert found.what == f"{missing} missing" if missing else found.level == "ok"

@@ -54,3 +54,11 @@ def test_the_digest_is_of_all_bytes() -> None:
     assert exchanges.digest(b"abc") == (
         "3 bytes, SHA-256 ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
+
+
+def test_what_hangs_in_the_background_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchanges, "STEP_TIMEOUT", 0.05)
+    one, other = socket.socketpair()
+    with one:
+        with other, pytest.raises(TimeoutError, match="hangs"):
+            exchanges.Background(lambda: one.recv(1)).result()

@@ -3,17 +3,13 @@
 import os
 import select
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import children
 import pytest
 from deadlines import PATIENCE, wait_until
+from guards import GuardChild, answer, guarding, holders
 from plans import PLAN, PORTS, VARIANTS, quickly
 
 from tproxy_relay.guard import formers as formers_module
@@ -32,57 +28,6 @@ MORE_PORTS = replace(PLAN, inbound=(*PORTS, PortRange(22, 22)), outbound=PORTS[:
 OTHER_CHAINS = replace(PLAN, beside_nat=True)
 
 in_network = pytest.mark.usefixtures("network")
-
-
-class Guard:
-    """The process, and the relay's end of its channel."""
-
-    def __init__(self, child: "subprocess.Popen[bytes]", talk: Channel) -> None:
-        self.child = child
-        self.talk = talk
-
-    def order(self, order: str, *descriptors: int, **more: object) -> None:
-        assert self.talk.send({"order": order, **more}, descriptors)
-
-    def answer(self) -> dict[str, Any]:
-        return answer(self.talk)
-
-    def part(self) -> int:
-        """The relay dies; the exit code."""
-        self.talk.close()
-        return self.child.wait(PATIENCE)
-
-
-def answer(talk: Channel) -> dict[str, Any]:
-    received = talk.receive(PATIENCE)
-    assert received is not None and not received[1]
-    return received[0]
-
-
-@contextmanager
-def process() -> Iterator[Guard]:
-    talk, theirs = channel.pair()
-    with subprocess.Popen(
-        [sys.executable, "-m", "tproxy_relay.guard"], stdin=theirs.fileno(), env=children.environment()
-    ) as child:
-        theirs.close()
-        try:
-            yield Guard(child, talk)
-        finally:
-            child.kill()
-            talk.close()
-
-
-@contextmanager
-def guarding(plan: Plan = PLAN, name: str = "nft", state: str = "active", pid: int = 4711) -> Iterator[Guard]:
-    with process() as running:
-        assert running.talk.send({"plan": plans.to_json(plan), "backend": name, "state": state, "pid": pid})
-        yield running
-
-
-def holders(running: Guard) -> list[int]:
-    """The processes that hold its table."""
-    return [int(pid) for pid in open(f"/proc/{running.child.pid}/task/{running.child.pid}/children").read().split()]
 
 
 def state_of(plan: Plan) -> str:
@@ -146,19 +91,6 @@ def test_it_can_begin_with_draining() -> None:
     with guarding(state="draining") as running:
         assert running.answer()["state"] == "draining"
         assert state_of(PLAN) == "draining"
-
-
-@in_network
-def test_signals_for_the_relay_are_not_for_it() -> None:
-    with guarding() as running:
-        running.answer()
-        (holder,) = holders(running)
-        for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:
-            for pid in running.child.pid, holder:
-                os.kill(pid, number)
-        running.order("drain")
-        assert running.answer()["state"] == "draining"
-        assert holders(running) == [holder]
 
 
 @in_network
@@ -230,29 +162,10 @@ def test_without_an_owner_the_guard_takes_the_table_away(monkeypatch: pytest.Mon
     assert not watching.is_alive() and state_of(MORE_PORTS) == "absent"
 
 
-def test_nothing_to_do_is_no_error() -> None:
-    with process() as running:
-        assert running.part() == 0
-
-
-def test_started_by_hand_it_says_what_it_is() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tproxy_relay.guard"],
-        input="",
-        capture_output=True,
-        text=True,
-        env=children.environment(),
-        check=False,
-        timeout=20,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "the guard of the ruleset is started by `tproxy-relay run`\n"
-
-
 # --- another plan
 
 
-def replaced(running: Guard, plan: Plan, **more: object) -> dict[str, Any]:
+def replaced(running: GuardChild, plan: Plan, **more: object) -> dict[str, Any]:
     running.order("replace", plan=plans.to_json(plan), pid=4712, **more)
     return running.answer()
 
@@ -388,7 +301,7 @@ def test_an_order_of_another_version_is_refused(order: dict[str, Any], why: str)
 # --- another supervisor
 
 
-def followed(running: Guard, plan: Plan = PLAN, name: str = "nft") -> Channel:
+def followed(running: GuardChild, plan: Plan = PLAN, name: str = "nft") -> Channel:
     """Another supervisor takes the place of the one that there is; the channel of that one."""
     former, (running.talk, theirs) = running.talk, channel.pair()
     assert former.send({"order": "serve", "pid": 4713}, [theirs.fileno()])
@@ -410,7 +323,7 @@ def test_it_serves_another_one_and_the_first_ones_death_means_nothing() -> None:
         assert state_of(MORE_PORTS) == "absent"
 
 
-def has_open(running: Guard, path: str) -> bool:
+def has_open(running: GuardChild, path: str) -> bool:
     return path in {os.path.realpath(one.path) for one in os.scandir(f"/proc/{running.child.pid}/fd")}
 
 
@@ -455,7 +368,7 @@ def test_who_reads_the_first_ones_standard_error_sees_its_end() -> None:
 # --- relays before the present one
 
 
-def is_there(running: Guard) -> bool:
+def is_there(running: GuardChild) -> bool:
     """It has done what it was told by now: it answers one who looks, in its own name."""
     found = lock.holder()
     return found is not None and found.pid == running.child.pid

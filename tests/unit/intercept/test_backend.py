@@ -92,15 +92,6 @@ def test_things_can_be_put_back_as_they_were(where: Backend, former: str | None)
         assert where.counts() == []
 
 
-@pytest.mark.usefixtures("network")
-def test_what_is_shown_for_iptables_takes_the_place_of_what_is_there() -> None:
-    where = Iptables("-nft")
-    where.install(VARIANTS["inbound"], "active")
-    for step in where.steps(PLAN, "active"):
-        programs.run(step.argv, step.stdin)
-    assert where.problems(PLAN, "active") == []
-
-
 def test_only_iptables_needs_other_rules_to_refuse() -> None:
     assert Nft().refuses_without_listener and not Iptables("-nft").refuses_without_listener
     assert set(Nft().expected(PLAN, "active")) == {"inet from_lo", "inet prerouting", "inet output"}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tproxy_relay.lab import Lab, LabError
+from tproxy_relay.intercept import programs
+from tproxy_relay.lab import Lab, LabError, needs
 
 MAKER = """
 import subprocess, sys
@@ -125,3 +126,36 @@ def test_a_host_that_is_gone_says_so(user: bool | None) -> None:
         with pytest.raises(LabError, match="client host of the lab is gone"):
             for _ in range(2):  # the request may be sent before the signal takes effect
                 lab.client.socket().close()
+
+
+def test_a_namespace_that_cannot_be_made_is_one_line_with_the_kernels_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refusing = tmp_path / "unshare"
+    refusing.write_text("#!/bin/sh\necho 'unshare: unshare failed: Operation not permitted' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setattr(programs, "search_path", lambda: str(tmp_path))
+    monkeypatch.setattr(needs, "require_tools", lambda: None)
+    with pytest.raises(LabError) as caught:
+        Lab().__enter__()
+    assert "unshare failed: Operation not permitted" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rules_steer_only_while_they_are_wanted(lab: Lab) -> None:
+    before = lab.relay.run(["nft", "list", "ruleset"]).stdout, lab.relay.run(["ip", "rule"]).stdout
+    for topology, preserve_source in (("gateway", False), ("local", True)):
+        lab.intercept(["8000-8999", 22], topology=topology, preserve_source=preserve_source)  # type: ignore[arg-type]
+        rules = lab.relay.run(["nft", "list", "ruleset"]).stdout
+        assert "22" in rules and "8000-8999" in rules
+        with pytest.raises(ConnectionRefusedError):
+            lab.client.connect(lab.relay.ipv4, 8000)
+    lab.stop_intercepting()
+    lab.stop_intercepting()
+    assert (lab.relay.run(["nft", "list", "ruleset"]).stdout, lab.relay.run(["ip", "rule"]).stdout) == before
+
+
+def test_a_report_has_rules_and_sockets(lab: Lab) -> None:
+    with lab.server.listen(7001):
+        report = lab.report()
+    assert "--- relay: nft list ruleset" in report and ":7001" in report
