@@ -65,7 +65,9 @@ def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, t
         ("on", 1, (0, 1, 5, 9)), ("off", 4, ()),
     ],
 )  # fmt: skip
-def test_which_cpus_the_workers_stay_on(monkeypatch: pytest.MonkeyPatch, affinity: str, workers: int, cpus: tuple[int, ...]) -> None:
+def test_which_cpus_the_workers_stay_on(
+    monkeypatch: pytest.MonkeyPatch, affinity: str, workers: int, cpus: tuple[int, ...]
+) -> None:
     monkeypatch.setattr(cpu, "allowed", lambda: [0, 1, 5, 9])
     assert cpu.cpus(affinity, workers) == cpus
 
@@ -84,7 +86,7 @@ def test_a_thread_stays_roams_and_stays() -> None:
     assert os.sched_getaffinity(0) == ALL
 
 
-def test_one_without_a_home_stays_where_it_is() -> None:
+def test_one_without_a_cpu_stays_where_it_is() -> None:
     def wander() -> set[int]:
         os.sched_setaffinity(0, {min(ALL)})
         ours = CpuPlacement(None)
