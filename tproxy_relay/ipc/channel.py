@@ -45,12 +45,13 @@ class Channel:
             return False
         return True
 
-    def receive(self, patience: float | None = None) -> tuple[Message, list[int]] | None:
+    def receive(self, timeout: float | None = None) -> tuple[Message, list[int]] | None:
         """The next message and its descriptors, which are the caller's now and closed on exec; None for the end.
 
-        TimeoutError after so many seconds without one; ValueError for anything that is no message.
+        TimeoutError after `timeout` seconds without one (None: it waits for ever); ValueError for anything that is no
+        message.
         """
-        self._sock.settimeout(patience)
+        self._sock.settimeout(timeout)
         try:
             data, descriptors, flags, _ = socket.recv_fds(self._sock, MAX_BYTES, MAX_DESCRIPTORS)
         except ConnectionResetError:
@@ -86,7 +87,7 @@ class Channel:
 
 
 def pair() -> tuple[Channel, Channel]:
-    """Two ends that are connected."""
+    """A new channel, as its two ends. Raises OSError if there are no descriptors for it."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return Channel(one), Channel(other)
 

@@ -15,10 +15,10 @@ DURATION = (0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0,
 
 
 class Histogram(NamedTuple):
-    """Lengths in seconds."""
+    """How many lengths of time fell into each bucket. Histograms with the same bounds can be added with `+`."""
 
     bounds: tuple[float, ...]
-    """Each one belongs to the bucket below it."""
+    """Seconds, rising; each one belongs to the bucket below it."""
     counts: tuple[int, ...]
     """Of each bucket by itself; one more than there are bounds, for what is longer than all of them."""
     seconds: float
@@ -26,7 +26,7 @@ class Histogram(NamedTuple):
 
     @property
     def total(self) -> int:
-        """How many there are."""
+        """How many lengths were counted, in all buckets together."""
         return sum(self.counts)
 
     def quantile(self, part: float) -> float | None:
@@ -46,10 +46,10 @@ class Histogram(NamedTuple):
 
 
 def bucket(bounds: Sequence[float], seconds: float) -> int:
-    """The bucket that it belongs to."""
+    """The index of the bucket that a length belongs to: 0 for up to the first bound, len(bounds) above the last."""
     return bisect_left(bounds, seconds)
 
 
 def empty(bounds: tuple[float, ...]) -> Histogram:
-    """Of nothing yet."""
+    """A histogram with these bounds in which nothing is counted yet."""
     return Histogram(bounds, (0,) * (len(bounds) + 1), 0.0)

@@ -200,11 +200,11 @@ class Scoreboard:
     # --- for the slots
 
     def column(self, word: int) -> list[int]:
-        """That word of all slots in use."""
+        """The same word (STATE, LIVE ...) of each slot up to the last one in use, by number of the slot."""
         return self._slots[word : self._words[_USED] * _WORDS : _WORDS].tolist()
 
     def row(self, number: int) -> memoryview:
-        """The words of one slot."""
+        """The words of one slot, to read and write: STATE, LIVE and so on are their indexes. `close` lets go of it."""
         self._rows.append(self._slots[number * _WORDS : (number + 1) * _WORDS])
         return self._rows[-1]
 

@@ -22,7 +22,7 @@ class Table:
         self._windows = entries // WINDOW
 
     def add(self, key: bytes) -> None:
-        """Count it once more."""
+        """Count this key once more; where there is no room for it, nothing happens."""
         first = self._first(key)
         entry = self._find(key, first)
         if entry is None:

@@ -42,7 +42,7 @@ class SharedCounters:
         self._own.add(key)
 
     def remove(self, key: bytes) -> None:
-        """Count it once less."""
+        """Count it once less, for this worker; it is not an error if it is not there."""
         self._own.remove(key)
 
     def elsewhere(self, key: bytes) -> int:
@@ -55,7 +55,7 @@ class SharedCounters:
 
 
 class Slot:
-    """One worker's. Its methods are for that worker, in any of its threads one at a time."""
+    """The slot of one worker. Its methods are for that worker, in any of its threads one at a time."""
 
     def __init__(self, scoreboard: Scoreboard, number: int) -> None:
         self._scoreboard, self.number = scoreboard, number
@@ -68,34 +68,34 @@ class Slot:
 
     @property
     def scoreboard(self) -> Scoreboard:
-        """The one that it is a slot of."""
+        """The scoreboard that this is a slot of."""
         return self._scoreboard
 
     def beat(self) -> None:
-        """Show a sign of life."""
+        """Show a sign of life: Scoreboard.silence begins anew."""
         self._row[BEAT] = time.monotonic_ns()
 
     def came(self) -> None:
-        """A connection was accepted."""
+        """Count a connection as accepted and live."""
         self._row[ACCEPTED] += 1
         self._row[LIVE] += 1
 
     def went(self, outcome: str) -> None:
-        """One has ended."""
+        """Count a connection under its outcome (a value of Outcome), and no longer as live."""
         self._row[self._closed_words[outcome]] += 1
         self._row[LIVE] -= 1
 
     def carried(self, up: int, down: int) -> None:
-        """So many bytes more were passed on, each way."""
+        """Count bytes that were passed on: `up` to servers, `down` to clients."""
         self._row[UP] += up
         self._row[DOWN] += down
 
     def connected(self, seconds: float) -> None:
-        """A connect() to a server took so long."""
+        """Count how long a connect() to a server took that came about."""
         self._time(CONNECT_AT, CONNECT, seconds)
 
     def lasted(self, seconds: float) -> None:
-        """So long did a connection last."""
+        """Count how long a connection lasted that has ended."""
         self._time(DURATION_AT, DURATION, seconds)
 
     def _time(self, at: int, bounds: tuple[float, ...], seconds: float) -> None:
@@ -103,7 +103,7 @@ class Slot:
         self._row[at + 1 + histogram.bucket(bounds, seconds)] += 1
 
     def log_dropped(self, count: int) -> None:
-        """So many log records were lost so far."""
+        """Set how many log records this worker has lost so far."""
         self._row[LOG_DROPPED] = count
 
     @property
@@ -113,12 +113,12 @@ class Slot:
 
     @property
     def numbers(self) -> Numbers:
-        """What this worker has counted."""
+        """What this worker has counted: accepted, live, and closed by outcome."""
         return self._scoreboard.numbers(self.number)
 
     @property
     def state(self) -> int:
-        """ABSENT, RESTING, WATCHING or WAITING."""
+        """What this worker does about new clients: ABSENT, RESTING, WATCHING or WAITING of scoreboard.py."""
         return self._row[STATE]
 
     @state.setter
@@ -127,12 +127,12 @@ class Slot:
 
     @property
     def live(self) -> int:
-        """Connections of this worker."""
+        """How many connections this worker has now."""
         return self._row[LIVE]
 
     @property
     def live_everywhere(self) -> int:
-        """Connections of the whole relay."""
+        """How many connections the whole relay has now."""
         return sum(self._scoreboard.column(LIVE))
 
     @property

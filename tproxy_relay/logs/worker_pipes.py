@@ -36,22 +36,24 @@ class Words:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._pid = 0
-        self._lines: deque[str] = deque(maxlen=LAST_WORDS)
+        self.lines: deque[str] = deque(maxlen=LAST_WORDS)
+        """The last ones, oldest first."""
         self.ended = threading.Event()
+        """Set once the other end is closed and all is read."""
 
     def belong_to(self, pid: int) -> None:
-        """The worker is there."""
+        """Say which process it is, for the log lines; until then that is 0."""
         self._pid = pid
 
     def take(self, line: str) -> None:
-        """One line more."""
-        self._lines.append(line)
+        """Keep one line, without its newline, and log it as an error."""
+        self.lines.append(line)
         log.error("a worker has said", extra={"pid": self._pid, "text": line})
 
     @property
     def last(self) -> str:
         """The last line; '' if there was none."""
-        return self._lines[-1] if self._lines else ""
+        return self.lines[-1] if self.lines else ""
 
 
 class LogPipes:
@@ -100,6 +102,10 @@ class LogPipes:
         for end in ends:
             os.close(end)  # which wakes the thread, if all the others were closed before
         self._thread.join(seconds)
+
+    def debug_state(self) -> dict[str, int]:
+        """For tests: `open`, the pipes that are not at their end yet."""
+        return {"open": self._open}
 
     def _read_all(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

@@ -20,7 +20,7 @@ class Endpoint(NamedTuple):
 
     @property
     def family(self) -> socket.AddressFamily:
-        """AF_INET or AF_INET6."""
+        """The family of a socket for it: AF_INET, or AF_INET6 for an address with colons."""
         return socket.AF_INET6 if ":" in self.host else socket.AF_INET
 
     @property
@@ -31,7 +31,7 @@ class Endpoint(NamedTuple):
         return (self.host, self.port)
 
     def with_port(self, port: int) -> "Endpoint":
-        """The same address with another port."""
+        """A copy with this port, and the same address and interface."""
         return self._replace(port=port)
 
     def __str__(self) -> str:

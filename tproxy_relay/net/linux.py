@@ -63,7 +63,7 @@ _TCPI_TOTAL_RETRANS_OFFSET = 100
 
 
 class TcpInfo(NamedTuple):
-    """What TCP_INFO says of a connection."""
+    """The fields of struct tcp_info (linux/tcp.h) that the relay uses."""
 
     state: int
     rtt_us: int

@@ -25,7 +25,7 @@ HOW_TO_GIVE = (
     "`setpriv --reuid USER --regid GROUP --init-groups --inh-caps +net_raw --ambient-caps +net_raw tproxy-relay ...`"
 )
 
-_STORED = "tproxy_relay.listener."
+STORED_PREFIX = "tproxy_relay.listener."
 """Begins the names of sockets that a relay has stored; those of socket units are file names of theirs."""
 
 _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
@@ -48,7 +48,7 @@ class Listener:
     @property
     def stored_name(self) -> str:
         """By which a service manager keeps it (FDNAME of sd_notify(3), in which a colon may not be)."""
-        return _STORED + self.name.replace(":", "_")
+        return STORED_PREFIX + self.name.replace(":", "_")
 
     def close(self) -> None:
         """Stop listening. Connections that wait in the backlog are reset by the kernel, unless another process
@@ -93,7 +93,7 @@ def adopt_all(settings: Settings, environ: MutableMapping[str, str]) -> tuple[li
         raise SystemRefusedError(str(error)) from error
     adopted, unfit = [], []
     for fd, name in inherited:
-        stored = name.startswith(_STORED)
+        stored = name.startswith(STORED_PREFIX)
         try:
             adopted.append(Listener(_adopt(fd, settings, stored), stored=stored))
         except SystemRefusedError:
@@ -109,7 +109,7 @@ def tune(listener: Listener, tuning: Tuning) -> None:
 
 
 def close_all(listeners: list[Listener]) -> None:
-    """Close every listener and forget it."""
+    """Close every listener, and empty the list."""
     while listeners:
         listeners.pop().close()
 

@@ -78,7 +78,7 @@ class PathTuning:
 
     @cached_property
     def options(self) -> tuple[tuple[int, int, int | bytes], ...]:
-        """For setsockopt()."""
+        """What `tune` sets, ready for setsockopt(): level, name, value."""
         options: list[tuple[int, int, int | bytes]] = []
         if self.congestion:
             options.append((int(socket.IPPROTO_TCP), socket.TCP_CONGESTION, self.congestion.encode()))
@@ -90,7 +90,7 @@ class PathTuning:
 
 
 def tune(sock: socket.socket, tuning: Tuning | PathTuning) -> None:
-    """Set it."""
+    """Set all options of this tuning on the socket. Raises OSError for the first that the kernel refuses."""
     for level, name, value in tuning.options:
         sock.setsockopt(level, name, value)
 
@@ -134,7 +134,7 @@ def set_send_timeout(sock: socket.socket, seconds: float) -> None:
 
 
 def set_receive_timeout(sock: socket.socket, seconds: float) -> None:
-    """SO_RCVTIMEO (socket(7)); 0 waits for ever."""
+    """Let each recv() raise BlockingIOError after so many seconds (SO_RCVTIMEO, socket(7)); 0: it waits for ever."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, linux.pack_timeval(seconds))
 
 

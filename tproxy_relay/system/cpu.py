@@ -86,7 +86,7 @@ class CpuPlacement:
         return self._patient
 
     def push_ahead(self) -> None:
-        """The ordinary policy again."""
+        """Give this thread the ordinary policy again (SCHED_OTHER, sched(7)): it interrupts others when it wakes."""
         _set_policy(os.SCHED_OTHER)
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Limits(NamedTuple):
-    """Connections at the same time."""
+    """How many connections there may be at the same time."""
 
     most: int
     """In the whole relay."""

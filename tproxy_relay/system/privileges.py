@@ -56,7 +56,7 @@ class Held(NamedTuple):
 
 
 class Account(NamedTuple):
-    """Who a worker runs as."""
+    """The user and the group that a worker runs as."""
 
     uid: int
     gid: int
@@ -65,7 +65,7 @@ class Account(NamedTuple):
 
 
 def held() -> Held:
-    """Those of this process (proc(5), /proc/self/status)."""
+    """The capability sets of this process (proc(5), /proc/self/status). Raises OSError without /proc."""
     sets = {}
     with open("/proc/self/status", encoding="ascii") as lines:
         for line in lines:

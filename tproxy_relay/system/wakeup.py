@@ -22,7 +22,7 @@ class Wakeup:
         self._signals: deque[int] = deque()
 
     def fileno(self) -> int:
-        """The descriptor to watch."""
+        """The descriptor to watch: readable when there are wake-ups, or signals to take with `signals`."""
         return self._reader.fileno()
 
     def catch(self, signals: Iterable[signal.Signals]) -> None:
@@ -44,7 +44,7 @@ class Wakeup:
             return  # full of wake-ups that nobody has read yet: one more says nothing new
 
     def clear(self) -> None:
-        """Take the wake-ups."""
+        """Take all wake-ups, so that the descriptor is no longer readable; signals stay queued."""
         try:
             while self._reader.recv(4096):
                 continue
@@ -60,6 +60,6 @@ class Wakeup:
         return taken
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Close both sockets. Signals that are still caught must not come after that."""
         self._reader.close()
         self._writer.close()

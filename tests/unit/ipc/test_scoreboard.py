@@ -47,7 +47,7 @@ def claimed(scoreboard: Scoreboard) -> int:
 # --- slots
 
 
-def test_a_place_belongs_to_one_worker_until_it_is_cleared(scoreboard: Scoreboard) -> None:
+def test_a_slot_belongs_to_one_worker_until_it_is_cleared(scoreboard: Scoreboard) -> None:
     numbers = [claimed(scoreboard) for _ in range(SLOTS)]
     assert numbers == list(range(SLOTS))
     assert scoreboard.claim() is None
@@ -56,7 +56,7 @@ def test_a_place_belongs_to_one_worker_until_it_is_cleared(scoreboard: Scoreboar
     assert [scoreboard.claim(), scoreboard.claim(), scoreboard.claim()] == [3, 70, None]
 
 
-def test_the_numbers_of_a_worker_end_with_its_place(scoreboard: Scoreboard) -> None:
+def test_the_numbers_of_a_worker_end_with_its_slot(scoreboard: Scoreboard) -> None:
     first, second = Slot(scoreboard, claimed(scoreboard)), Slot(scoreboard, claimed(scoreboard))
     for slot in (first, second):
         for _ in range(3):
@@ -138,7 +138,7 @@ def test_looking_at_all_the_others_takes_few_descriptors(scoreboard: Scoreboard)
     assert sum(name.startswith("/memfd:tproxy-relay") for name in names) < limits.RESERVED_DESCRIPTORS / 2
 
 
-def test_an_unused_place_takes_no_memory() -> None:
+def test_an_unused_slot_takes_no_memory() -> None:
     """The tables of 128 workers would be hundreds of megabytes."""
     scoreboard = Scoreboard.create(100_000)
     used = os.fstat(scoreboard.descriptors[0]).st_blocks * 512

@@ -123,7 +123,7 @@ def test_an_accept_that_brings_none_takes_no_room() -> None:
                 fail()
 
 
-def test_while_one_accepts_the_last_place_is_taken() -> None:
+def test_while_one_accepts_the_last_room_is_taken() -> None:
     with slots(2) as (ours, theirs), remotes(theirs) as (remote,):
         assert remote.does("admission = slot.admission(1); print(admission.__enter__())") == ["True"]
         with ours.admission(1) as admitted:
@@ -183,7 +183,7 @@ def test_several_processes_at_the_limit_never_let_too_many_in() -> None:
         os.close(back)
 
 
-def test_in_the_end_all_places_are_taken() -> None:
+def test_in_the_end_all_room_is_taken() -> None:
     """Who was refused in the same moment as others gets in at the next try."""
     with slots(3) as workers, remotes(*workers) as all_of_them:
         for most in (1, 2, 7):

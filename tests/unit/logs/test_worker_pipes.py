@@ -49,7 +49,7 @@ def pipes(log: Collector) -> Iterator[LogPipes]:
     yield made
     log.free.set()
     made.drain(PATIENCE)
-    assert made._open == 0, "a test has left a pipe open"
+    assert made.debug_state()["open"] == 0, "a test has left a pipe open"
     made.close(PATIENCE)
 
 
@@ -186,7 +186,7 @@ def test_only_the_last_of_many_words_are_kept(pipes: LogPipes) -> None:
         os.close(words_end)
         assert words.ended.wait(PATIENCE)
         assert len(lines.of("a worker has said")) == 3 * LAST_WORDS
-        assert list(words._lines) == [f"word {number}" for number in range(2 * LAST_WORDS, 3 * LAST_WORDS)]
+        assert list(words.lines) == [f"word {number}" for number in range(2 * LAST_WORDS, 3 * LAST_WORDS)]
 
 
 # --- the end
@@ -260,11 +260,12 @@ def test_nothing_is_read_while_the_log_is_stuck(pipes: LogPipes, log: Collector)
         wait_until(lambda: len(log.text) == count + 6, "all is passed on after all")
 
 
+@pytest.mark.usefixtures("root_logger_as_before")
 def test_a_log_that_nobody_reads_costs_no_memory() -> None:
     """With the real writer: what is kept is a few megabytes, and nothing of it is lost."""
     reader, sink = os.pipe()
     writer = LogWriter(Settings(log_format="json"), sink)
-    writer._thread.start()  # without the root logger, which is pytest's
+    writer.start()
     pipes = LogPipes(writer)
     log_end, words_end, _ = pipes.add()
     try:
@@ -281,8 +282,6 @@ def test_a_log_that_nobody_reads_costs_no_memory() -> None:
         assert (got, writer.dropped) == (count, 0)
     finally:
         pipes.close(PATIENCE)
-        writer._stopping.set()
-        writer._records.put(None)
-        writer._thread.join(PATIENCE)
+        writer.stop(PATIENCE)
         os.close(reader)
         os.close(sink)

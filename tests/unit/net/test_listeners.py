@@ -388,7 +388,7 @@ def test_a_listener_that_a_relay_has_left_with_the_service_manager_is_known_by_i
 
 def test_a_stored_listener_that_will_not_do_is_left_alone() -> None:
     """The service manager is told to forget it."""
-    stored = [f"{listeners._STORED}{number}" for number in range(4)]
+    stored = [f"{listeners.STORED_PREFIX}{number}" for number in range(4)]
     answer = inherit("udp,tcp-listening,tcp,file", "redirect", names=":".join(stored))
     assert (answer["stored"], answer["unfit"]) == ([True], [stored[0], *stored[2:]])
 

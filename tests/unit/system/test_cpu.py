@@ -86,7 +86,7 @@ def test_a_thread_stays_roams_and_stays() -> None:
     assert os.sched_getaffinity(0) == ALL
 
 
-def test_one_without_a_home_stays_where_it_is() -> None:
+def test_one_without_a_cpu_stays_where_it_is() -> None:
     def wander() -> set[int]:
         os.sched_setaffinity(0, {min(ALL)})
         ours = CpuPlacement(None)
