@@ -12,7 +12,7 @@ PORT = PortRange(8000, 8000)
 
 def case(**settings: Any) -> Case:
     """Inbound connections to port 8000 are to be intercepted, unless these settings say otherwise."""
-    wanted = Settings(**{"command": "check", "intercept_inbound": (PORT,), **settings})
+    wanted = Settings(**{"intercept_inbound": (PORT,), **settings})
     return Case(wanted, plan.of_settings(wanted))
 
 
