@@ -16,7 +16,7 @@ from dataclasses import fields
 from tproxy_relay import __version__
 from tproxy_relay.admin import address
 from tproxy_relay.admin.address import AdminSocket
-from tproxy_relay.admin.api import LookingIn
+from tproxy_relay.admin.api import Api
 from tproxy_relay.admin.history import History, Sample
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.guard.guard_client import Interception
@@ -87,7 +87,7 @@ class Supervisor:
         self._interception: Interception | None = None
         self._offer: Offer | None = None
         self._door: Door | None = None
-        self._looking_in: LookingIn | None = None
+        self._api: Api | None = None
         self._admin: AdminSocket | None = None
         self._admin_trouble = ""
         self._started = time.time()
@@ -135,8 +135,9 @@ class Supervisor:
             self._close_admin()
             raise
         self._door = Door(self._selector, self)
-        self._looking_in = LookingIn(self._selector, self, self._history)
-        self._looking_in.also(self._admin)
+        self._api = Api(self._selector, self, self._history)
+        if self._admin is not None:
+            self._api.open_public(self._admin)
         self._sample()
         self._answer_elsewhere()
         self._say_listening(self._now.prepared)
@@ -205,8 +206,8 @@ class Supervisor:
                 self._hear(key.data)
             elif isinstance(key.data, Door):
                 key.data.fired(key.fileobj)
-            elif isinstance(key.data, LookingIn):
-                key.data.fired(key.fileobj)
+            elif callable(key.data):
+                key.data()
         for number in self._wakeup.signals():
             self._obey(number)
         self._keep_time()
@@ -228,8 +229,8 @@ class Supervisor:
             due.append(self._deadline)
         if self._retiring is not None:
             due.append(self._retired_by)
-        if self._looking_in is not None:
-            due += self._looking_in.due
+        if self._api is not None and self._api.deadline is not None:
+            due.append(self._api.deadline)
         return max(0.0, min(due) - time.monotonic())
 
     def _obey(self, number: signal.Signals) -> None:
@@ -349,8 +350,8 @@ class Supervisor:
         self._replace_at = [at for at in self._replace_at if at > now]
         for _ in due:
             self._start_replacement()
-        if self._looking_in is not None:
-            self._looking_in.keep_time()
+        if self._api is not None:
+            self._api.tick(now)
         if now >= self._look_at:
             self._look_at = now + LOOK_INTERVAL
             self._sample()
@@ -373,7 +374,7 @@ class Supervisor:
         return [worker for worker in self._workers if worker.serving]
 
     @property
-    def ready(self) -> str | None:
+    def why_not_ready(self) -> str | None:
         """Why it takes no new connections; None if it does."""
         if self._stopping:
             return f"the relay is {self._state}"
@@ -413,11 +414,12 @@ class Supervisor:
         """Where `admin` says now. If that cannot be, it is tried again every LOOK_INTERVAL seconds: the relay before
         this one may be there for a moment yet."""
         wanted = self._settings.admin
-        if self._looking_in is None or self._stopping or wanted == self._looking_in.where:
+        if self._api is None or self._stopping or wanted == self._api.public:
             return
-        self._looking_in.also(None)
+        self._api.close_public()
         try:
-            self._looking_in.also(None if wanted is None else address.listen(wanted))
+            if wanted is not None:
+                self._api.open_public(address.listen(wanted))
             self._admin_trouble = ""
         except RelayError as error:
             if str(error) != self._admin_trouble:
@@ -559,8 +561,8 @@ class Supervisor:
         for worker in self._workers:
             worker.leave(*self._last_clients([one for one in ours if one.name not in kept]), None)
         listeners.close_all(list(ours))
-        if self._looking_in is not None:
-            self._looking_in.also(None)  # that is the other one's now
+        if self._api is not None:
+            self._api.close_public()  # that is the other one's now
         self._stopping = self._handed_over = True
         self._replace_at = []
         log.info("handed over", extra={"pid": pid, "live": self._workers.numbers.live})
@@ -610,8 +612,8 @@ class Supervisor:
         return self._failed and self._settings.on_failure == "closed"
 
     def _end(self) -> None:
-        if self._looking_in is not None:
-            self._looking_in.close()
+        if self._api is not None:
+            self._api.close()
         self._pipes.drain(LOG_TIMEOUT)
         if self._interception is not None and not self._refuses_when_failed:
             self._interception.remove()  # nothing happens if another relay has it now
