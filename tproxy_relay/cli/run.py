@@ -41,8 +41,8 @@ def run(settings: Settings, reread: Callable[[], Settings], environ: MutableMapp
     writer.start()
     try:
         generation.warn_of_nonlocal_bind()
-        supervisor = Supervisor(settings, reread, environ, wakeup, writer)
-        code = supervisor.run() if supervisor.start() else 0
+        supervisor = Supervisor(reread, environ, wakeup, writer)
+        code = supervisor.run() if supervisor.start(settings) else 0
     except BaseException:
         writer.stop(LOG_FLUSH)
         warnings.simplefilter("ignore", ResourceWarning)  # the end of the process closes everything

@@ -134,40 +134,43 @@ def plain(**more: object) -> Settings:
 
 def test_what_the_workers_will_need() -> None:
     settings = plain(target=HostPort("127.0.0.1", 80), workers=3, max_connections=50, keepalive=7, user_timeout=2.0)
-    prepared = prepare(settings, [], inherited=False)
+    prepared = prepare(settings, [], number=7, inherited=False)
     made = list(prepared.listeners)
     try:
         (listener,) = made
+        assert prepared.number == 7
         assert prepared.spec.settings is prepared.settings is settings
         own_ports = frozenset({listener.endpoint.port})
         target = Endpoint("127.0.0.1", 80)
         assert prepared.spec.destinations == Destinations.of_settings(settings, own_ports, target)
         assert (prepared.tuning.keepalive, prepared.tuning.user_timeout) == (7, 2.0)
-        assert replace(prepared.spec.tuning, mark=prepared.tuning.mark) == prepared.tuning
-        assert prepared.spec.limits.most == 50
-        assert (prepared.workers, prepared.plan) == (3, None)
-        assert "--no-new-privs" in prepared.command and prepared.command[-1] == "--"
+        assert replace(prepared.worker_tuning, mark=prepared.tuning.mark) == prepared.tuning
+        assert prepared.spec.tuning == prepared.worker_tuning
+        assert prepared.worker_tuning.mark == (prepared.tuning.mark if prepared.pool.can_mark else 0)
+        assert prepared.spec.limits.most == prepared.limits.most == 50
+        assert (prepared.pool.size, prepared.plan) == (3, None)
+        assert "--no-new-privs" in prepared.pool.command and prepared.pool.command[-1] == "--"
     finally:
         listeners.close_all(made)
 
 
 def test_as_many_workers_as_processors() -> None:
-    prepared = prepare(plain(), [], inherited=False)
-    assert prepared.workers == cpu.worth()
-    assert prepared.cpus == cpu.cpus("auto", prepared.workers)
+    prepared = prepare(plain(), [], number=1, inherited=False)
+    assert prepared.pool.size == cpu.worth()
+    assert prepared.pool.cpus == cpu.cpus("auto", prepared.pool.size)
     listeners.close_all(list(prepared.listeners))
 
 
 def test_inherited_listeners_are_used_whatever_the_settings_say() -> None:
     with loopback.listen() as raw:
         inherited = Listener(raw)
-        prepared = prepare(plain(bind=("127.0.0.1", "127.0.0.2")), [inherited], inherited=True)
+        prepared = prepare(plain(bind=("127.0.0.1", "127.0.0.2")), [inherited], number=1, inherited=True)
         assert prepared.listeners == (inherited,)
 
 
 def test_listeners_that_are_there_are_kept_and_others_opened() -> None:
-    (kept,) = prepare(plain(), [], inherited=False).listeners
-    prepared = prepare(plain(bind=("127.0.0.2", "127.0.0.1")), [kept], inherited=False)
+    (kept,) = prepare(plain(), [], number=1, inherited=False).listeners
+    prepared = prepare(plain(bind=("127.0.0.2", "127.0.0.1")), [kept], number=1, inherited=False)
     assert prepared.listeners[1] is kept
     assert prepared.listeners[0].endpoint.host == "127.0.0.2"
     listeners.close_all(list(prepared.listeners))
@@ -183,10 +186,10 @@ def test_listeners_that_are_there_are_kept_and_others_opened() -> None:
     ],
 )
 def test_what_fails_has_opened_nothing_and_closed_nothing(more: dict[str, object], error: type[Exception]) -> None:
-    (kept,) = prepare(plain(), [], inherited=False).listeners
+    (kept,) = prepare(plain(), [], number=1, inherited=False).listeners
     open_before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(error):
-        prepare(plain(**more), [kept], inherited=False)
+        prepare(plain(**more), [kept], number=1, inherited=False)
     assert len(os.listdir("/proc/self/fd")) == open_before
     loopback.dial(kept.endpoint[:2]).close()
     kept.close()
@@ -197,7 +200,7 @@ from tproxy_relay.errors import RelayError
 from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.settings import Settings
 try:
-    prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user="12345"), [], inherited=False)
+    prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user="12345"), [], number=1, inherited=False)
 except RelayError as error:
     print(error.exit_code, error)
 """
@@ -218,7 +221,7 @@ from tproxy_relay.net import listeners
 from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.settings import Settings
 user = None if sys.argv[1] == "none" else sys.argv[1]
-prepared = prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user=user), [], inherited=False)
+prepared = prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user=user), [], number=1, inherited=False)
 listeners.close_all(list(prepared.listeners))
 """
 
