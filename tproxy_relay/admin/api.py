@@ -29,7 +29,7 @@ HOW_TO_GET_METRICS = (
 
 
 class Relay(Protocol):
-    """The relay that answers."""
+    """The relay that answers, as far as the endpoints need it."""
 
     @property
     def askable(self) -> Sequence[Worker]:
@@ -77,7 +77,7 @@ class Api:
 
     @property
     def questions(self) -> int:
-        """How many wait for answers of the workers."""
+        """How many questions wait for answers of the workers."""
         return self._fanout.questions
 
     @property
@@ -93,7 +93,7 @@ class Api:
             server.tick(now)
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Answer nobody any more, and close all sockets."""
         self._fanout.close()
         for server in self._servers.values():
             server.close()
@@ -108,14 +108,14 @@ class Api:
     # --- the endpoints
 
     def get_page(self, _: Request, to: Conversation) -> None:
-        """The page for browsers."""
+        """Answer with the page for browsers."""
         try:
             to.answer(page.response())
         except OSError:  # it was updated, or descriptors have run out
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the page cannot be read now") from None
 
     def get_status(self, _: Request, to: Conversation) -> None:
-        """The health and all numbers, as JSON."""
+        """Answer with the health and all numbers, as JSON."""
 
         def answered(answers: list[bytes], silent: list[int]) -> None:
             _, refused, _ = merged(answers, Query())
@@ -127,7 +127,7 @@ class Api:
         self._fanout.ask("sessions", self._relay.askable, to, answered, query=None)
 
     def get_sessions(self, request: Request, to: Conversation) -> None:
-        """The live connections that the query chooses, as JSON."""
+        """Answer with the live connections that the query chooses, as JSON."""
         try:
             query = session_query.parse(request.query)
         except UsageError as error:
@@ -142,7 +142,7 @@ class Api:
         self._fanout.ask("sessions", self._relay.askable, to, answered, query=session_query.written(query))
 
     def get_metrics(self, _: Request, to: Conversation) -> None:
-        """The numbers as Prometheus reads them."""
+        """Answer with the numbers as Prometheus reads them. Raises HttpError without its library."""
         try:
             from tproxy_relay.admin import metrics
         except ImportError:
@@ -150,15 +150,15 @@ class Api:
         to.answer(http.Response(HTTPStatus.OK, metrics.KIND, metrics.text(self._relay.status)))
 
     def get_history(self, _: Request, to: Conversation) -> None:
-        """The samples of the last minutes, as JSON."""
+        """Answer with the samples of the last minutes, as JSON."""
         to.answer(http.document(self._history.columns()))
 
     def get_healthz(self, _: Request, to: Conversation) -> None:
-        """200 for as long as the process lives."""
+        """Answer 200, for as long as the process lives."""
         to.answer(http.Response(HTTPStatus.OK, http.TEXT, b"ok\n"))
 
     def get_readyz(self, _: Request, to: Conversation) -> None:
-        """200 if the relay takes new connections, 503 and the reason if not."""
+        """Answer 200 if the relay takes new connections, 503 and the reason if not."""
         why = self._relay.why_not_ready
         if why is None:
             to.answer(http.Response(HTTPStatus.OK, http.TEXT, b"ready\n"))
@@ -187,7 +187,7 @@ class Api:
 
 
 class Endpoint(NamedTuple):
-    """Something that can be asked."""
+    """A method and a path, and what answers it."""
 
     method: str
     path: str

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
-    """One that can be asked."""
+    """A worker, as far as it can be asked."""
 
     @property
     def pid(self) -> int:
@@ -55,7 +55,7 @@ class Fanout:
 
     @property
     def questions(self) -> int:
-        """How many wait."""
+        """How many questions wait for answers."""
         return len(self._questions)
 
     def ask(self, order: str, workers: Sequence[Worker], to: Conversation, then: Answered, **what: object) -> None:
@@ -137,7 +137,7 @@ class Question:
 
     @bugs_stay_here()
     def finish(self) -> None:
-        """Wait for no more answers."""
+        """Wait for no more answers; those that are missing are of silent workers."""
         for asked in self._waiting:
             self._hang_up(asked)
             self.silent.append(asked.pid)
@@ -171,7 +171,7 @@ class _Asked:
 
 
 def merged(answers: Iterable[bytes], query: Query) -> tuple[int, list[object], list[bytes]]:
-    """What several workers have told: how many match, what was refused, and the connections, each as JSON. Raises
+    """What several workers have answered: how many match, what was refused, and the connections, each as JSON. Raises
     ValueError, KeyError or TypeError for what is no answer."""
     matching, refused, columns = 0, [], []
     for answer in answers:

@@ -10,10 +10,10 @@ RECENT = 10.0
 
 
 class Sample(NamedTuple):
-    """The counters at one moment."""
+    """The counters of the relay at one moment."""
 
     at: float
-    """time.time()"""
+    """Seconds since 1970 (time.time())."""
     accepted: int
     live: int
     failed: int

@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """An answer to a request."""
+    """The answer to a request, before it is bytes."""
 
     status: HTTPStatus
     kind: str
@@ -94,7 +94,7 @@ def parse(head: bytes) -> Request:
 
 
 def _host(text: str) -> str:
-    """Without its port."""
+    """The host, without its port."""
     try:
         return urllib.parse.urlsplit(f"//{text}").hostname or ""
     except ValueError:

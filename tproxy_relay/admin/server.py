@@ -68,7 +68,7 @@ class Conversation:
             return
         try:
             if self._goodbye >= 0:
-                self._say_goodbye()
+                self._linger()
             elif self._answer is not None:
                 self._write()
             else:
@@ -124,7 +124,7 @@ class Conversation:
             self.until = time.monotonic() + GOODBYE_TIMEOUT
             self._server.selector.modify(self.sock, selectors.EVENT_READ, self.on_ready)
 
-    def _say_goodbye(self) -> None:
+    def _linger(self) -> None:
         data = self.sock.recv(MAX_GOODBYE)
         self._goodbye += len(data)
         if not data or self._goodbye > MAX_GOODBYE:
@@ -156,7 +156,7 @@ class Server:
 
     @property
     def conversations(self) -> int:
-        """How many are open."""
+        """How many conversations are open."""
         return len(self._open)
 
     def _listen(self) -> None:

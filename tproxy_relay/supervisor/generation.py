@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pool:
-    """The workers of a generation."""
+    """How many workers a generation has, and what they are."""
 
     size: int
     """How many there are to be."""
@@ -91,10 +91,10 @@ def prepare(settings: Settings, kept: Sequence[Listener], *, number: int, inheri
 
 
 def _prepare(settings: Settings, kept: Sequence[Listener], number: int, inherited: bool) -> Generation:
-    target = _resolve_target(settings)
-    keep = _capabilities(settings)
+    target = resolve_target(settings)
+    keep = worker_capabilities(settings)
     command = _command(settings, keep)
-    mark, can_mark = _usable_mark(settings), "net_raw" in keep
+    mark, can_mark = usable_mark(settings), "net_raw" in keep
     tuning = Tuning(settings.keepalive, settings.user_timeout, mark)
     ready = list(kept) if inherited else listeners.open_all(settings, tuning, kept)
     try:
@@ -103,7 +103,7 @@ def _prepare(settings: Settings, kept: Sequence[Listener], number: int, inherite
         descriptors, memory = limits.raise_descriptor_limit(), limits.usable_memory()
         destinations = Destinations.of_settings(settings, own_ports | _admin_port(settings), target)
         room = limits.of_relay(settings.max_connections, descriptors, len(ready), size, memory)
-        wanted = _plan(settings, mark if can_mark else 0, own_ports)
+        wanted = wanted_plan(settings, mark if can_mark else 0, own_ports)
     except BaseException:
         listeners.close_all([one for one in ready if one not in kept])
         raise
@@ -130,9 +130,10 @@ def fixed(settings: Settings) -> dict[str, object]:
     return {name.replace("_", "-"): getattr(settings, name) for name in FIXED}
 
 
-def _capabilities(settings: Settings) -> tuple[str, ...]:
-    """That the workers keep. CAP_NET_RAW lets them borrow the clients' addresses, and mark their sockets: that is how
-    the ruleset knows them, unless they have an account of their own."""
+def worker_capabilities(settings: Settings) -> tuple[str, ...]:
+    """The names of the capabilities that the workers keep. CAP_NET_RAW lets them borrow clients' addresses, and mark
+    their sockets: that is how the ruleset knows them, unless they have an account of their own. Raises
+    CapabilityMissingError."""
     mine = privileges.held()
     if settings.preserve_source != "no" and not mine.has("net_raw"):
         raise CapabilityMissingError(f"preserve-source needs CAP_NET_RAW for each connection; {listeners.HOW_TO_GIVE}")
@@ -140,8 +141,9 @@ def _capabilities(settings: Settings) -> tuple[str, ...]:
     return ("net_raw",) if wanted and mine.has("net_raw") else ()
 
 
-def _plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Plan | None:
-    """The ruleset, with no way for the relay to intercept itself."""
+def wanted_plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Plan | None:
+    """The plan of the ruleset, with no way for the relay to intercept itself: its workers mark their sockets so (0: not
+    at all), and its listeners have these ports. None if nothing is to be intercepted. Raises RelayError."""
     if not (settings.intercept_inbound or settings.intercept_outbound):
         return None
     wanted = plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations())
@@ -155,8 +157,9 @@ def _plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Plan | No
     return wanted
 
 
-def _resolve_target(settings: Settings) -> Endpoint | None:
-    """The target's address, looked up once: there is no name lookup in the path of a connection."""
+def resolve_target(settings: Settings) -> Endpoint | None:
+    """The target's address, looked up once: there is no name lookup in the path of a connection. None without a target.
+    Raises ConfigError."""
     if settings.target is None:
         return None
     answers: queue.SimpleQueue[Endpoint | OSError] = queue.SimpleQueue()
@@ -178,7 +181,7 @@ def _look_up(target: HostPort, answers: "queue.SimpleQueue[Endpoint | OSError]")
         answers.put(error)
 
 
-def _usable_mark(settings: Settings) -> int:
+def usable_mark(settings: Settings) -> int:
     """The relay's own fwmark, the highest bit of mark-mask; 0 where the kernel refuses it."""
     mark = 1 << (settings.mark_mask.bit_length() - 1)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -96,7 +96,7 @@ class Status:
             self._api.tick(now)
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Answer nobody any more, and close all sockets."""
         if self._api is not None:
             self._api.close()
         elif self._admin is not None:

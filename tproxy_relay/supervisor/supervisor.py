@@ -49,7 +49,7 @@ class Manager(Protocol):
 
 
 class Heartbeat:
-    """What is done every second."""
+    """What is done every CHECK_INTERVAL seconds."""
 
     def __init__(self, state: RelayState, status: Status) -> None:
         self.deadline = time.monotonic() + CHECK_INTERVAL

@@ -40,7 +40,7 @@ class Commit(NamedTuple):
     """Another relay is ready, and was told that the listeners are its own from now on."""
 
     pid: int
-    """Of its supervisor."""
+    """The process id of its supervisor."""
     kept: Sequence[str]
     """The names of the listeners that it goes on with."""
     guard: int | None

@@ -101,7 +101,7 @@ class WorkerProcess:
         return self._channel.fileno()
 
     def serve(self) -> None:
-        """Have it accept connections."""
+        """Have it accept connections from now on."""
         self.stage = Stage.SERVING
         self.has_served = True
         self._order("serve")

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 def test_a_target_that_does_not_resolve() -> None:
     with pytest.raises(ConfigError, match="target: cannot resolve 'no.such.host.invalid'") as caught:
-        generation._resolve_target(Settings(target=HostPort("no.such.host.invalid", 80)))
+        generation.resolve_target(Settings(target=HostPort("no.such.host.invalid", 80)))
     assert caught.value.exit_code == 78
 
 
@@ -40,15 +40,15 @@ def test_name_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("socket.getaddrinfo", look_up)
     try:
         with pytest.raises(ConfigError, match="target: cannot resolve 'far.example': no answer .* within 0.1 s"):
-            generation._resolve_target(Settings(target=HostPort("far.example", 80)))
+            generation.resolve_target(Settings(target=HostPort("far.example", 80)))
     finally:
         answered.set()
 
 
 def test_a_target_is_looked_up_once() -> None:
-    assert generation._resolve_target(Settings()) is None
-    assert generation._resolve_target(Settings(target=HostPort("127.0.0.1", 80))) == Endpoint("127.0.0.1", 80)
-    assert generation._resolve_target(Settings(target=HostPort("::1", 80))) == Endpoint("::1", 80)
+    assert generation.resolve_target(Settings()) is None
+    assert generation.resolve_target(Settings(target=HostPort("127.0.0.1", 80))) == Endpoint("127.0.0.1", 80)
+    assert generation.resolve_target(Settings(target=HostPort("::1", 80))) == Endpoint("::1", 80)
 
 
 RIGHTS = """
@@ -56,11 +56,11 @@ import sys
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import generation
-print(*(hex(generation._usable_mark(Settings(mark_mask=mask))) for mask in (0x07000000, 0xE0000000, 0x7)))
+print(*(hex(generation.usable_mark(Settings(mark_mask=mask))) for mask in (0x07000000, 0xE0000000, 0x7)))
 for word in ("no", "address", "full"):
     for user in (None, "nobody"):
         try:
-            print(*generation._capabilities(Settings(preserve_source=word, user=user)) or ["none"])
+            print(*generation.worker_capabilities(Settings(preserve_source=word, user=user)) or ["none"])
         except RelayError as error:
             print(error.exit_code)
 """
@@ -85,7 +85,7 @@ OURS = frozenset({15002, 15006})
 
 
 def test_without_ports_to_intercept_there_is_no_ruleset() -> None:
-    assert generation._plan(Settings(), mark=0, own_ports=frozenset()) is None
+    assert generation.wanted_plan(Settings(), mark=0, own_ports=frozenset()) is None
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_interception_that_cannot_work_is_refused_before_anything_is_done(
     settings: Settings, own_ports: set[int], error: type[Exception], why: str
 ) -> None:
     with pytest.raises(error, match=why):
-        generation._plan(settings, mark=0, own_ports=frozenset(own_ports))
+        generation.wanted_plan(settings, mark=0, own_ports=frozenset(own_ports))
 
 
 def test_an_account_of_their_own_exempts_workers_that_cannot_mark_their_sockets() -> None:
-    wanted = generation._plan(Settings(intercept_outbound=HTTP, user="12345"), mark=0, own_ports=OURS)
+    wanted = generation.wanted_plan(Settings(intercept_outbound=HTTP, user="12345"), mark=0, own_ports=OURS)
     assert wanted is not None and wanted.exempt_uid == 12345
-    assert generation._plan(Settings(intercept_outbound=HTTP), mark=4, own_ports=OURS) is not None
+    assert generation.wanted_plan(Settings(intercept_outbound=HTTP), mark=4, own_ports=OURS) is not None
 
 
 # --- all of it

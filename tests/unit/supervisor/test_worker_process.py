@@ -104,10 +104,17 @@ def test_one_that_never_becomes_a_worker(hands: Hands, becoming: tuple[str, ...]
     assert (str(error), type(error)) == (f"a worker could not start {why}", SystemRefusedError)
 
 
+FAIL = """
+import socket
+channel = socket.socket(fileno=0)
+channel.recv(1 << 17)
+channel.send(b'{"event": "failed", "message": "wrong", "exit_code": 78}')
+"""
+
+
 def test_the_error_of_a_worker_keeps_its_kind(hands: Hands) -> None:
-    (worker,) = hands.start()
-    worker._take({"event": "failed", "message": "wrong", "exit_code": 78})
-    assert type(worker.why_it_failed("exit 78")) is ConfigError
+    error = failure(hands, command=(sys.executable, "-c", FAIL))
+    assert (type(error), str(error)) == (ConfigError, "wrong")
 
 
 def test_one_that_cannot_be_started_leaves_its_place(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
