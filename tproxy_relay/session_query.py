@@ -19,6 +19,8 @@ SORTS = ("age", "idle", "rate", "bytes", "client", "destination")
 """The first is the usual one. Numbers begin with the largest."""
 TEXTS = frozenset({"client", "destination"})
 MOST = 1_000_000
+MAX_REFUSED = 20
+"""Records of connections that were refused which are kept, and shown."""
 MAX_TEXT = 60
 
 _NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,6})?")

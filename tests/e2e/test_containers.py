@@ -39,7 +39,7 @@ from tproxy_relay.check import kernel
 from tproxy_relay.config import environment, loader
 from tproxy_relay.lab import Host, Lab
 from tproxy_relay.relay import pumps
-from tproxy_relay.supervisor import supervisor
+from tproxy_relay.supervisor import shutdown, workers
 
 Need = Callable[[str], NoReturn]
 INBOUND, OUTBOUND = 8080, 443
@@ -167,7 +167,7 @@ def test_nobody_else_has_the_account_of_the_workers() -> None:
 
 def test_there_is_time_to_drain() -> None:
     drain = float(recipes()[0].environment["TPROXY_RELAY_DRAIN_TIMEOUT"])
-    longest = drain + supervisor.HANDSHAKE_GRACE + supervisor.END_TIMEOUT
+    longest = drain + workers.HANDSHAKE_GRACE + shutdown.END_TIMEOUT
     pod = kubernetes()["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] >= APP_GRACE + longest
     assert float(compose()["services"]["tproxy-relay"]["stop_grace_period"].removesuffix("s")) > longest

@@ -25,7 +25,7 @@ from tproxy_relay.config import loader
 from tproxy_relay.lab import Lab, RelayProcess
 from tproxy_relay.net import listeners
 from tproxy_relay.settings import Settings
-from tproxy_relay.supervisor import supervisor
+from tproxy_relay.supervisor import workers
 
 ETC = Path(__file__).parents[2] / "etc"
 UNITS = ETC / "systemd"
@@ -102,7 +102,7 @@ def test_the_service_can_do_little_else(installed: Path, seen: Seen) -> None:
 
 def test_there_is_time_to_drain_and_room_for_threads() -> None:
     service = settings("tproxy-relay.service")
-    longest = Settings.drain_timeout + supervisor.HANDSHAKE_GRACE
+    longest = Settings.drain_timeout + workers.HANDSHAKE_GRACE
     assert float(service["TimeoutStopSec"][0].removesuffix("s")) > longest
     assert service["ExecStart"] == ["/usr/sbin/tproxy-relay run"]
     assert service["ExecReload"] == ["/usr/sbin/tproxy-relay run --print-config", "/bin/kill -HUP $MAINPID"]

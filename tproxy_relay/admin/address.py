@@ -18,6 +18,7 @@ from tproxy_relay.settings import HostPort
 NAME = "tproxy_relay/admin/"
 """Of the relay's own socket, an abstract name; the process id comes behind it."""
 BACKLOG = 64
+"""Connections that may wait for accept()."""
 FOLDER_MODE, SOCKET_MODE = 0o750, 0o660
 """Whoever is in the group of the folder and of the socket may look."""
 
@@ -27,7 +28,7 @@ Where = HostPort | str
 
 
 class AdminSocket:
-    """A socket that listens."""
+    """A socket that listens for those who ask, and who may ask there."""
 
     def __init__(self, sock: socket.socket, where: Where | None, path: tuple[str, int] | None = None) -> None:
         """`where` is None for the relay's own; `path`: of the socket in the file system, and its inode."""
@@ -71,7 +72,7 @@ def own() -> AdminSocket:
 
 
 def listen(where: Where) -> AdminSocket:
-    """Listen there. Raises SystemRefusedError."""
+    """A socket that listens there. Raises SystemRefusedError if it cannot, or if the path is somebody else's."""
     try:
         if isinstance(where, HostPort):
             return AdminSocket(_listen_tcp(where), where)
@@ -149,14 +150,14 @@ def _is_trusted(pid: int) -> bool:
         return False
 
 
-def dial(where: Where | int, patience: float) -> socket.socket:
-    """Connect to a relay, by its process id or to what its `admin` says; the socket has this timeout. OSError; also for
-    a stranger that has taken the name."""
+def dial(where: Where | int, timeout: float) -> socket.socket:
+    """Connect to a relay, by its process id or to what its `admin` says; the socket has this timeout in
+    seconds. Raises OSError; also for a stranger that has taken the name."""
     if isinstance(where, HostPort):
-        return socket.create_connection((where.host, where.port), patience)
+        return socket.create_connection((where.host, where.port), timeout)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(patience)
+        sock.settimeout(timeout)
         sock.connect(unix_sockets.abstract(f"{NAME}{where}") if isinstance(where, int) else where)
         if isinstance(where, int) and os.geteuid() and not unix_sockets.is_trusted(unix_sockets.peer(sock).uid):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -1,58 +1,36 @@
-"""What a running relay tells those who ask: its health, its numbers, its live connections.
+"""What a running relay answers those who ask: its health, its numbers, its live connections.
 
 In the supervisor, in its one thread. Numbers are on the scoreboard, and the connections themselves are the workers':
-they are asked, and answer over a socket each, while everything else goes on.
+they are asked (`fanout`), while everything else goes on.
 """
 
 import contextlib
 import json
-import logging
 import selectors
-import socket
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from http import HTTPStatus
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from tproxy_relay import session_query
 from tproxy_relay.admin import address, http, page
 from tproxy_relay.admin.address import AdminSocket
+from tproxy_relay.admin.fanout import Fanout, Worker, merged
 from tproxy_relay.admin.history import History
 from tproxy_relay.admin.http import HttpError, Request
 from tproxy_relay.admin.server import Conversation, Server
 from tproxy_relay.errors import UsageError
 from tproxy_relay.net import unix_sockets
 from tproxy_relay.session_query import Query
-from tproxy_relay.worker import sessions
 
-WORKER_TIMEOUT = 3.0
-"""Seconds for the workers to tell of their connections."""
-MAX_QUESTIONS = 4
-"""To the workers, at the same time; 5,000 connections are some megabytes."""
-MAX_ANSWER = 512 << 20
-"""Bytes of one worker's answer: a million connections. One that says more is no worker of ours."""
-BLOCK = 1 << 18
 HOW_TO_GET_METRICS = (
     "prometheus-client is not installed for this Python: install python3-prometheus-client (Debian), or "
     "`pip install 'tproxy-relay[metrics]'`"
 )
 
-log = logging.getLogger(__name__)
-
-
-class Worker(Protocol):
-    """One that can be asked."""
-
-    @property
-    def pid(self) -> int:
-        """Its process id; the first part of the ids of its connections, in hexadecimal digits."""
-
-    def ask(self, order: str, fd: int, **what: object) -> None:
-        """Have it answer on that descriptor."""
-
 
 class Relay(Protocol):
-    """What is looked into."""
+    """The relay that answers, as far as the endpoints need it."""
 
     @property
     def askable(self) -> Sequence[Worker]:
@@ -63,144 +41,133 @@ class Relay(Protocol):
         """The document of /status, but for what is asked of the workers."""
 
     @property
-    def ready(self) -> str | None:
+    def why_not_ready(self) -> str | None:
         """Why it takes no new connections; None if it does."""
 
 
-class LookingIn:
-    """Where it can be asked, and the answers. `selector` tells of its sockets, with this as their data."""
+class Api:
+    """The sockets where the relay can be asked, and the answers. The data of what it registers is the method to
+    call."""
 
     def __init__(self, selector: selectors.BaseSelector, relay: Relay, history: History) -> None:
         self._selector = selector
         self._relay = relay
         self._history = history
+        self._fanout = Fanout(selector)
         self._servers: dict[address.Where | None, Server] = {}
-        self._questions: list[Question] = []
         with contextlib.suppress(OSError):  # another pid namespace has our number; what `admin` names is left
             self._serve(address.own())
 
     def _serve(self, admin: AdminSocket) -> None:
-        self._servers[admin.where] = Server(self._selector, self, admin, self._answer)
+        self._servers[admin.where] = Server(self._selector, admin, self._answer)
 
-    def also(self, admin: AdminSocket | None) -> None:
+    def open_public(self, admin: AdminSocket) -> None:
         """Answer there too, and only there beside the relay's own socket."""
+        self.close_public()
+        self._serve(admin)
+
+    def close_public(self) -> None:
+        """Answer at the relay's own socket only."""
         for where in [where for where in self._servers if where is not None]:
             self._servers.pop(where).close()
-        if admin is not None:
-            self._serve(admin)
 
     @property
-    def where(self) -> address.Where | None:
-        """Where that is."""
+    def public(self) -> address.Where | None:
+        """Where it answers beside the relay's own socket; None: nowhere."""
         return next((where for where in self._servers if where is not None), None)
 
-    def fired(self, source: object) -> None:
-        """The selector has told of this one."""
-        with self._bugs_stay_here():
-            if not any(question.fired(source) for question in list(self._questions)):
-                any(server.fired(source) for server in list(self._servers.values()))
-
-    @contextlib.contextmanager
-    def _bugs_stay_here(self) -> Iterator[None]:
-        """The relay goes on whatever happens to those who look in; the conversation ends when its time is over."""
-        try:
-            yield
-        except Exception:
-            log.exception("the admin interface met a bug")
+    @property
+    def questions(self) -> int:
+        """How many questions wait for answers of the workers."""
+        return self._fanout.questions
 
     @property
-    def due(self) -> list[float]:
-        """When `keep_time` has something to do (time.monotonic())."""
-        servers = (server.due for server in self._servers.values())
-        return [at for at in servers if at is not None] + [question.until for question in self._questions]
+    def deadline(self) -> float | None:
+        """When `tick` has something to do (time.monotonic()); None: not before something comes."""
+        deadlines = [self._fanout.deadline, *(server.deadline for server in self._servers.values())]
+        return min((at for at in deadlines if at is not None), default=None)
 
-    def keep_time(self) -> None:
-        """End what has taken too long."""
-        now = time.monotonic()
-        for question in [one for one in self._questions if now >= one.until]:
-            with self._bugs_stay_here():
-                question.finish()
+    def tick(self, now: float) -> None:
+        """End what has taken too long; `now` is time.monotonic()."""
+        self._fanout.tick(now)
         for server in self._servers.values():
-            with self._bugs_stay_here():
-                server.keep_time(now)
+            server.tick(now)
 
     def close(self) -> None:
-        """Answer nobody any more."""
-        for question in list(self._questions):
-            with self._bugs_stay_here():
-                question.finish()
+        """Answer nobody any more, and close all sockets."""
+        self._fanout.close()
         for server in self._servers.values():
             server.close()
         self._servers.clear()
 
-    # --- questions
-
     def _answer(self, request: Request, to: Conversation) -> None:
-        if request.path.startswith("/sessions/") and request.method == "DELETE":
-            self._abort(request, to)
-            return
-        if request.method not in ("GET", "HEAD"):
-            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "this can only be looked at", Allow="GET, HEAD")
-        answers = {
-            "/": lambda _, to: to.answer(self._page()),
-            "/status": self._tell_status,
-            "/sessions": self._tell_sessions,
-            "/metrics": self._tell_metrics,
-            "/history": lambda _, to: to.answer(http.document(self._history.columns())),
-            "/healthz": lambda _, to: to.answer(http.Response(HTTPStatus.OK, http.TEXT, b"ok\n")),
-            "/readyz": self._tell_ready,
-        }
-        answer: Callable[[Request, Conversation], None] | None = answers.get(request.path)
-        if answer is None:
-            raise HttpError(HTTPStatus.NOT_FOUND, f"nothing is here; there are {', '.join(answers)}")
-        if request.query and request.path != "/sessions":
+        endpoint = _endpoint(request)
+        if request.query and not endpoint.takes_query:
             raise HttpError(HTTPStatus.BAD_REQUEST, f"{request.path} takes no query")
-        answer(request, to)
+        endpoint.handler(self, request, to)
 
-    def _page(self) -> http.Response:
+    # --- the endpoints
+
+    def get_page(self, _: Request, to: Conversation) -> None:
+        """Answer with the page for browsers."""
         try:
-            return page.response()
+            to.answer(page.response())
         except OSError:  # it was updated, or descriptors have run out
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "the page cannot be read now") from None
 
-    def _tell_ready(self, _: Request, to: Conversation) -> None:
-        why = self._relay.ready
-        if why is None:
-            to.answer(http.Response(HTTPStatus.OK, http.TEXT, b"ready\n"))
-        else:
-            to.answer(http.problem(HTTPStatus.SERVICE_UNAVAILABLE, why))
+    def get_status(self, _: Request, to: Conversation) -> None:
+        """Answer with the health and all numbers, as JSON."""
 
-    def _tell_status(self, _: Request, to: Conversation) -> None:
-        def told(answers: list[bytes], silent: list[int]) -> None:
-            _, refused, _ = sessions.merged(answers, Query())
+        def answered(answers: list[bytes], silent: list[int]) -> None:
+            _, refused, _ = merged(answers, Query())
             refused.sort(key=lambda one: float(one["time"]), reverse=True)  # type: ignore[index]
             found = self._relay.status
-            to.answer(http.document({**found, "last_refused": refused[: sessions.MAX_REFUSED], "silent": silent}))
+            last = refused[: session_query.MAX_REFUSED]
+            to.answer(http.document({**found, "last_refused": last, "silent": silent}))
 
-        self._ask("sessions", self._relay.askable, to, told, query=None)
+        self._fanout.ask("sessions", self._relay.askable, to, answered, query=None)
 
-    def _tell_metrics(self, _: Request, to: Conversation) -> None:
+    def get_sessions(self, request: Request, to: Conversation) -> None:
+        """Answer with the live connections that the query chooses, as JSON."""
+        try:
+            query = session_query.parse(request.query)
+        except UsageError as error:
+            raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
+
+        def answered(answers: list[bytes], silent: list[int]) -> None:
+            matching, _, rows = merged(answers, query)
+            head = json.dumps({"matching": matching, "silent": silent}, separators=(",", ":")).encode()
+            body = b'%s,"sessions":[%s]}\n' % (head[:-1], b",\n".join(rows))
+            to.answer(http.Response(HTTPStatus.OK, http.JSON, body))
+
+        self._fanout.ask("sessions", self._relay.askable, to, answered, query=session_query.written(query))
+
+    def get_metrics(self, _: Request, to: Conversation) -> None:
+        """Answer with the numbers as Prometheus reads them. Raises HttpError without its library."""
         try:
             from tproxy_relay.admin import metrics
         except ImportError:
             raise HttpError(HTTPStatus.NOT_IMPLEMENTED, HOW_TO_GET_METRICS) from None
         to.answer(http.Response(HTTPStatus.OK, metrics.KIND, metrics.text(self._relay.status)))
 
-    def _tell_sessions(self, request: Request, to: Conversation) -> None:
-        try:
-            query = session_query.parse(request.query)
-        except UsageError as error:
-            raise HttpError(HTTPStatus.BAD_REQUEST, str(error)) from None
+    def get_history(self, _: Request, to: Conversation) -> None:
+        """Answer with the samples of the last minutes, as JSON."""
+        to.answer(http.document(self._history.columns()))
 
-        def told(answers: list[bytes], silent: list[int]) -> None:
-            matching, _, rows = sessions.merged(answers, query)
-            head = json.dumps({"matching": matching, "silent": silent}, separators=(",", ":")).encode()
-            body = b'%s,"sessions":[%s]}\n' % (head[:-1], b",\n".join(rows))
-            to.answer(http.Response(HTTPStatus.OK, http.JSON, body))
+    def get_healthz(self, _: Request, to: Conversation) -> None:
+        """Answer 200, for as long as the process lives."""
+        to.answer(http.Response(HTTPStatus.OK, http.TEXT, b"ok\n"))
 
-        self._ask("sessions", self._relay.askable, to, told, query=session_query.written(query))
+    def get_readyz(self, _: Request, to: Conversation) -> None:
+        """Answer 200 if the relay takes new connections, 503 and the reason if not."""
+        why = self._relay.why_not_ready
+        if why is None:
+            to.answer(http.Response(HTTPStatus.OK, http.TEXT, b"ready\n"))
+        else:
+            to.answer(http.problem(HTTPStatus.SERVICE_UNAVAILABLE, why))
 
-    def _abort(self, request: Request, to: Conversation) -> None:
+    def delete_session(self, request: Request, to: Conversation) -> None:
+        """Abort the connection whose id the path ends with."""
         if not to.permitted:
             raise HttpError(HTTPStatus.FORBIDDEN, "only root and the account of this relay may, over a unix socket")
         try:
@@ -208,7 +175,7 @@ class LookingIn:
         except UsageError as error:
             raise HttpError(HTTPStatus.NOT_FOUND, str(error)) from None
 
-        def told(answers: list[bytes], silent: list[int]) -> None:
+        def answered(answers: list[bytes], silent: list[int]) -> None:
             if any(json.loads(answer)["aborted"] for answer in answers):
                 to.answer(http.document({"aborted": number}))
             else:
@@ -217,97 +184,39 @@ class LookingIn:
         pid = int(number.partition("-")[0], 16)
         account = unix_sockets.peer(to.sock).uid
         workers = [one for one in self._relay.askable if one.pid == pid]
-        self._ask("abort", workers, to, told, id=number, account=account)
-
-    def _ask(self, order: str, workers: Sequence[Worker], to: Conversation, told: "Told", **what: object) -> None:
-        if len(self._questions) >= MAX_QUESTIONS:
-            raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask at once", **{"Retry-After": "1"})
-        question = Question(self._selector, self, lambda: self._is_over(question, to, told))
-        self._questions.append(question)
-        question.ask(order, workers, what)
-
-    def _is_over(self, question: "Question", to: Conversation, told: "Told") -> None:
-        self._questions.remove(question)
-        try:
-            told(question.answers, question.silent)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            log.error("a worker talks nonsense about its connections")
-            to.answer(http.problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a worker talks nonsense"))
+        self._fanout.ask("abort", workers, to, answered, id=number, account=account)
 
 
-Told = Callable[[list[bytes], list[int]], None]
-"""Gets the answers, and the process ids of workers that gave none."""
+class Endpoint(NamedTuple):
+    """A method and a path, and what answers it."""
+
+    method: str
+    path: str
+    """As fnmatch(3) matches it."""
+    handler: Callable[[Api, Request, Conversation], None]
+    """Answers now or later. Raises HttpError."""
+    takes_query: bool = False
 
 
-class _Asked(NamedTuple):
-    """One worker."""
+ENDPOINTS = (
+    Endpoint("GET", "/", Api.get_page),
+    Endpoint("GET", "/status", Api.get_status),
+    Endpoint("GET", "/sessions", Api.get_sessions, takes_query=True),
+    Endpoint("GET", "/metrics", Api.get_metrics),
+    Endpoint("GET", "/history", Api.get_history),
+    Endpoint("GET", "/healthz", Api.get_healthz),
+    Endpoint("GET", "/readyz", Api.get_readyz),
+    Endpoint("DELETE", "/sessions/*", Api.delete_session, takes_query=True),
+)
 
-    pid: int
-    answer: bytearray
 
-
-class Question:
-    """To some workers; the answers come in whatever order."""
-
-    def __init__(self, selector: selectors.BaseSelector, owner: object, over: Callable[[], None]) -> None:
-        """`over` is called once, when all have answered, or when it is `finish`ed."""
-        self.until = time.monotonic() + WORKER_TIMEOUT
-        self.answers: list[bytes] = []
-        self.silent: list[int] = []
-        """Process ids of workers that gave none, or not all of it."""
-        self._selector = selector
-        self._owner = owner
-        self._over = over
-        self._waiting: dict[socket.socket, _Asked] = {}
-
-    def ask(self, order: str, workers: Iterable[Worker], what: dict[str, Any]) -> None:
-        """All of them."""
-        for worker in workers:
-            try:
-                ours, theirs = socket.socketpair()
-            except OSError:  # no descriptor is left
-                self.silent.append(worker.pid)
-                continue
-            with theirs:
-                worker.ask(order, theirs.fileno(), **what)
-            ours.setblocking(False)
-            self._waiting[ours] = _Asked(worker.pid, bytearray())
-            self._selector.register(ours, selectors.EVENT_READ, self._owner)
-        if not self._waiting:
-            self.finish()
-
-    def fired(self, source: object) -> bool:
-        """The selector has told of this one. False if it is none of this question's."""
-        asked = self._waiting.get(source) if isinstance(source, socket.socket) else None
-        if asked is None or not isinstance(source, socket.socket):
-            return False
-        try:
-            data = source.recv(BLOCK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            data = b""
-        asked.answer.extend(data)
-        if not data or len(asked.answer) > MAX_ANSWER:
-            self._has_answered(source, complete=not data and asked.answer.endswith(b"\n"))
-        return True
-
-    def _has_answered(self, sock: socket.socket, *, complete: bool) -> None:
-        asked = self._waiting.pop(sock)
-        self._selector.unregister(sock)
-        sock.close()
-        if complete:
-            self.answers.append(bytes(asked.answer))
-        else:
-            self.silent.append(asked.pid)
-        if not self._waiting:
-            self.finish()
-
-    def finish(self) -> None:
-        """With what there is."""
-        for sock, asked in self._waiting.items():
-            self._selector.unregister(sock)
-            sock.close()
-            self.silent.append(asked.pid)
-        self._waiting.clear()
-        self._over()
+def _endpoint(request: Request) -> Endpoint:
+    """The one that answers this request. Raises HttpError."""
+    method = "GET" if request.method == "HEAD" else request.method
+    for endpoint in ENDPOINTS:
+        if endpoint.method == method and fnmatchcase(request.path, endpoint.path):
+            return endpoint
+    if method != "GET":
+        raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, "this can only be looked at", Allow="GET, HEAD")
+    paths = ", ".join(one.path for one in ENDPOINTS if one.method == "GET")
+    raise HttpError(HTTPStatus.NOT_FOUND, f"nothing is here; there are {paths}")

@@ -1,4 +1,4 @@
-"""Ask a running relay."""
+"""Asking a running relay, from another process."""
 
 import http.client
 import json
@@ -13,7 +13,7 @@ from tproxy_relay.admin.address import Where
 from tproxy_relay.errors import CapabilityMissingError, RelayError, SystemRefusedError
 from tproxy_relay.settings import Settings
 
-PATIENCE = 10.0
+ANSWER_TIMEOUT = 10.0
 """Seconds for an answer; it takes some milliseconds, and the workers of a busy relay may take three seconds."""
 
 
@@ -30,11 +30,11 @@ class Client:
         self.where = where
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
-        """A document. Raises RelayError."""
+        """The document at that path, read from JSON. Raises RelayError."""
         return self._ask("GET", path + (f"?{urllib.parse.urlencode(query)}" if query else ""))
 
     def abort(self, number: str) -> None:
-        """End the connection with that id. Raises RelayError."""
+        """Have the connection with that id aborted. Raises RelayError, also if there is none."""
         self._ask("DELETE", f"/sessions/{urllib.parse.quote(number)}")
 
     def _ask(self, method: str, target: str) -> Any:
@@ -60,12 +60,12 @@ class Client:
 
 class _Connection(http.client.HTTPConnection):
     def __init__(self, where: Where | int) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
+        super().__init__("localhost", timeout=ANSWER_TIMEOUT)
         self._where = where
 
     def connect(self) -> None:
-        """Over whatever socket it is."""
-        self.sock: socket.socket = address.dial(self._where, PATIENCE)
+        """Connect over whatever socket it is; `http.client` calls it."""
+        self.sock: socket.socket = address.dial(self._where, ANSWER_TIMEOUT)
 
 
 def find(settings: Settings) -> Client:

@@ -4,16 +4,16 @@ from collections import deque
 from typing import NamedTuple
 
 SECONDS = 600
-"""Of samples that are kept: ten minutes."""
+"""Of samples that are kept, one a second: ten minutes."""
 RECENT = 10.0
 """Seconds that a rate is about."""
 
 
 class Sample(NamedTuple):
-    """The counters at one moment."""
+    """The counters of the relay at one moment."""
 
     at: float
-    """time.time()"""
+    """Seconds since 1970 (time.time())."""
     accepted: int
     live: int
     failed: int
@@ -31,13 +31,13 @@ class History:
         """When a connection last came (time.time()), to a second; None: never."""
 
     def add(self, sample: Sample) -> None:
-        """The newest one."""
+        """Keep this sample, the newest one; the oldest is dropped after SECONDS."""
         if sample.accepted > (self._samples[-1].accepted if self._samples else 0):
             self.last_accepted = sample.at
         self._samples.append(sample)
 
     def rates(self) -> dict[str, float]:
-        """In a second, over the last RECENT seconds."""
+        """How many connections and bytes there were a second, over the last RECENT seconds; 0 with one sample."""
         if len(self._samples) < 2:
             return {"accepted": 0.0, "failed": 0.0, "bytes_up": 0.0, "bytes_down": 0.0}
         last = self._samples[-1]
@@ -51,5 +51,5 @@ class History:
         }
 
     def columns(self) -> dict[str, list[float]]:
-        """All samples, by field."""
+        """All samples, oldest first: a list for each field of Sample."""
         return {name: [getattr(one, name) for one in self._samples] for name in Sample._fields}

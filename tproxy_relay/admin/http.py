@@ -22,7 +22,7 @@ TEXT = "text/plain; charset=utf-8"
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody wants."""
+    """A request, as it was understood."""
 
     method: str
     path: str
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """What they get."""
+    """The answer to a request, before it is bytes."""
 
     status: HTTPStatus
     kind: str
@@ -41,7 +41,7 @@ class Response:
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def to_bytes(self, *, with_body: bool) -> bytes:
-        """As it goes out. Answers are about now, and belong to nobody else's page."""
+        """The bytes that go out. Answers are about now, and belong to nobody else's page."""
         lines = [
             f"HTTP/1.1 {self.status.value} {self.status.phrase}",
             f"Content-Type: {self.kind}",
@@ -56,7 +56,7 @@ class Response:
 
 
 class HttpError(Exception):
-    """The request is answered by this."""
+    """Raised where a request cannot be served; `response` answers it."""
 
     def __init__(self, status: HTTPStatus, why: str, **fields: str) -> None:
         super().__init__(why)
@@ -64,17 +64,17 @@ class HttpError(Exception):
 
 
 def problem(status: HTTPStatus, why: str, **fields: str) -> Response:
-    """One line that says what is wrong."""
+    """A response with one line of text that says what is wrong, and with these header fields."""
     return Response(status, TEXT, f"{why}\n".encode(), fields)
 
 
 def document(what: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
-    """As JSON, a line."""
+    """A response with that as JSON, in one line."""
     return Response(status, JSON, json.dumps(what, separators=(",", ":")).encode() + b"\n")
 
 
 def parse(head: bytes) -> Request:
-    """From the request line to the empty line. Raises HttpError."""
+    """The request in these bytes, from the request line to the empty line. Raises HttpError."""
     line, _, rest = head.partition(b"\r\n")
     words = line.decode("latin-1").split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1.") or not words[0].isascii() or not words[0].isalpha():
@@ -94,7 +94,7 @@ def parse(head: bytes) -> Request:
 
 
 def _host(text: str) -> str:
-    """Without its port."""
+    """The host, without its port."""
     try:
         return urllib.parse.urlsplit(f"//{text}").hostname or ""
     except ValueError:

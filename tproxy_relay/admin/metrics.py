@@ -21,7 +21,7 @@ Document = Mapping[str, Any]
 
 
 def text(status: Document) -> bytes:
-    """Of this document of /status."""
+    """The metrics of this document of /status, in the text format of Prometheus."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collected(status))
     return generate_latest(registry)
@@ -32,11 +32,11 @@ class _Collected(Collector):
         self._status = status
 
     def describe(self) -> list[Metric]:
-        """Nothing in advance."""
+        """None: what there is depends on the document."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """All of it."""
+        """The metrics, one after the other; the registry calls it."""
         yield InfoMetricFamily(
             "tproxy_relay", "The version of the relay.", value={"version": str(self._status["version"])}
         )

@@ -14,7 +14,7 @@ from tproxy_relay.admin.http import Response
 
 
 def response() -> Response:
-    """The page."""
+    """The page, and the policy that fits it. Raises OSError if the file cannot be read."""
     body = Path(__file__).with_name("page.html").read_bytes()
     script, style = (_digest(body, name) for name in ("script", "style"))
     policy = (

@@ -5,10 +5,11 @@ at a time wait in the kernel's backlog.
 """
 
 import contextlib
+import logging
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
 from tproxy_relay.admin import http
@@ -29,6 +30,18 @@ MAX_GOODBYE = 65536
 FULL_PAUSE = 0.5
 """Seconds without new conversations when there is no descriptor for one."""
 
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def bugs_stay_here() -> Iterator[None]:
+    """Around whatever the loop of the supervisor calls: the relay goes on whatever happens to those who ask. The
+    conversation ends when its time is over."""
+    try:
+        yield
+    except Exception:
+        log.exception("the admin interface met a bug")
+
 
 class Conversation:
     """One connection of somebody who asks: a request, its answer, and the end."""
@@ -48,11 +61,14 @@ class Conversation:
         """If this one may change something."""
         return self.admin.permits(self.sock)
 
-    def fired(self) -> None:
-        """The selector has told of it."""
+    @bugs_stay_here()
+    def on_ready(self) -> None:
+        """It can be read, or written to. Nothing happens if it was closed in the same turn of the loop."""
+        if self.sock.fileno() < 0:
+            return
         try:
             if self._goodbye >= 0:
-                self._say_goodbye()
+                self._linger()
             elif self._answer is not None:
                 self._write()
             else:
@@ -89,14 +105,15 @@ class Conversation:
             self.answer(error.response)
 
     def answer(self, response: Response) -> None:
-        """Give it."""
+        """Send the response, as far as it is taken now, and the rest when it can be taken. Nothing happens if the
+        conversation has ended meanwhile."""
         if self.sock.fileno() < 0:
             return  # it has been too long
         self._answer = memoryview(response.to_bytes(with_body=self._with_body))
         with contextlib.suppress(KeyError, ValueError):
             self._server.selector.unregister(self.sock)
-        self._server.selector.register(self.sock, selectors.EVENT_WRITE, self._server.owner)
-        self.fired()
+        self._server.selector.register(self.sock, selectors.EVENT_WRITE, self.on_ready)
+        self.on_ready()
 
     def _write(self) -> None:
         assert self._answer is not None
@@ -105,16 +122,16 @@ class Conversation:
             self.sock.shutdown(socket.SHUT_WR)
             self._goodbye = 0
             self.until = time.monotonic() + GOODBYE_TIMEOUT
-            self._server.selector.modify(self.sock, selectors.EVENT_READ, self._server.owner)
+            self._server.selector.modify(self.sock, selectors.EVENT_READ, self.on_ready)
 
-    def _say_goodbye(self) -> None:
+    def _linger(self) -> None:
         data = self.sock.recv(MAX_GOODBYE)
         self._goodbye += len(data)
         if not data or self._goodbye > MAX_GOODBYE:
             self.close()
 
     def close(self) -> None:
-        """The end."""
+        """End the connection, whether it has its answer or not. It may be called again."""
         self._server.forget(self)
         with contextlib.suppress(KeyError, ValueError):
             self._server.selector.unregister(self.sock)
@@ -126,11 +143,10 @@ Ask = Callable[[Request, Conversation], None]
 
 
 class Server:
-    """One of the sockets, and all who talk there. The selector tells of it, with `owner` as its data."""
+    """One of the sockets, and all who talk there. The data of what it registers is the method to call."""
 
-    def __init__(self, selector: selectors.BaseSelector, owner: object, admin: AdminSocket, ask: Ask) -> None:
+    def __init__(self, selector: selectors.BaseSelector, admin: AdminSocket, ask: Ask) -> None:
         self.selector = selector
-        self.owner = owner
         self.admin = admin
         self.ask = ask
         self._open: dict[socket.socket, Conversation] = {}
@@ -138,26 +154,23 @@ class Server:
         self._not_before = 0.0
         self._listen()
 
-    def fired(self, source: object) -> bool:
-        """The selector has told of this one. False if it is none of this server's."""
-        if source is self.admin.sock:
-            self._let_in()
-            return True
-        conversation = self._open.get(source) if isinstance(source, socket.socket) else None
-        if conversation is None:
-            return False
-        conversation.fired()
-        return True
+    @property
+    def conversations(self) -> int:
+        """How many conversations are open."""
+        return len(self._open)
 
     def _listen(self) -> None:
         wanted = len(self._open) < MOST and time.monotonic() >= self._not_before
         if wanted and not self._listening:
-            self.selector.register(self.admin.sock, selectors.EVENT_READ, self.owner)
+            self.selector.register(self.admin.sock, selectors.EVENT_READ, self._on_connection)
         elif self._listening and not wanted:
             self.selector.unregister(self.admin.sock)
         self._listening = wanted
 
-    def _let_in(self) -> None:
+    @bugs_stay_here()
+    def _on_connection(self) -> None:
+        if not self._listening:
+            return  # not any more, since the same turn of the loop
         try:
             sock, _ = self.admin.sock.accept()
         except BlockingIOError:
@@ -168,13 +181,13 @@ class Server:
             return
         sock.setblocking(False)
         conversation = self._open[sock] = Conversation(self, sock)
-        self.selector.register(sock, selectors.EVENT_READ, self.owner)
+        self.selector.register(sock, selectors.EVENT_READ, conversation.on_ready)
         if not self.admin.admits(sock):
             conversation.answer(http.problem(HTTPStatus.FORBIDDEN, "only root and the account of this relay may ask"))
         self._listen()
 
     def forget(self, conversation: Conversation) -> None:
-        """It is over."""
+        """Make room for another one: this conversation has ended."""
         self._open.pop(conversation.sock, None)
         self._listen_again()
 
@@ -183,22 +196,23 @@ class Server:
             self._listen()
 
     @property
-    def due(self) -> float | None:
-        """When `keep_time` has something to do (time.monotonic()); None: not before something comes."""
+    def deadline(self) -> float | None:
+        """When `tick` has something to do (time.monotonic()); None: not before something comes."""
         times = [conversation.until for conversation in self._open.values()]
         if not self._listening and len(self._open) < MOST:
             times.append(self._not_before)
         return min(times, default=None)
 
-    def keep_time(self, now: float) -> None:
-        """End the conversations that have taken too long."""
+    @bugs_stay_here()
+    def tick(self, now: float) -> None:
+        """End the conversations that have taken too long; `now` is time.monotonic()."""
         for conversation in list(self._open.values()):
             if now >= conversation.until:
                 conversation.close()
         self._listen_again()
 
     def close(self) -> None:
-        """Stop."""
+        """Listen no more, and end all conversations."""
         if self._listening:
             self.selector.unregister(self.admin.sock)
             self._listening = False

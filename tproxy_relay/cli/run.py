@@ -44,8 +44,8 @@ def run(
     writer.start()
     try:
         generation.warn_of_nonlocal_bind()
-        supervisor = Supervisor(settings, reread, environ, wakeup, writer)
-        code = supervisor.run() if supervisor.start(take_over=take_over) else 0
+        supervisor = Supervisor(reread, environ, wakeup, writer)
+        code = supervisor.run() if supervisor.start(settings, take_over=take_over) else 0
     except BaseException:
         writer.stop(LOG_FLUSH)
         warnings.simplefilter("ignore", ResourceWarning)  # the end of the process closes everything

@@ -11,7 +11,7 @@ import queue
 import socket
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
 from tproxy_relay.intercept import foreign_nat, plan
@@ -23,6 +23,7 @@ from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.system import cpu, limits, privileges
+from tproxy_relay.system.limits import Limits
 from tproxy_relay.worker.spec import WorkerSpec
 
 FIXED = ("mode", "interface", "backend", "mark_mask", "route_table", "route_priority")
@@ -35,58 +36,88 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A configuration that can be put in force."""
+class Pool:
+    """How many workers a generation has, and what they are."""
 
+    size: int
+    """How many there are to be."""
+    command: tuple[str, ...]
+    """That becomes a worker with the right account and capabilities."""
+    cpus: tuple[int, ...]
+    """The processors that they stay on; empty: wherever the scheduler wants."""
+    can_mark: bool
+    """If they may mark the sockets that they open."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Settings that can be put in force, or are, and all that its workers need."""
+
+    number: int
+    """1 for the first one of a relay."""
     settings: Settings
     listeners: tuple[Listener, ...]
     tuning: Tuning
     """Of the listeners."""
     plan: Plan | None
     """Of the ruleset; None: there is nothing to intercept."""
-    spec: WorkerSpec
-    command: tuple[str, ...]
-    """That becomes a worker with the right account and capabilities."""
-    workers: int
-    cpus: tuple[int, ...]
-    """The processors that the workers stay on; empty: wherever the scheduler wants."""
+    destinations: Destinations
+    limits: Limits
+    pool: Pool
+
+    @property
+    def worker_tuning(self) -> Tuning:
+        """Of the sockets that the workers open."""
+        return self.tuning if self.pool.can_mark else replace(self.tuning, mark=0)
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """What each of its workers is sent."""
+        return WorkerSpec(self.settings, self.worker_tuning, self.destinations, self.limits)
+
+    def tune(self) -> None:
+        """Set what the connections that the listeners accept inherit. Raises SystemRefusedError."""
+        for listener in self.listeners:
+            listeners.tune(listener, self.tuning)
 
 
-def prepare(settings: Settings, kept: Sequence[Listener], *, inherited: bool) -> Prepared:
+def prepare(settings: Settings, kept: Sequence[Listener], *, number: int, inherited: bool) -> Generation:
     """Everything for these settings. `kept` are the listeners that there are; all of them and no others if they
     were `inherited`. Raises RelayError, and has opened nothing then."""
     try:
-        return _prepare(settings, kept, inherited)
+        return _prepare(settings, kept, number, inherited)
     except OSError as error:  # descriptors have run out
         raise SystemRefusedError(f"cannot prepare for these settings: {error.strerror}") from error
 
 
-def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> Prepared:
-    target = _resolve_target(settings)
-    keep = _capabilities(settings)
-    account = None if settings.user is None else privileges.account(settings.user)
-    command = privileges.for_worker(account, keep)
-    if os.geteuid() == 0 and (account is None or account.uid == 0) and not privileges.held().has("setpcap"):
-        log.warning("workers keep all capabilities of this root: without CAP_SETPCAP it takes --user to have less")
-    mark = _usable_mark(settings)
+def _prepare(settings: Settings, kept: Sequence[Listener], number: int, inherited: bool) -> Generation:
+    target = resolve_target(settings)
+    keep = worker_capabilities(settings)
+    command = _command(settings, keep)
+    mark, can_mark = usable_mark(settings), "net_raw" in keep
     tuning = Tuning(settings.keepalive, settings.user_timeout, mark)
     ready = list(kept) if inherited else listeners.open_all(settings, tuning, kept)
     try:
         own_ports = frozenset(one.endpoint.port for one in ready)
-        workers = settings.workers or cpu.worth()
+        size = settings.workers or cpu.worth()
         descriptors, memory = limits.raise_descriptor_limit(), limits.usable_memory()
-        spec = WorkerSpec(
-            settings,
-            Tuning(settings.keepalive, settings.user_timeout, mark if "net_raw" in keep else 0),
-            Destinations.of_settings(settings, own_ports | _admin_port(settings), target),
-            limits.of_relay(settings.max_connections, descriptors, len(ready), workers, memory),
-        )
-        wanted = _plan(settings, spec.tuning.mark, own_ports)
+        destinations = Destinations.of_settings(settings, own_ports | _admin_port(settings), target)
+        room = limits.of_relay(settings.max_connections, descriptors, len(ready), size, memory)
+        wanted = wanted_plan(settings, mark if can_mark else 0, own_ports)
     except BaseException:
         listeners.close_all([one for one in ready if one not in kept])
         raise
-    cpus = cpu.cpus(settings.cpu_affinity, workers)
-    return Prepared(settings, tuple(ready), tuning, wanted, spec, tuple(command), workers, cpus)
+    pool = Pool(size, command, cpu.cpus(settings.cpu_affinity, size), can_mark)
+    return Generation(number, settings, tuple(ready), tuning, wanted, destinations, room, pool)
+
+
+def _command(settings: Settings, keep: Sequence[str]) -> tuple[str, ...]:
+    """Becomes a worker that keeps these capabilities. Raises RelayError for an account that cannot be."""
+    account = None if settings.user is None else privileges.account(settings.user)
+    command = privileges.for_worker(account, keep)
+    if os.geteuid() == 0 and (account is None or account.uid == 0) and not privileges.held().has("setpcap"):
+        log.warning("workers keep all capabilities of this root: without CAP_SETPCAP it takes --user to have less")
+    return tuple(command)
 
 
 def _admin_port(settings: Settings) -> frozenset[int]:
@@ -99,9 +130,10 @@ def fixed(settings: Settings) -> dict[str, object]:
     return {name.replace("_", "-"): getattr(settings, name) for name in FIXED}
 
 
-def _capabilities(settings: Settings) -> tuple[str, ...]:
-    """That the workers keep. CAP_NET_RAW lets them borrow the clients' addresses, and mark their sockets: that is how
-    the ruleset knows them, unless they have an account of their own."""
+def worker_capabilities(settings: Settings) -> tuple[str, ...]:
+    """The names of the capabilities that the workers keep. CAP_NET_RAW lets them borrow clients' addresses, and mark
+    their sockets: that is how the ruleset knows them, unless they have an account of their own. Raises
+    CapabilityMissingError."""
     mine = privileges.held()
     if settings.preserve_source != "no" and not mine.has("net_raw"):
         raise CapabilityMissingError(f"preserve-source needs CAP_NET_RAW for each connection; {listeners.HOW_TO_GIVE}")
@@ -109,8 +141,9 @@ def _capabilities(settings: Settings) -> tuple[str, ...]:
     return ("net_raw",) if wanted and mine.has("net_raw") else ()
 
 
-def _plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Plan | None:
-    """The ruleset, with no way for the relay to intercept itself."""
+def wanted_plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Plan | None:
+    """The plan of the ruleset, with no way for the relay to intercept itself: its workers mark their sockets so (0: not
+    at all), and its listeners have these ports. None if nothing is to be intercepted. Raises RelayError."""
     if not (settings.intercept_inbound or settings.intercept_outbound):
         return None
     wanted = plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations())
@@ -124,8 +157,9 @@ def _plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Plan | No
     return wanted
 
 
-def _resolve_target(settings: Settings) -> Endpoint | None:
-    """The target's address, looked up once: there is no name lookup in the path of a connection."""
+def resolve_target(settings: Settings) -> Endpoint | None:
+    """The target's address, looked up once: there is no name lookup in the path of a connection. None without a target.
+    Raises ConfigError."""
     if settings.target is None:
         return None
     answers: queue.SimpleQueue[Endpoint | OSError] = queue.SimpleQueue()
@@ -147,7 +181,7 @@ def _look_up(target: HostPort, answers: "queue.SimpleQueue[Endpoint | OSError]")
         answers.put(error)
 
 
-def _usable_mark(settings: Settings) -> int:
+def usable_mark(settings: Settings) -> int:
     """The relay's own fwmark, the highest bit of mark-mask; 0 where the kernel refuses it."""
     mark = 1 << (settings.mark_mask.bit_length() - 1)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -159,7 +193,7 @@ def _usable_mark(settings: Settings) -> int:
 
 
 def warn_of_nonlocal_bind() -> None:
-    """Say in the log what a sysctl of this host takes from the relay."""
+    """Warn in the log if a sysctl of this host keeps the relay from knowing all of its own addresses."""
     for family in ("ipv4", "ipv6"):
         name = f"net.{family}.ip_nonlocal_bind"
         try:

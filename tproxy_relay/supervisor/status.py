@@ -1,128 +1,212 @@
-"""The document of /status, made from what the supervisor knows. docs/looking-in.rst has its fields."""
+"""What the relay says of itself to those who ask, and where they can ask it. docs/looking-in.rst has the fields."""
 
+import logging
 import os
+import selectors
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 from tproxy_relay import __version__
-from tproxy_relay.admin.history import History
+from tproxy_relay.admin import address
+from tproxy_relay.admin.address import AdminSocket
+from tproxy_relay.admin.api import Api
+from tproxy_relay.admin.history import History, Sample
+from tproxy_relay.errors import RelayError
 from tproxy_relay.guard.guard_client import Health
 from tproxy_relay.ipc.histogram import Histogram
 from tproxy_relay.ipc.scoreboard import Numbers, Traffic
 from tproxy_relay.logs.recent import Problems
-from tproxy_relay.net import listeners
+from tproxy_relay.logs.writer import LogWriter
+from tproxy_relay.net import listeners, proc_net
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.supervisor.generation import Prepared
-from tproxy_relay.supervisor.worker_process import WorkerProcess
-from tproxy_relay.supervisor.workers import DEATHS_PERIOD
+from tproxy_relay.supervisor.respawn import DEATHS_PERIOD, Respawn
+from tproxy_relay.supervisor.state import Phase, RelayState
+from tproxy_relay.supervisor.worker_process import Stage, WorkerProcess
 
 NEARLY_FULL = 0.9
 """Of max-connections."""
 
-
-class Facts(NamedTuple):
-    """At one moment."""
-
-    started: float
-    """time.time()"""
-    state: str
-    prepared: Prepared
-    workers: Sequence[WorkerProcess]
-    numbers: Numbers
-    traffic: Traffic
-    log_dropped: int
-    deaths: int
-    recent_deaths: int
-    """Within DEATHS_PERIOD."""
-    reloads: int
-    reloads_refused: int
-    overflows: int
-    """Of the listeners of this host, since the start."""
-    health: Health | None
-    """Of the ruleset; None if this relay has none."""
-    history: History
-    problems: Problems
+log = logging.getLogger(__name__)
 
 
-def document(facts: Facts) -> dict[str, object]:
-    """All of it, as JSON takes it."""
-    now, limits = time.time(), facts.prepared.spec.limits
-    complaints = list(_complaints(facts))
-    last = facts.history.last_accepted
-    return {
-        "version": __version__,
-        "pid": os.getpid(),
-        "started": round(facts.started, 3),
-        "uptime_seconds": round(now - facts.started, 3),
-        "state": facts.state,
-        "health": "degraded" if complaints else "ok",
-        "complaints": complaints,
-        "connections": {
-            "accepted": facts.numbers.accepted,
-            "active": facts.numbers.live,
-            "closed": facts.numbers.closed,
-            "most": limits.most,
-            "seconds_since_last": None if last is None else round(max(0.0, now - last), 1),
-        },
-        "bytes": {"up": facts.traffic.bytes_up, "down": facts.traffic.bytes_down},
-        "rates": facts.history.rates(),
-        "connect_seconds": _lengths(facts.traffic.connect),
-        "duration_seconds": _lengths(facts.traffic.duration),
-        "listeners": [
-            {"name": one.name, "waiting": waiting, "backlog": backlog}
-            for one in facts.prepared.listeners
-            for waiting, backlog in [listeners.backlog(one)]
-        ],
-        "listen_overflows": facts.overflows,
-        "workers": [
-            {
-                "pid": worker.pid,
-                "generation": worker.generation,
-                "state": "leaving" if worker.leaving else "serving" if worker.serving else "starting",
-                "accepted": numbers.accepted,
-                "active": numbers.live,
-                "closed": numbers.closed,
-                "bytes": {"up": traffic.bytes_up, "down": traffic.bytes_down},
-                "room": limits.room,
-            }
-            for worker in facts.workers
-            for numbers, traffic in [(worker.numbers, worker.traffic)]
-        ],
-        "worker_deaths": facts.deaths,
-        "reloads": facts.reloads,
-        "reloads_refused": facts.reloads_refused,
-        "log_dropped": facts.log_dropped,
-        "ruleset": None if facts.health is None else facts.health._asdict(),
-        "last_problems": facts.problems.last,
-    }
+class Status:
+    """The document of /status, the samples behind it, and the sockets where it is answered."""
 
+    def __init__(
+        self, state: RelayState, respawn: Respawn, selector: selectors.BaseSelector, writer: LogWriter
+    ) -> None:
+        self.problems = Problems()
+        """A handler for the log of this process."""
+        self._state = state
+        self._respawn = respawn
+        self._selector = selector
+        self._writer = writer
+        self._started = time.time()
+        self._history = History()
+        self._overflows_before = proc_net.listen_overflows()
+        self._admin: AdminSocket | None = None
+        self._admin_trouble = ""
+        self._api: Api | None = None
 
-def _complaints(facts: Facts) -> "list[str]":
-    """What an operator should know of, in words."""
-    found = []
-    health, limits = facts.health, facts.prepared.spec.limits
-    if facts.state != "running":
-        found.append(f"the relay is {facts.state}")
-    if health is not None and facts.state == "running":
-        if health.trouble:
-            found.append(f"the ruleset could not be changed: {health.trouble}")
-        if health.state != "active":
-            found.append(f"the ruleset is {health.state}: new connections do not come here")
-    serving = sum(worker.serving and not worker.leaving for worker in facts.workers)
-    if facts.state == "running" and serving < facts.prepared.workers:
-        found.append(f"{serving} of {facts.prepared.workers} workers are at work")
-    if facts.recent_deaths:
-        found.append(f"{facts.recent_deaths} workers have died within {DEATHS_PERIOD:g} s; the log says how")
-    if any(worker.stalled for worker in facts.workers):
-        found.append("a worker stalls")
-    if facts.numbers.live >= limits.most:
-        found.append(
-            f"full: {facts.numbers.live} connections, max-connections is {limits.most}; new ones wait or are refused"
+    # --- where it can be asked
+
+    def listen(self, where: address.Where | None) -> None:
+        """Listen where `admin` says, without an answer until `open`; None: nowhere. Raises SystemRefusedError."""
+        self._admin = None if where is None else address.listen(where)
+
+    def open(self) -> None:
+        """Answer from now on, at the relay's own socket and where it listens."""
+        self._api = Api(self._selector, self, self._history)
+        if self._admin is not None:
+            self._api.open_public(self._admin)
+        self.sample()
+        self.follow_settings()
+
+    def follow_settings(self) -> None:
+        """Answer where `admin` says now. If that cannot be, it is to be called again every second: the relay before
+        this one may be there for a moment yet."""
+        if self._api is None or self._state.ending:
+            return
+        wanted = self._state.generation.settings.admin
+        if wanted == self._api.public:
+            return
+        self._api.close_public()
+        try:
+            if wanted is not None:
+                self._api.open_public(address.listen(wanted))
+            self._admin_trouble = ""
+        except RelayError as error:
+            if str(error) != self._admin_trouble:
+                log.error("%s", error)
+            self._admin_trouble = str(error)
+
+    def close_public(self) -> None:
+        """Answer at the relay's own socket only."""
+        if self._api is not None:
+            self._api.close_public()
+
+    @property
+    def deadline(self) -> float | None:
+        """When `tick` has something to do (time.monotonic()); None: not before somebody asks."""
+        return None if self._api is None else self._api.deadline
+
+    def tick(self, now: float) -> None:
+        """End what has taken too long; `now` is time.monotonic()."""
+        if self._api is not None:
+            self._api.tick(now)
+
+    def close(self) -> None:
+        """Answer nobody any more, and close all sockets."""
+        if self._api is not None:
+            self._api.close()
+        elif self._admin is not None:
+            self._admin.close()
+
+    # --- what is answered
+
+    def sample(self) -> None:
+        """Keep the numbers of this moment, for the history and the rates: to be called every second."""
+        numbers, traffic = self._state.workers.numbers, self._state.workers.traffic
+        self._history.add(
+            Sample(time.time(), numbers.accepted, numbers.live, failed(numbers), traffic.bytes_up, traffic.bytes_down)
         )
-    elif facts.numbers.live >= NEARLY_FULL * limits.most:
-        found.append(f"nearly full: {facts.numbers.live} of {limits.most} connections")
-    return found
+
+    @property
+    def log_dropped(self) -> int:
+        """How many log records were lost, in all workers that there are and were, and here."""
+        return self._state.workers.traffic.log_dropped + self._writer.dropped
+
+    @property
+    def askable(self) -> Sequence[WorkerProcess]:
+        """The workers that may have connections."""
+        return [worker for worker in self._state.workers if worker.has_served]
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """Why it takes no new connections; None if it does."""
+        if self._state.ending:
+            return f"the relay is {self._state.phase.value}"
+        return None if any(worker.stage is Stage.SERVING for worker in self.askable) else "no worker is at work"
+
+    @property
+    def status(self) -> dict[str, object]:
+        """The document of /status, as JSON takes it, but for what is asked of the workers."""
+        state, now = self._state, time.time()
+        numbers, traffic = state.workers.numbers, state.workers.traffic
+        health = None if state.interception is None else state.interception.health
+        complaints = list(self._complaints(numbers, health))
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "started": round(self._started, 3),
+            "uptime_seconds": round(now - self._started, 3),
+            "state": state.phase.value,
+            "health": "degraded" if complaints else "ok",
+            "complaints": complaints,
+            "connections": self._connections(numbers, now),
+            "bytes": {"up": traffic.bytes_up, "down": traffic.bytes_down},
+            "rates": self._history.rates(),
+            "connect_seconds": _lengths(traffic.connect),
+            "duration_seconds": _lengths(traffic.duration),
+            "listeners": [
+                {"name": one.name, "waiting": waiting, "backlog": backlog}
+                for one in state.generation.listeners
+                for waiting, backlog in [listeners.backlog(one)]
+            ],
+            "listen_overflows": proc_net.listen_overflows() - self._overflows_before,
+            "workers": [self._worker(worker, worker.numbers, worker.traffic) for worker in state.workers],
+            "worker_deaths": state.workers.deaths,
+            "reloads": state.reloads,
+            "reloads_refused": state.reloads_refused,
+            "log_dropped": traffic.log_dropped + self._writer.dropped,
+            "ruleset": None if health is None else health._asdict(),
+            "last_problems": self.problems.last,
+        }
+
+    def _connections(self, numbers: Numbers, now: float) -> dict[str, object]:
+        last = self._history.last_accepted
+        return {
+            "accepted": numbers.accepted,
+            "active": numbers.live,
+            "closed": numbers.closed,
+            "most": self._state.generation.limits.most,
+            "seconds_since_last": None if last is None else round(max(0.0, now - last), 1),
+        }
+
+    def _worker(self, worker: WorkerProcess, numbers: Numbers, traffic: Traffic) -> dict[str, object]:
+        return {
+            "pid": worker.pid,
+            "generation": worker.generation,
+            "state": "leaving" if worker.leaving else "serving" if worker.has_served else "starting",
+            "accepted": numbers.accepted,
+            "active": numbers.live,
+            "closed": numbers.closed,
+            "bytes": {"up": traffic.bytes_up, "down": traffic.bytes_down},
+            "room": self._state.generation.limits.room,
+        }
+
+    def _complaints(self, numbers: Numbers, health: Health | None) -> Iterator[str]:
+        """What an operator should know of, in words."""
+        state, wanted, most = self._state, self._state.generation.pool.size, self._state.generation.limits.most
+        running = state.phase is Phase.RUNNING
+        if not running:
+            yield f"the relay is {state.phase.value}"
+        if running and health is not None and health.trouble:
+            yield f"the ruleset could not be changed: {health.trouble}"
+        if running and health is not None and health.state != "active":
+            yield f"the ruleset is {health.state}: new connections do not come here"
+        serving = sum(worker.stage is Stage.SERVING for worker in state.workers)
+        if running and serving < wanted:
+            yield f"{serving} of {wanted} workers are at work"
+        recent_deaths = self._respawn.recent_deaths
+        if recent_deaths:
+            yield f"{recent_deaths} workers have died within {DEATHS_PERIOD:g} s; the log says how"
+        if any(worker.stalled for worker in state.workers):
+            yield "a worker stalls"
+        if numbers.live >= most:
+            yield f"full: {numbers.live} connections, max-connections is {most}; new ones wait or are refused"
+        elif numbers.live >= NEARLY_FULL * most:
+            yield f"nearly full: {numbers.live} of {most} connections"
 
 
 def _lengths(histogram: Histogram) -> dict[str, object]:

@@ -1,10 +1,13 @@
-"""One worker as the supervisor sees it: started, talked to, heard, and ended."""
+"""One worker as the supervisor sees it: started, sent orders, listened to, and ended."""
 
 import contextlib
 import logging
 import os
 import subprocess
+from collections import deque
 from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple
 
 from tproxy_relay import errors
 from tproxy_relay.errors import RelayError, SystemRefusedError
@@ -13,7 +16,7 @@ from tproxy_relay.ipc.channel import Message
 from tproxy_relay.ipc.scoreboard import Numbers, Scoreboard, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.supervisor import launch
-from tproxy_relay.supervisor.generation import Prepared
+from tproxy_relay.supervisor.generation import Generation
 from tproxy_relay.system import children
 
 LAST_TIMEOUT = 1.0
@@ -22,21 +25,55 @@ LAST_TIMEOUT = 1.0
 log = logging.getLogger(__name__)
 
 
+class Stage(Enum):
+    """How far a worker has come; from each one only to a later one."""
+
+    STARTING = 1
+    READY = 2
+    """It waits for the order to serve."""
+    SERVING = 3
+    LEAVING = 4
+    """It was told to take no more clients."""
+    LEFT = 5
+    """It takes no more clients."""
+    DISMISSED = 6
+    """It has no connections, is not needed any more, and was killed."""
+
+
+class WorkerEvent(NamedTuple):
+    """Something that the supervisor has to act on."""
+
+    worker: "WorkerProcess"
+    ended: bool
+    """True: its channel is at the end, and it is to be reaped. False: it is ready."""
+
+
 class WorkerProcess:
     """The process, its channel and its slot of the scoreboard. Main thread only: the process dies with the thread that
     has started it (prctl(2), PR_SET_PDEATHSIG)."""
 
     def __init__(
-        self, prepared: Prepared, generation: int, scoreboard: Scoreboard, slot: int, cpu: int | None, pipes: LogPipes
+        self,
+        generation: Generation,
+        scoreboard: Scoreboard,
+        slot: int,
+        cpu: int | None,
+        pipes: LogPipes,
+        events: "deque[WorkerEvent]",
     ) -> None:
-        """Start it. Raises SystemRefusedError."""
-        self.generation = generation
+        """Start it; what happens to it is appended to the events. Raises SystemRefusedError."""
+        self.generation = generation.number
         self.slot = slot
         self.cpu = cpu
         """The processor that it stays on; None: any."""
-        self.stall_timeout = prepared.settings.stall_timeout
+        self.stall_timeout = generation.settings.stall_timeout
         """Seconds; 0: it may be silent for as long as it likes."""
-        self.ready = self.serving = self.leaving = self.left = self.suspected = self.stalled = self.unwanted = False
+        self.stage = Stage.STARTING
+        self.has_served = False
+        """It was told to take clients once: it may have connections, also while it leaves."""
+        self.suspected = self.stalled = False
+        """It was silent for too long at the last check; and at the one before, and was killed for that."""
+        self._events = events
         self._failure: Message | None = None
         self._scoreboard = scoreboard
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
@@ -47,33 +84,53 @@ class WorkerProcess:
                 log_end, words_end, self._words = pipes.add()
                 theirs.callback(os.close, log_end)
                 theirs.callback(os.close, words_end)
-                self._process = _start(prepared, control.fileno(), log_end, words_end)
+                self._process = _start(generation, control.fileno(), log_end, words_end)
                 ours.pop_all()
             except OSError as error:
                 raise SystemRefusedError(f"cannot start a worker: {error.strerror}") from error
         self.pid = self._process.pid
         self._words.belong_to(self.pid)
-        self._channel.send(prepared.spec.to_message(slot, cpu), scoreboard.descriptors)
+        self._channel.send(generation.spec.to_message(slot, cpu), scoreboard.descriptors)
 
     def fileno(self) -> int:
         """Readable when the worker says something, or has ended."""
         return self._channel.fileno()
 
     def serve(self) -> None:
-        """Have it accept connections."""
-        self.serving = True
+        """Have it accept connections from now on."""
+        self.stage = Stage.SERVING
+        self.has_served = True
         self._order("serve")
 
     def leave(self, names: Sequence[str] | None, grace: float, timeout: float | None) -> None:
         """Have it take no more clients, but of the listeners of these names (None: all) for `grace` seconds; its
         connections may go on for `timeout` seconds (None: as long as they like)."""
-        self.leaving = True
+        self._begin_to_leave()
         self._order("leave", listeners=names, grace=grace, timeout=timeout)
 
     def stop(self) -> None:
         """Have it reset its connections and end."""
-        self.leaving = True
+        self._begin_to_leave()
         self._order("stop")
+
+    def dismiss(self) -> None:
+        """Kill it: it has no connections yet, and is not needed any more."""
+        self.stage = Stage.DISMISSED
+        self.kill()
+
+    @property
+    def wanted(self) -> bool:
+        """False once it was told to end."""
+        return self.stage in (Stage.STARTING, Stage.READY, Stage.SERVING)
+
+    @property
+    def leaving(self) -> bool:
+        """True once it was told to take no more clients."""
+        return self.stage in (Stage.LEAVING, Stage.LEFT)
+
+    def _begin_to_leave(self) -> None:
+        if self.wanted:
+            self.stage = Stage.LEAVING
 
     def show_live(self) -> None:
         """Have it write its connections to the log."""
@@ -88,15 +145,22 @@ class WorkerProcess:
         # One that is gone is noticed by the end of its channel; one that does not read, by its silence.
         self._channel.send({"order": order, **what})
 
-    def hear(self) -> bool:
-        """Take what it says. False for its end. One that talks nonsense is killed: it is no worker of ours any more."""
+    def on_readable(self) -> None:
+        """Take what it says, or note its end."""
+        if not self._receive():
+            self._events.append(WorkerEvent(self, ended=True))
+        elif self.stage is Stage.READY:
+            self._events.append(WorkerEvent(self, ended=False))
+
+    def _receive(self) -> bool:
+        """False for its end. One that talks nonsense is killed: it is no worker of ours any more."""
         try:
-            told = self._channel.receive()
-            if told is None:
+            received = self._channel.receive()
+            if received is None:
                 return False
-            for fd in told[1]:
+            for fd in received[1]:
                 os.close(fd)
-            self._take(told[0])
+            self._take(received[0])
         except (ValueError, KeyError, TypeError, OverflowError):
             log.error("a worker talks nonsense", extra={"pid": self.pid})
             self.kill()
@@ -104,33 +168,35 @@ class WorkerProcess:
 
     def _take(self, told: Message) -> None:
         if told["event"] == "ready":
-            self.ready = True
+            if self.stage is Stage.STARTING:
+                self.stage = Stage.READY
         elif told["event"] == "left":
-            self.left = True
+            if self.stage is Stage.LEAVING:
+                self.stage = Stage.LEFT
         elif told["event"] == "failed":
             self._failure = {"message": str(told["message"]), "exit_code": int(told["exit_code"])}
 
     @property
     def silence(self) -> float:
-        """Seconds since it last showed a sign of life."""
+        """How many seconds ago it last showed a sign of life."""
         return self._scoreboard.silence(self.slot)
 
     @property
     def numbers(self) -> Numbers:
-        """What it has counted."""
+        """The connections that it has counted, by its slot of the scoreboard."""
         return self._scoreboard.numbers(self.slot)
 
     @property
     def traffic(self) -> Traffic:
-        """What its connections have carried."""
+        """What its connections have carried, by its slot of the scoreboard."""
         return self._scoreboard.traffic(self.slot)
 
     def kill(self) -> None:
-        """At once; its end is heard like any other. Both ends of its connections see a reset."""
+        """Send it SIGKILL; its end is an event like any other. Both ends of its connections see a reset."""
         self._process.kill()
 
     def reap(self) -> str:
-        """After its end was heard: give back everything but its slot. Returns how it went."""
+        """After its end: give back everything but its slot. Returns how it has ended, as `exit 0` or `signal 9`."""
         self._channel.close()
         try:
             code = self._process.wait(LAST_TIMEOUT)
@@ -147,10 +213,10 @@ class WorkerProcess:
         return SystemRefusedError(f"a worker could not start ({how}): {self._words.last or 'it said nothing'}")
 
 
-def _start(prepared: Prepared, control: int, log_end: int, words_end: int) -> "subprocess.Popen[bytes]":
-    listening = [listener.sock.fileno() for listener in prepared.listeners]
+def _start(generation: Generation, control: int, log_end: int, words_end: int) -> "subprocess.Popen[bytes]":
+    listening = [listener.sock.fileno() for listener in generation.listeners]
     return subprocess.Popen(
-        _command(prepared.command, listening),
+        _command(generation.pool.command, listening),
         stdin=control,
         stdout=log_end,
         stderr=words_end,

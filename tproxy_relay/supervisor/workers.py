@@ -7,44 +7,35 @@ import logging
 import selectors
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.ipc.scoreboard import NO_NUMBERS, NO_TRAFFIC, Numbers, Scoreboard, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
+from tproxy_relay.net.listeners import Listener
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.supervisor.generation import Prepared
-from tproxy_relay.supervisor.worker_process import WorkerProcess
+from tproxy_relay.supervisor.generation import Generation
+from tproxy_relay.supervisor.worker_process import Stage, WorkerEvent, WorkerProcess
 
 BOOT_TIMEOUT = 30.0
 """Seconds for a worker to get ready; it takes a tenth of one."""
-LOOK_INTERVAL = 1.0
-"""Seconds between two looks at the workers."""
+CHECK_INTERVAL = 1.0
+"""Seconds between two checks of the workers."""
 LATE = 2.0
-"""Seconds between two looks after which it was this process or the whole host that stood still, and nothing is said
+"""Seconds between two checks after which it was this process or the whole host that stood still, and nothing is said
 against the workers."""
-MAX_DEATHS = 5
-DEATHS_PERIOD = 60.0
-"""So many workers that die within so many seconds stop the relay."""
-FIRST_PAUSE = 0.1
-"""Seconds before the second death in that time is made good; the next pauses are twice as long, each."""
+HANDSHAKE_GRACE = 1.0
+"""Seconds for the handshakes that are under way when a listener takes no new connections any more: a round trip, and
+one retransmission on a short path."""
 
 log = logging.getLogger(__name__)
-
-
-class Generation(NamedTuple):
-    """Workers that were started with the same settings."""
-
-    number: int
-    prepared: Prepared
 
 
 class Workers:
     """All workers that there are, of whatever generation."""
 
     def __init__(self, selector: selectors.BaseSelector, scoreboard: Scoreboard, pipes: LogPipes) -> None:
-        """The selector will tell of workers, with the worker as its data."""
+        """The data of what is registered is the method to call; then there may be events to take."""
         self._selector = selector
         self._scoreboard = scoreboard
         self._pipes = pipes
@@ -52,7 +43,8 @@ class Workers:
         self._past, self._past_traffic = NO_NUMBERS, NO_TRAFFIC
         self.deaths = 0
         """Of workers, and nobody had told them to end."""
-        self._looked_at = time.monotonic()
+        self._events: deque[WorkerEvent] = deque()
+        self._checked_at = time.monotonic()
         self._forgiving_until = 0.0
 
     def __iter__(self) -> Iterator[WorkerProcess]:
@@ -62,8 +54,13 @@ class Workers:
         return len(self._workers)
 
     def of(self, generation: Generation) -> list[WorkerProcess]:
-        """The workers of one generation."""
+        """The workers that were started for that generation."""
         return [worker for worker in self._workers if worker.generation == generation.number]
+
+    def take_events(self) -> Iterator[WorkerEvent]:
+        """What has happened to workers since the last call, in that order."""
+        while self._events:
+            yield self._events.popleft()
 
     def start(self, generation: Generation) -> None:
         """Start one more of its workers. Raises SystemRefusedError."""
@@ -72,27 +69,28 @@ class Workers:
             raise SystemRefusedError("too many workers still finish their connections: wait for them, or restart")
         try:
             cpu = self._own_cpu(generation)
-            worker = WorkerProcess(generation.prepared, generation.number, self._scoreboard, slot, cpu, self._pipes)
+            worker = WorkerProcess(generation, self._scoreboard, slot, cpu, self._pipes, self._events)
         except BaseException:
             self._scoreboard.clear(slot)
             raise
         self._workers.append(worker)
-        self._selector.register(worker, selectors.EVENT_READ, worker)
+        self._selector.register(worker, selectors.EVENT_READ, worker.on_readable)
         log.info("worker started", extra={"pid": worker.pid, "generation": generation.number})
 
     def _own_cpu(self, generation: Generation) -> int | None:
         """The processor that has the fewest of its workers."""
         taken = Counter(worker.cpu for worker in self.of(generation))
-        return min(generation.prepared.cpus, key=lambda cpu: taken[cpu], default=None)
+        return min(generation.pool.cpus, key=lambda cpu: taken[cpu], default=None)
 
     def reap(self, worker: WorkerProcess) -> str:
-        """After the end of its channel. Returns how it has ended; its last connections were reset by the kernel."""
+        """After the end of its channel. Returns how it has ended (`exit 0`, `signal 9`). Its last connections were
+        reset by the kernel."""
         self._selector.unregister(worker)
         self._workers.remove(worker)
         how, (numbers, traffic) = worker.reap(), self._scoreboard.clear(worker.slot)
         self._past += with_lost(numbers)
         self._past_traffic += traffic
-        expected = worker.unwanted or worker.leaving and how == "exit 0"
+        expected = worker.stage is Stage.DISMISSED or worker.leaving and how == "exit 0"
         self.deaths += not expected
         level = logging.DEBUG if expected else logging.ERROR
         log.log(level, "worker ended", extra={"pid": worker.pid, "how": how, "live": numbers.live})
@@ -100,28 +98,28 @@ class Workers:
 
     @property
     def numbers(self) -> Numbers:
-        """Of all workers that there are and were."""
+        """The connections of all workers that there are and were."""
         return sum((worker.numbers for worker in self._workers), self._past)
 
     @property
     def traffic(self) -> Traffic:
-        """Of all workers that there are and were."""
+        """What the connections of all workers that there are and were have carried."""
         return sum((worker.traffic for worker in self._workers), self._past_traffic)
 
-    def kill_stalled(self) -> None:
-        """Call it every LOOK_INTERVAL seconds. Their connections are reset, and their clients go to others."""
-        now = time.monotonic()
-        late = self._looked_at + LATE
-        self._looked_at = now
+    def kill_stalled(self, now: float) -> None:
+        """Kill the workers that stand still; `now` is time.monotonic(), CHECK_INTERVAL later each time. Their
+        connections are reset, and their clients go to others."""
+        late = self._checked_at + LATE
+        self._checked_at = now
         if now > late:
             self._forgiving_until = now + BOOT_TIMEOUT
         if now < self._forgiving_until:
             return
         for worker in self._workers:
-            most = worker.stall_timeout if worker.serving else BOOT_TIMEOUT
+            most = worker.stall_timeout if worker.has_served else BOOT_TIMEOUT
             silence = worker.silence
             suspected, worker.suspected = worker.suspected, bool(most) and silence > most
-            # At the first look it may only have been stopped together with this process, and be about to go on.
+            # At the first check it may only have been stopped together with this process, and be about to go on.
             if worker.suspected and suspected and not worker.stalled:
                 log.error("worker stalled", extra={"pid": worker.pid, "seconds": round(silence, 1)})
                 worker.stalled = True
@@ -131,28 +129,13 @@ class Workers:
     def dismiss(workers: Iterable[WorkerProcess]) -> None:
         """Kill workers that have no connections yet, and are not needed any more."""
         for worker in workers:
-            worker.unwanted = True
-            worker.kill()
+            worker.dismiss()
 
 
-class Deaths:
-    """How quickly workers die, and how long to wait before the next one is started."""
-
-    def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=MAX_DEATHS)
-
-    def recent(self, now: float) -> int:
-        """Within DEATHS_PERIOD seconds."""
-        return sum(now - death <= DEATHS_PERIOD for death in self._times)
-
-    def pause(self, now: float) -> float | None:
-        """After one more death: seconds to wait, so that a worker that dies again and again does not take the
-        processors; None: stop trying."""
-        self._times.append(now)
-        recent = self.recent(now)
-        if recent >= MAX_DEATHS:
-            return None
-        return float(FIRST_PAUSE * 2 ** (recent - 2)) if recent > 1 else 0.0
+def last_clients(gone: Sequence[Listener]) -> tuple[list[str], float]:
+    """For workers that leave: the names of the listeners that are gone, and for how many seconds to go on with them.
+    Nobody else hears of clients whose connection to one of these is under way."""
+    return [listener.name for listener in gone], HANDSHAKE_GRACE if gone else 0.0
 
 
 def with_lost(numbers: Numbers) -> Numbers:

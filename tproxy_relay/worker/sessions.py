@@ -12,8 +12,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tproxy_relay import session_query
@@ -24,8 +23,6 @@ PATIENCE = 5.0
 """Seconds for the supervisor to take the next piece."""
 PIECE, LARGE_PIECE = 32, 512
 """Connections that are written, or looked at from far, before others get their turn: about a millisecond."""
-MAX_REFUSED = 20
-"""Records of connections that were refused which are kept."""
 
 T = TypeVar("T")
 
@@ -38,8 +35,8 @@ def tell(
     query: Query | None,
     to: socket.socket,
 ) -> None:
-    """In a thread: one line with what there is, then one for each connection, as `merged` takes them; without a query
-    only the first line. Closes the socket in any case."""
+    """In a thread: one line with what there is, then one for each connection, as admin/fanout merges them; without a
+    query only the first line. Closes the socket in any case."""
 
     def run() -> None:
         with to, contextlib.suppress(OSError):  # nobody wants it any more
@@ -79,22 +76,6 @@ def told(live: Sequence[Connection], refused: Sequence[object], query: Query | N
 def _head(live: Sequence[Connection], matching: int, refused: Sequence[object]) -> bytes:
     head = {"live": len(live), "matching": matching, "refused": list(refused)}
     return json.dumps(head, separators=(",", ":")).encode() + b"\n"
-
-
-def merged(answers: Iterable[bytes], query: Query) -> tuple[int, list[object], list[bytes]]:
-    """What several workers have told: how many match, what was refused, and the connections, each as JSON. Raises
-    ValueError for what is no answer."""
-    matching, refused, columns = 0, [], []
-    for answer in answers:
-        head, *lines = answer.splitlines()
-        found = json.loads(head)
-        matching += int(found["matching"])
-        refused += found["refused"]
-        pairs = (line.split(b"\t", 1) for line in lines)
-        columns.append([(json.loads(key), text) for key, text in pairs])
-    largest = query.sort not in TEXTS
-    rows = heapq.merge(*columns, key=lambda row: row[0], reverse=largest != query.reverse)
-    return matching, refused, [text for _, text in islice(rows, query.limit)]
 
 
 def matches(one: Connection, query: Query, now: float) -> bool:

@@ -93,7 +93,7 @@ class Worker:
         self._epoll = select.epoll()
         self._registry: Registry[Connection] = Registry(slot, share_sources=settings.max_per_source > 0)
         self._rate_limit = RateLimit(slot)
-        self._refused: deque[dict[str, object]] = deque(maxlen=sessions.MAX_REFUSED)
+        self._refused: deque[dict[str, object]] = deque(maxlen=session_query.MAX_REFUSED)
         self._eviction = Eviction(self._registry)
         self._threads = ThreadPool(THREADS * limits.room)
         self._hangups = Hangups(self._epoll)

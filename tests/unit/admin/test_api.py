@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 import pytest
 from deadlines import PATIENCE, wait_until
 
-from tproxy_relay.admin import address, api
-from tproxy_relay.admin.api import LookingIn
+from tproxy_relay.admin import address, fanout
+from tproxy_relay.admin.api import Api
 from tproxy_relay.admin.client import Client
-from tproxy_relay.admin.history import History, Sample
+from tproxy_relay.admin.history import History
 from tproxy_relay.errors import RelayError, SystemRefusedError
 
 
@@ -41,7 +41,7 @@ class Someone:
 class Relay:
     """With these workers."""
 
-    ready: str | None = None
+    why_not_ready: str | None = None
 
     def __init__(self) -> None:
         self.askable: Sequence[Someone] = []
@@ -55,13 +55,13 @@ class Relay:
 
 
 class Desk:
-    """Looked into from another thread."""
+    """Asked from another thread."""
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
         self.relay = Relay()
         self.history = History()
-        self.looking_in = LookingIn(self.selector, self.relay, self.history)
+        self.api = Api(self.selector, self.relay, self.history)
         self._stop, self._wake = socket.socketpair()
         self.selector.register(self._stop, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="desk")
@@ -70,17 +70,17 @@ class Desk:
 
     def _run(self) -> None:
         while True:
-            due = min(self.looking_in.due, default=None)
+            due = self.api.deadline
             for key, _ in self.selector.select(None if due is None else max(0.0, due - time.monotonic())):
                 if key.fileobj is self._stop:
                     return
-                self.looking_in.fired(key.fileobj)
-            self.looking_in.keep_time()
+                key.data()
+            self.api.tick(time.monotonic())
 
     def close(self) -> None:
         self._wake.send(b".")
         self._thread.join(PATIENCE)
-        self.looking_in.close()
+        self.api.close()
         self.selector.close()
         self._stop.close()
         self._wake.close()
@@ -124,7 +124,7 @@ def test_what_several_workers_have_is_put_in_one_order(desk: Desk) -> None:
 
 
 def test_who_does_not_answer_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "WORKER_TIMEOUT", 0.3)
+    monkeypatch.setattr(fanout, "WORKER_TIMEOUT", 0.3)
     cut_short = answer((1, "a"))[:-1]
     desk.relay.askable = [Someone(1, answer((1, "a"))), Someone(2, None), Someone(3, b""), Someone(4, cut_short)]
     found = desk.client.get("/sessions")
@@ -168,10 +168,10 @@ def test_the_last_refusals_of_all(desk: Desk) -> None:
 def test_only_some_ask_at_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.relay.askable = [Someone(1, None)]
     with contextlib.ExitStack() as stack:
-        for _ in range(api.MAX_QUESTIONS):
+        for _ in range(fanout.MAX_QUESTIONS):
             sock = stack.enter_context(address.dial(os.getpid(), PATIENCE))
             sock.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n")
-        wait_until(lambda: len(desk.looking_in._questions) == api.MAX_QUESTIONS, "they wait")
+        wait_until(lambda: desk.api.questions == fanout.MAX_QUESTIONS, "they wait")
         with pytest.raises(SystemRefusedError, match="too many ask at once"):
             desk.client.get("/sessions")
         assert desk.client.get("/history")["at"] == [], "what is known here is told"
@@ -190,11 +190,26 @@ def test_an_abort_goes_to_the_worker_that_has_it(desk: Desk) -> None:
         desk.client.abort("1f-1-1")
 
 
-def test_rates_are_of_the_last_seconds() -> None:
-    history = History()
-    assert history.rates()["accepted"] == 0.0 and history.last_accepted is None
-    for second in range(31):
-        history.add(Sample(1000.0 + second, 5 * min(second, 25), 0, 0, 100 * second, 0))
-    assert history.rates() == {"accepted": 2.5, "failed": 0.0, "bytes_up": 100.0, "bytes_down": 0.0}
-    assert history.last_accepted == 1025.0
-    assert history.columns()["at"][0] == 1000.0
+@pytest.mark.parametrize(
+    "request_line, status",
+    [
+        ("GET /nothing", b"404 Not Found"),
+        ("GET /sessions/1-1-1", b"404 Not Found"),
+        ("DELETE /status", b"405 Method Not Allowed"),
+        ("POST /sessions/1-1-1", b"405 Method Not Allowed"),
+        ("GET /status?x=1", b"400 Bad Request"),
+        ("DELETE /sessions/no-id", b"404 Not Found"),
+        ("HEAD /healthz", b"200 OK"),
+        ("GET /readyz", b"200 OK"),
+    ],
+)
+def test_what_there_is_to_ask(desk: Desk, request_line: str, status: bytes) -> None:
+    with address.dial(os.getpid(), PATIENCE) as sock:
+        sock.sendall(f"{request_line} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert sock.recv(4096).startswith(b"HTTP/1.1 " + status + b"\r\n")
+
+
+def test_what_is_not_there_names_what_is(desk: Desk) -> None:
+    why = "there are /, /status, /sessions, /metrics, /history, /healthz, /readyz$"
+    with pytest.raises(SystemRefusedError, match=why):
+        desk.client.get("/nothing")

@@ -17,8 +17,8 @@ from tproxy_relay.config import loader
 from tproxy_relay.config.options import OPTIONS
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.settings import Settings
-from tproxy_relay.supervisor import generation, supervisor
-from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MAX_DEATHS, Deaths
+from tproxy_relay.supervisor import generation, workers
+from tproxy_relay.supervisor.respawn import DEATHS_PERIOD, MAX_DEATHS, Deaths
 from tproxy_relay.system import limits, privileges, proc_title
 
 ROOT = Path(__file__).parents[3]
@@ -117,7 +117,7 @@ def test_the_numbers_are_those_of_the_program() -> None:
     assert pauses[0] == 0 and pauses[-1] is None
     assert "at once, then after " + ", ".join(f"{pause:g} s" for pause in pauses[1:-1]) + " " in WORDS
     assert f"room for {scoreboard.SLOTS} workers" in WORDS
-    assert "after one more second, for handshakes" in WORDS and supervisor.HANDSHAKE_GRACE == 1
+    assert "after one more second, for handshakes" in WORDS and workers.HANDSHAKE_GRACE == 1
     assert "less about forty" in WORDS and limits.RESERVED_DESCRIPTORS == 40
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 def test_a_target_that_does_not_resolve() -> None:
     with pytest.raises(ConfigError, match="target: cannot resolve 'no.such.host.invalid'") as caught:
-        generation._resolve_target(Settings(target=HostPort("no.such.host.invalid", 80)))
+        generation.resolve_target(Settings(target=HostPort("no.such.host.invalid", 80)))
     assert caught.value.exit_code == 78
 
 
@@ -40,15 +40,15 @@ def test_name_servers_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("socket.getaddrinfo", look_up)
     try:
         with pytest.raises(ConfigError, match="target: cannot resolve 'far.example': no answer .* within 0.1 s"):
-            generation._resolve_target(Settings(target=HostPort("far.example", 80)))
+            generation.resolve_target(Settings(target=HostPort("far.example", 80)))
     finally:
         answered.set()
 
 
 def test_a_target_is_looked_up_once() -> None:
-    assert generation._resolve_target(Settings()) is None
-    assert generation._resolve_target(Settings(target=HostPort("127.0.0.1", 80))) == Endpoint("127.0.0.1", 80)
-    assert generation._resolve_target(Settings(target=HostPort("::1", 80))) == Endpoint("::1", 80)
+    assert generation.resolve_target(Settings()) is None
+    assert generation.resolve_target(Settings(target=HostPort("127.0.0.1", 80))) == Endpoint("127.0.0.1", 80)
+    assert generation.resolve_target(Settings(target=HostPort("::1", 80))) == Endpoint("::1", 80)
 
 
 RIGHTS = """
@@ -56,11 +56,11 @@ import sys
 from tproxy_relay.errors import RelayError
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import generation
-print(*(hex(generation._usable_mark(Settings(mark_mask=mask))) for mask in (0x07000000, 0xE0000000, 0x7)))
+print(*(hex(generation.usable_mark(Settings(mark_mask=mask))) for mask in (0x07000000, 0xE0000000, 0x7)))
 for word in ("no", "address", "full"):
     for user in (None, "nobody"):
         try:
-            print(*generation._capabilities(Settings(preserve_source=word, user=user)) or ["none"])
+            print(*generation.worker_capabilities(Settings(preserve_source=word, user=user)) or ["none"])
         except RelayError as error:
             print(error.exit_code)
 """
@@ -85,7 +85,7 @@ OURS = frozenset({15002, 15006})
 
 
 def test_without_ports_to_intercept_there_is_no_ruleset() -> None:
-    assert generation._plan(Settings(), mark=0, own_ports=frozenset()) is None
+    assert generation.wanted_plan(Settings(), mark=0, own_ports=frozenset()) is None
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_interception_that_cannot_work_is_refused_before_anything_is_done(
     settings: Settings, own_ports: set[int], error: type[Exception], why: str
 ) -> None:
     with pytest.raises(error, match=why):
-        generation._plan(settings, mark=0, own_ports=frozenset(own_ports))
+        generation.wanted_plan(settings, mark=0, own_ports=frozenset(own_ports))
 
 
 def test_an_account_of_their_own_exempts_workers_that_cannot_mark_their_sockets() -> None:
-    wanted = generation._plan(Settings(intercept_outbound=HTTP, user="12345"), mark=0, own_ports=OURS)
+    wanted = generation.wanted_plan(Settings(intercept_outbound=HTTP, user="12345"), mark=0, own_ports=OURS)
     assert wanted is not None and wanted.exempt_uid == 12345
-    assert generation._plan(Settings(intercept_outbound=HTTP), mark=4, own_ports=OURS) is not None
+    assert generation.wanted_plan(Settings(intercept_outbound=HTTP), mark=4, own_ports=OURS) is not None
 
 
 # --- all of it
@@ -134,40 +134,43 @@ def plain(**more: object) -> Settings:
 
 def test_what_the_workers_will_need() -> None:
     settings = plain(target=HostPort("127.0.0.1", 80), workers=3, max_connections=50, keepalive=7, user_timeout=2.0)
-    prepared = prepare(settings, [], inherited=False)
+    prepared = prepare(settings, [], number=7, inherited=False)
     made = list(prepared.listeners)
     try:
         (listener,) = made
+        assert prepared.number == 7
         assert prepared.spec.settings is prepared.settings is settings
         own_ports = frozenset({listener.endpoint.port})
         target = Endpoint("127.0.0.1", 80)
         assert prepared.spec.destinations == Destinations.of_settings(settings, own_ports, target)
         assert (prepared.tuning.keepalive, prepared.tuning.user_timeout) == (7, 2.0)
-        assert replace(prepared.spec.tuning, mark=prepared.tuning.mark) == prepared.tuning
-        assert prepared.spec.limits.most == 50
-        assert (prepared.workers, prepared.plan) == (3, None)
-        assert "--no-new-privs" in prepared.command and prepared.command[-1] == "--"
+        assert replace(prepared.worker_tuning, mark=prepared.tuning.mark) == prepared.tuning
+        assert prepared.spec.tuning == prepared.worker_tuning
+        assert prepared.worker_tuning.mark == (prepared.tuning.mark if prepared.pool.can_mark else 0)
+        assert prepared.spec.limits.most == prepared.limits.most == 50
+        assert (prepared.pool.size, prepared.plan) == (3, None)
+        assert "--no-new-privs" in prepared.pool.command and prepared.pool.command[-1] == "--"
     finally:
         listeners.close_all(made)
 
 
 def test_as_many_workers_as_processors() -> None:
-    prepared = prepare(plain(), [], inherited=False)
-    assert prepared.workers == cpu.worth()
-    assert prepared.cpus == cpu.cpus("auto", prepared.workers)
+    prepared = prepare(plain(), [], number=1, inherited=False)
+    assert prepared.pool.size == cpu.worth()
+    assert prepared.pool.cpus == cpu.cpus("auto", prepared.pool.size)
     listeners.close_all(list(prepared.listeners))
 
 
 def test_inherited_listeners_are_used_whatever_the_settings_say() -> None:
     with loopback.listen() as raw:
         inherited = Listener(raw)
-        prepared = prepare(plain(bind=("127.0.0.1", "127.0.0.2")), [inherited], inherited=True)
+        prepared = prepare(plain(bind=("127.0.0.1", "127.0.0.2")), [inherited], number=1, inherited=True)
         assert prepared.listeners == (inherited,)
 
 
 def test_listeners_that_are_there_are_kept_and_others_opened() -> None:
-    (kept,) = prepare(plain(), [], inherited=False).listeners
-    prepared = prepare(plain(bind=("127.0.0.2", "127.0.0.1")), [kept], inherited=False)
+    (kept,) = prepare(plain(), [], number=1, inherited=False).listeners
+    prepared = prepare(plain(bind=("127.0.0.2", "127.0.0.1")), [kept], number=1, inherited=False)
     assert prepared.listeners[1] is kept
     assert prepared.listeners[0].endpoint.host == "127.0.0.2"
     listeners.close_all(list(prepared.listeners))
@@ -183,10 +186,10 @@ def test_listeners_that_are_there_are_kept_and_others_opened() -> None:
     ],
 )
 def test_what_fails_has_opened_nothing_and_closed_nothing(more: dict[str, object], error: type[Exception]) -> None:
-    (kept,) = prepare(plain(), [], inherited=False).listeners
+    (kept,) = prepare(plain(), [], number=1, inherited=False).listeners
     open_before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(error):
-        prepare(plain(**more), [kept], inherited=False)
+        prepare(plain(**more), [kept], number=1, inherited=False)
     assert len(os.listdir("/proc/self/fd")) == open_before
     loopback.dial(kept.endpoint[:2]).close()
     kept.close()
@@ -197,7 +200,7 @@ from tproxy_relay.errors import RelayError
 from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.settings import Settings
 try:
-    prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user="12345"), [], inherited=False)
+    prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user="12345"), [], number=1, inherited=False)
 except RelayError as error:
     print(error.exit_code, error)
 """
@@ -218,7 +221,7 @@ from tproxy_relay.net import listeners
 from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.settings import Settings
 user = None if sys.argv[1] == "none" else sys.argv[1]
-prepared = prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user=user), [], inherited=False)
+prepared = prepare(Settings(mode="redirect", bind=("127.0.0.1",), ports=(0,), user=user), [], number=1, inherited=False)
 listeners.close_all(list(prepared.listeners))
 """
 

@@ -27,7 +27,7 @@ class Desk:
         self.selector = selectors.DefaultSelector()
         self.held: list[Conversation] = []
         self.admin = address.listen(where)
-        self.server = Server(self.selector, self, self.admin, self._ask)
+        self.server = Server(self.selector, self.admin, self._ask)
         self._stop, self._wake = socket.socketpair()
         self.selector.register(self._stop, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="desk")
@@ -49,12 +49,12 @@ class Desk:
 
     def _run(self) -> None:
         while True:
-            due = self.server.due
+            due = self.server.deadline
             for key, _ in self.selector.select(None if due is None else max(0.0, due - time.monotonic())):
                 if key.fileobj is self._stop:
                     return
-                self.server.fired(key.fileobj)
-            self.server.keep_time(time.monotonic())
+                key.data()
+            self.server.tick(time.monotonic())
 
     def close(self) -> None:
         self._wake.send(b".")
@@ -76,7 +76,7 @@ class Desk:
 
     @property
     def conversations(self) -> int:
-        return len(self.server._open)
+        return self.server.conversations
 
 
 def read_all(sock: socket.socket) -> bytes:

@@ -4,50 +4,23 @@ its connections live on."""
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import loopback
 import pytest
-from deadlines import PATIENCE, wait_until
+from deadlines import wait_until
 from relays import Relay
+from successor import answer, asking, question
 
-from tproxy_relay.errors import SystemRefusedError
-from tproxy_relay.ipc.channel import Channel, Message
-from tproxy_relay.settings import Settings
-from tproxy_relay.supervisor import takeover
+from tproxy_relay.ipc.channel import Message
+from tproxy_relay.supervisor import takeover_server
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
-
-
-@contextmanager
-def asking(relay: Relay) -> Iterator[Channel]:
-    """Someone who may ask."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.connect(f"\0{takeover.NAME}{relay.process.pid}")
-        yield Channel(sock)
-
-
-def question(channel: Channel) -> Message | None:
-    """What it offers or says."""
-    channel.send({"want": "listeners", "protocol": takeover.PROTOCOL})
-    return answer(channel)
 
 
 def asked(relay: Relay) -> Message:
     """What it says to one more."""
     with asking(relay) as channel:
         return question(channel) or {}
-
-
-def answer(channel: Channel) -> Message | None:
-    told = channel.receive(PATIENCE)
-    if told is None:
-        return None
-    for fd in told[1]:
-        os.close(fd)
-    return told[0]
 
 
 def refusal(message: Message | None) -> object:
@@ -70,10 +43,6 @@ def lives(relay: Relay, ends: tuple[socket.socket, socket.socket]) -> None:
     client.sendall(b"on")
     assert server.recv(2) == b"on"
     assert relay.process.returncode is None, relay.process.log
-
-
-def settings(relay: Relay, **more: object) -> Settings:
-    return Settings(bind=("127.0.0.1",), ports=(relay.port,), mode="redirect", **more)  # type: ignore[arg-type]
 
 
 def test_it_offers_its_listeners_and_hands_them_over(tmp_path: Path) -> None:
@@ -100,7 +69,7 @@ def test_one_that_is_turned_away_in_the_moment_of_the_hand_over(tmp_path: Path) 
             assert question(first)
             os.kill(relay.process.pid, signal.SIGSTOP)
             first.send(commit(relay))
-            second.send({"want": "listeners", "protocol": takeover.PROTOCOL})
+            second.send({"want": "listeners", "protocol": takeover_server.PROTOCOL})
             os.kill(relay.process.pid, signal.SIGCONT)
             assert answer(first) == {"committed": relay.process.pid}
         relay.said("handed over")
@@ -168,37 +137,3 @@ def test_one_with_more_listeners_than_a_message_can_take(tmp_path: Path) -> None
         with asking(relay) as channel:
             assert refusal(question(channel)) == "it has more than 253 listeners"
         assert relay.process.returncode is None
-
-
-def test_one_that_listens_elsewhere_is_not_in_the_way(tmp_path: Path) -> None:
-    """Not even if it could not be taken over: it has another mode, or is busy."""
-    (tmp_path / "other").mkdir()
-    with Relay(tmp_path) as relay, Relay(tmp_path / "other") as other:
-        with asking(other) as channel:
-            assert question(channel)
-            found = takeover.find(settings(relay))
-            assert found is not None and found.pid == relay.process.pid
-            for listener in found.listeners:
-                listener.close()
-            found.close()
-            with pytest.raises(SystemRefusedError, match=f"process {other.process.pid}: another relay takes over"):
-                takeover.find(settings(other))
-        with pytest.raises(
-            SystemRefusedError, match=f"cannot take over from process {relay.process.pid}: its route-table"
-        ):
-            takeover.find(settings(relay, route_table=7))
-        with loopback.listen() as free:
-            port = free.getsockname()[1]
-        assert takeover.find(Settings(bind=("127.0.0.1",), ports=(port,), mode="tproxy")) is None
-
-
-def test_one_who_only_has_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any account can take it, and let others wait."""
-    monkeypatch.setattr(takeover, "PATIENCE", 0.2)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock, socket.socket(
-        socket.AF_UNIX, socket.SOCK_SEQPACKET
-    ) as first:
-        sock.bind(f"\0{takeover.NAME}{os.getpid()}")
-        sock.listen(0)
-        first.connect(f"\0{takeover.NAME}{os.getpid()}")  # the backlog is full
-        assert takeover.find(Settings()) is None
