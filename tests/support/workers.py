@@ -25,6 +25,8 @@ from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import launch
 from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.system.limits import Limits
+from tproxy_relay.worker import messages
+from tproxy_relay.worker.messages import Order
 from tproxy_relay.worker.spec import WorkerSpec
 from tproxy_relay.worker.worker import Worker
 
@@ -145,23 +147,23 @@ class Running(Peers):
 
     def __exit__(self, *_exc: object) -> None:
         if self.thread.is_alive():
-            self.order("stop")
+            self.order(messages.Stop())
             self.thread.join(PATIENCE)
         alive = self.thread.is_alive()
         self._stack.close()
         threading.stack_size(0)
         assert not alive, "the worker did not stop"
 
-    def order(self, order: str, **what: object) -> None:
-        """As the supervisor gives it; `end`: it is gone itself."""
-        if order == "end":
+    def order(self, order: Order | None) -> None:
+        """As the supervisor gives it; None: it is gone itself."""
+        if order is None:
             self.control.close()
         else:
-            self.control.send({"order": order, **what})
+            self.control.send(order.to_message())
 
     def leave(self, *, listeners: list[str] | None = None, grace: float = 0.0, timeout: float | None = 30.0) -> None:
         """The order to finish and end."""
-        self.order("leave", listeners=listeners, grace=grace, timeout=timeout)
+        self.order(messages.Leave(None if listeners is None else tuple(listeners), grace, timeout))
 
     @property
     def full(self) -> str | None:
@@ -215,12 +217,12 @@ class WorkerProcess:
     def serve(self) -> None:
         """Once it is ready."""
         told = self.control.receive(20)
-        assert told is not None and told[0] == {"event": "ready"}
-        self.control.send({"order": "serve"})
+        assert told is not None and messages.event_of(told[0]) == messages.Ready()
+        self.control.send(messages.Serve().to_message())
 
     def leave(self) -> None:
         """Have it finish its connections."""
-        self.control.send({"order": "leave", "listeners": [], "grace": 0.0, "timeout": None})
+        self.control.send(messages.Leave((), 0.0, None).to_message())
 
     def said(self, message: str) -> list[dict[str, object]]:
         """The lines with this message."""

@@ -11,11 +11,12 @@ from pathlib import Path
 from tproxy_relay import errors
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.ipc import channel
-from tproxy_relay.ipc.channel import Message
 from tproxy_relay.ipc.scoreboard import Numbers, Scoreboard, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.supervisor import launch
 from tproxy_relay.supervisor.generation import Prepared
+from tproxy_relay.worker import messages
+from tproxy_relay.worker.messages import Event, Order
 
 LAST_TIMEOUT = 1.0
 """Seconds for a worker to be gone after it has closed its channel, and for its last words to be read."""
@@ -41,7 +42,7 @@ class WorkerProcess:
         self.stall_timeout = prepared.settings.stall_timeout
         """Seconds; 0: it may be silent for as long as it likes."""
         self.ready = self.serving = self.leaving = self.left = self.suspected = self.stalled = self.unwanted = False
-        self._failure: Message | None = None
+        self._failure: messages.Failed | None = None
         self._scoreboard = scoreboard
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             try:
@@ -66,31 +67,31 @@ class WorkerProcess:
     def serve(self) -> None:
         """Have it accept connections."""
         self.serving = True
-        self._order("serve")
+        self._order(messages.Serve())
 
     def leave(self, names: Sequence[str] | None, grace: float, timeout: float | None) -> None:
         """Have it take no more clients, but of the listeners of these names (None: all) for `grace` seconds; its
         connections may go on for `timeout` seconds (None: as long as they like)."""
         self.leaving = True
-        self._order("leave", listeners=names, grace=grace, timeout=timeout)
+        self._order(messages.Leave(None if names is None else tuple(names), grace, timeout))
 
     def stop(self) -> None:
         """Have it reset its connections and end."""
         self.leaving = True
-        self._order("stop")
+        self._order(messages.Stop())
 
     def show_live(self) -> None:
         """Have it write its connections to the log."""
-        self._order("live")
+        self._order(messages.LogLive())
 
     def ask(self, order: str, fd: int, **what: object) -> None:
         """Have it answer on that descriptor, which stays the caller's; it is closed without an answer if the worker is
         gone, or does not listen."""
-        self._channel.send({"order": order, **what}, [fd])
+        self._channel.send(messages.order_of({"order": order, **what}).to_message(), [fd])
 
-    def _order(self, order: str, **what: object) -> None:
+    def _order(self, order: Order) -> None:
         # One that is gone is noticed by the end of its channel; one that does not read, by its silence.
-        self._channel.send({"order": order, **what})
+        self._channel.send(order.to_message())
 
     def hear(self) -> bool:
         """Take what it says. False for its end. One that talks nonsense is killed: it is no worker of ours any more."""
@@ -100,19 +101,20 @@ class WorkerProcess:
                 return False
             for fd in told[1]:
                 os.close(fd)
-            self._take(told[0])
+            self._take(messages.event_of(told[0]))
         except (ValueError, KeyError, TypeError, OverflowError):
             log.error("a worker talks nonsense", extra={"pid": self.pid})
             self.kill()
         return True
 
-    def _take(self, told: Message) -> None:
-        if told["event"] == "ready":
-            self.ready = True
-        elif told["event"] == "left":
-            self.left = True
-        elif told["event"] == "failed":
-            self._failure = {"message": str(told["message"]), "exit_code": int(told["exit_code"])}
+    def _take(self, event: Event) -> None:
+        match event:
+            case messages.Ready():
+                self.ready = True
+            case messages.Left():
+                self.left = True
+            case messages.Failed():
+                self._failure = event
 
     @property
     def silence(self) -> float:
@@ -146,7 +148,7 @@ class WorkerProcess:
     def why_it_failed(self, how: str) -> RelayError:
         """For one that has ended before it was ready: the error that it met, as if it had happened here."""
         if self._failure is not None:
-            return errors.of_exit_code(self._failure["exit_code"], self._failure["message"])
+            return errors.of_exit_code(self._failure.exit_code, self._failure.message)
         self._words.ended.wait(LAST_TIMEOUT)
         return SystemRefusedError(f"a worker could not start ({how}): {self._words.last or 'it said nothing'}")
 

@@ -22,7 +22,7 @@ from tproxy_relay.logs import writer as logs
 from tproxy_relay.net import listeners
 from tproxy_relay.system import proc_title
 from tproxy_relay.system.cpu import CpuPlacement
-from tproxy_relay.worker import spec
+from tproxy_relay.worker import messages, spec
 from tproxy_relay.worker.worker import Worker
 
 SWITCH_INTERVAL = 1.0
@@ -72,10 +72,10 @@ def main() -> int:
             log_dropped=lambda: writer.dropped,
         )
     except RelayError as error:
-        control.send({"event": "failed", "message": str(error), "exit_code": error.exit_code})
+        control.send(messages.Failed(str(error), error.exit_code).to_message())
         return error.exit_code
     writer.start()
-    control.send({"event": "ready"})
+    control.send(messages.Ready().to_message())
     _serve(worker, control, slot, writer)
 
 
@@ -84,8 +84,8 @@ def _serve(worker: Worker, control: Channel, slot: Slot, writer: logs.LogWriter)
     send() for as long as its peer likes; the kernel then resets what is still open."""
     code = 0
     try:
-        told = control.receive()
-        if told is not None and told[0]["order"] == "serve":
+        received = control.receive()
+        if received is not None and messages.order_of(received[0]) == messages.Serve():
             worker.run()
     except Exception:
         log.critical("the accept loop met a bug", exc_info=True)

@@ -15,12 +15,11 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 from tproxy_relay import session_query
 from tproxy_relay.errors import ConfigError
-from tproxy_relay.ipc.channel import Channel, Message
+from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.ipc.scoreboard import Slot
 from tproxy_relay.net import sockets
 from tproxy_relay.net.endpoint import Endpoint
@@ -35,10 +34,11 @@ from tproxy_relay.settings import Settings
 from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.system.limits import Limits
 from tproxy_relay.system.wakeup import Wakeup
-from tproxy_relay.worker import sessions
+from tproxy_relay.worker import messages, sessions
 from tproxy_relay.worker.acceptor import Acceptor
 from tproxy_relay.worker.eviction import Eviction
 from tproxy_relay.worker.hangups import Hangups
+from tproxy_relay.worker.messages import Leave
 from tproxy_relay.worker.rate_limit import RateLimit
 
 TRIM_INTERVAL = 1.0
@@ -55,17 +55,6 @@ BEATS_IN_STALL = 4
 """Signs of life in the time after which the supervisor takes a worker for stalled."""
 
 log = logging.getLogger(__name__)
-
-
-class Leave(NamedTuple):
-    """The order to take no more clients, finish what there is, and end."""
-
-    listeners: tuple[str, ...] | None
-    """Names of those whose clients are this worker's to the last, because nobody else has them; None: all."""
-    grace: float
-    """Seconds for which clients may still come there that were intercepted before."""
-    timeout: float | None
-    """Seconds that open connections may go on after that; then they are reset. None: for as long as they like."""
 
 
 class Worker:
@@ -152,7 +141,7 @@ class Worker:
         self._slot.beat()
         for fd, _events in self._epoll.poll(self._patience(patience)):
             if fd == self._control.fileno():
-                self._obey()
+                self._on_order()
             elif fd == self._wakeup.fileno():
                 self._wakeup.clear()
             elif not self._acceptor.fired(fd):
@@ -254,42 +243,41 @@ class Worker:
 
     # --- orders and the end
 
-    def _obey(self) -> None:
+    def _on_order(self) -> None:
         try:
-            told = self._control.receive()
+            received = self._control.receive()
         except ValueError as error:
             log.error("an order was lost", extra={"why": str(error)})  # there was no room for its descriptor
             return
-        if told is None:
+        if received is None:
             log.critical("the supervisor is gone")
             self._at_once = True
             return
-        order, descriptors = told
-        if order["order"] == "live":
-            self._log_live()
-        elif order["order"] == "sessions":
-            self._tell_sessions(order, descriptors)
-        elif order["order"] == "abort":
-            self._abort(order, descriptors)
-        elif order["order"] == "leave":
-            self._leave = leave_of(order)
-        elif order["order"] == "stop":
-            self._at_once = True
+        message, descriptors = received
+        match messages.order_of(message):
+            case messages.LogLive():
+                self._log_live()
+            case messages.ListSessions(query):
+                self._send_sessions(query, *descriptors)
+            case messages.Abort(number, account):
+                self._abort(number, account, *descriptors)
+            case messages.Leave() as leave:
+                self._leave = leave
+            case messages.Stop():
+                self._at_once = True
 
-    def _tell_sessions(self, order: Message, descriptors: list[int]) -> None:
+    def _send_sessions(self, given: Mapping[str, str] | None, to: int) -> None:
         """To the socket that came with the order."""
-        (to,) = descriptors
-        query = None if order["query"] is None else session_query.parse(order["query"])
+        query = None if given is None else session_query.parse(given)
         sessions.tell(self._registry.live, lambda: list(self._refused), query, socket.socket(fileno=to))
 
-    def _abort(self, order: Message, descriptors: list[int]) -> None:
+    def _abort(self, number: str, account: int, to: int) -> None:
         """The connection with that id, and answer in the same way."""
-        (to,) = descriptors
         with socket.socket(fileno=to) as answer, contextlib.suppress(OSError):
-            found = [one for one in self._registry.live() if one.id == order["id"]]
+            found = [one for one in self._registry.live() if one.id == number]
             aborted = any(one.abort(Outcome.ABORTED) for one in found)
             if aborted:
-                log.warning("aborted by an operator", extra={"id": order["id"], "account": order["account"]})
+                log.warning("aborted by an operator", extra={"id": number, "account": account})
             answer.send(json.dumps({"aborted": aborted}).encode() + b"\n")
 
     def _log_live(self) -> None:
@@ -301,7 +289,7 @@ class Worker:
         if self._leave is None or self._at_once:
             return
         self._acceptor.leave(self._leave.listeners)
-        self._control.send({"event": "left"})
+        self._control.send(messages.Left().to_message())
         deadline = time.monotonic() + self._leave.grace
         while not self._at_once and (left := deadline - time.monotonic()) > 0:
             self._turn(left)
@@ -358,9 +346,3 @@ def _paths(settings: Settings) -> tuple[PathTuning, PathTuning]:
                     why = "not for everybody here; add it to the sysctl net.ipv4.tcp_allowed_congestion_control"
                 raise ConfigError(f"{side}-congestion: {name}: {why}") from error
     return paths
-
-
-def leave_of(order: Message) -> Leave:
-    """The order as it came."""
-    names = order["listeners"]
-    return Leave(None if names is None else tuple(names), order["grace"], order["timeout"])

@@ -38,6 +38,7 @@ from tproxy_relay.supervisor import workers as workers
 from tproxy_relay.supervisor.generation import prepare
 from tproxy_relay.supervisor.worker_process import WorkerProcess
 from tproxy_relay.supervisor.workers import DEATHS_PERIOD, MAX_DEATHS, Deaths, Generation, Workers, added, with_lost
+from tproxy_relay.worker.messages import Failed
 
 
 class Log:
@@ -298,7 +299,7 @@ def test_one_that_never_becomes_a_worker(hands: Hands, becoming: tuple[str, ...]
 
 def test_the_error_of_a_worker_keeps_its_kind(hands: Hands) -> None:
     (worker,) = hands.start()
-    worker._take({"event": "failed", "message": "wrong", "exit_code": 78})
+    worker._take(Failed("wrong", 78))
     assert type(worker.why_it_failed("exit 78")) is ConfigError
 
 

@@ -21,6 +21,7 @@ from tproxy_relay.net import endpoint, orig_dst
 from tproxy_relay.relay.connection import THREADS, Connection
 from tproxy_relay.relay.policy import Destinations
 from tproxy_relay.worker import worker as worker_module
+from tproxy_relay.worker.messages import Leave, LogLive, Order, Stop
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -113,8 +114,9 @@ def is_greeted(server: socket.socket) -> bool:
 # --- orders to end
 
 
-ENDS = ["stop", "end"]
+ENDS = [Stop(), None]
 """The order, and the end of the supervisor."""
+LEAVE = Leave(None, 0.0, 30.0)
 
 
 def is_refused_at_all(running: Running) -> bool:
@@ -157,7 +159,7 @@ def test_clients_whose_handshake_was_under_way_are_served_when_it_leaves(running
     client.close()
     server.close()
     wait_until(lambda: running.lines.outcomes() == ["completed"], "it is served to its end")
-    running.order("stop")
+    running.order(Stop())
     running.await_end(1)
 
 
@@ -173,7 +175,7 @@ def test_the_clients_of_some_listeners_are_its_own_to_the_last() -> None:
         for number in (0, 2):
             with pytest.raises(ConnectionRefusedError):
                 running.dial(number)
-        running.order("stop")
+        running.order(Stop())
 
 
 def test_what_waits_for_others_is_left_to_them() -> None:
@@ -182,7 +184,7 @@ def test_what_waits_for_others_is_left_to_them() -> None:
         waiting = running.dial()
         waiting.sendall(b"me")
         running.leave(listeners=[])
-        running.worker._leave = worker_module.leave_of({"listeners": [], "grace": 0.0, "timeout": None})
+        running.worker._leave = Leave((), 0.0, None)
         running.thread.start()
         running.await_end(1)
         assert running.slot.numbers.accepted == 0
@@ -198,8 +200,8 @@ def test_waiting_for_latecomers_ends_by_itself() -> None:
         assert 0.3 <= time.monotonic() - began < 1
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_the_end_ends_the_wait_for_latecomers(running: Running, end: str) -> None:
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_the_end_ends_the_wait_for_latecomers(running: Running, end: Order | None) -> None:
     running.connect()
     running.leave(grace=2 * PATIENCE)
     wait_until(lambda: running.leaving, "it leaves")
@@ -248,8 +250,8 @@ def test_a_later_order_may_bring_a_deadline(running: Running) -> None:
     assert running.lines.outcomes() == ["drained"]
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_the_end_ends_the_drain(running: Running, end: str) -> None:
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_the_end_ends_the_drain(running: Running, end: Order | None) -> None:
     client, server = running.connect()
     running.leave()
     wait_until(lambda: running.left, "it leaves")
@@ -257,17 +259,14 @@ def test_the_end_ends_the_drain(running: Running, end: str) -> None:
     running.await_end(2)
     assert running.lines.outcomes() == ["aborted"]
     assert loopback.read_to_end(client)[1] == loopback.read_to_end(server)[1] == RST
-    assert bool(running.lines.of("the supervisor is gone")) == (end == "end")
+    assert bool(running.lines.of("the supervisor is gone")) == (end is None)
 
 
-@pytest.mark.parametrize("orders", [("stop",), ("end",), ("leave", "stop"), ("stop", "leave"), ("leave", "end")])
-def test_the_end_does_not_drain_whatever_else_was_said(running: Running, orders: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("orders", [(Stop(),), (None,), (LEAVE, Stop()), (Stop(), LEAVE), (LEAVE, None)], ids=str)
+def test_the_end_does_not_drain_whatever_else_was_said(running: Running, orders: tuple[Order | None, ...]) -> None:
     running.connect()
     for order in orders:
-        if order == "leave":
-            running.leave()
-        else:
-            running.order(order)
+        running.order(order)
     running.await_end(2)
     assert running.lines.outcomes() == ["aborted"]
 
@@ -276,7 +275,7 @@ def test_showing_what_is_live_does_not_end_a_drain(running: Running) -> None:
     client, server = running.connect()
     running.leave()
     wait_until(lambda: running.left, "it leaves")
-    running.order("live")
+    running.order(LogLive())
     wait_until(lambda: running.lines.of("connection live"), "it obeys")
     client.send(b"x")
     assert server.recv(1) == b"x"
@@ -292,7 +291,7 @@ def test_a_connection_that_is_connecting_is_ended_too() -> None:
         object.__setattr__(running.worker._context, "destinations", destinations)
         client = running.dial()
         wait_until(lambda: connecting(running.worker._registry.live()), "it connects")
-        running.order("stop")
+        running.order(Stop())
         running.await_end(2)
         assert running.lines.outcomes() == ["aborted"]
         assert loopback.read_to_end(client)[1] == RST
@@ -307,7 +306,7 @@ def test_a_connection_whose_send_is_stuck_is_ended_in_time(running: Running) -> 
     client, _server = running.connect()
     loopback.fill(client)
     began = time.monotonic()
-    running.order("stop")
+    running.order(Stop())
     running.await_end(3)
     assert time.monotonic() - began < worker_module.ABORT_GRACE + 0.3
     assert running.lines.outcomes() == ["aborted"]
@@ -326,7 +325,7 @@ def test_a_connection_whose_thread_never_returns_is_recorded_all_the_same(
     running.dial()
     wait_until(lambda: len(running.worker._registry), "it is accepted")
     (stuck,) = running.worker._registry.live()
-    running.order("stop")
+    running.order(Stop())
     running.await_end(2)
     (line,) = running.lines.closed()
     assert (line["outcome"], line["error"]) == ("aborted", "its threads did not end in time")
@@ -350,7 +349,7 @@ def test_it_shows_what_is_live(running: Running) -> None:
     done.close()
     other.close()
     running.lines.closed()
-    running.order("live")
+    running.order(LogLive())
     wait_until(lambda: running.lines.of("connection live"), "they are said")
     (live,) = running.lines.of("connection live")
     assert fields(live)["client"] == str(endpoint.from_sockaddr(client.getsockname()))
