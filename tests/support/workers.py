@@ -20,7 +20,7 @@ from lines import Lines
 from tproxy_relay.ipc import channel, scoreboard
 from tproxy_relay.net import endpoint, sockets
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import launch
 from tproxy_relay.system.cpu import CpuPlacement
@@ -60,10 +60,10 @@ class Peers:
         self.addresses: list[endpoint.Endpoint] = []
 
     @property
-    def destinations(self) -> Destinations:
+    def policy(self) -> Policy:
         """All go to the server."""
         own_ports = frozenset(one.port for one in self.addresses)
-        return Destinations(own_ports, endpoint.from_sockaddr(self.server.getsockname()))
+        return Policy(own_ports, endpoint.from_sockaddr(self.server.getsockname()))
 
     def listen(self) -> Listener:
         """A listener as it comes from the supervisor."""
@@ -119,7 +119,7 @@ class Running(Peers):
             theirs,
             self.slot,
             tuning=loopback.UNTUNED,
-            destinations=self.destinations,
+            policy=self.policy,
             limits=Limits(max_connections, room or max_connections),
             processors=CpuPlacement(None),
             log_dropped=lambda: self.log_dropped,
@@ -254,7 +254,7 @@ class Several(Peers):
         listener = self.listen()
         self._stack.callback(listener.close)
         chosen = Settings(mode="redirect", log_format="json", **settings)  # type: ignore[arg-type]
-        spec = WorkerSpec(chosen, loopback.UNTUNED, self.destinations, Limits(most, room))
+        spec = WorkerSpec(chosen, loopback.UNTUNED, self.policy, Limits(most, room))
         self.workers: list[WorkerProcess] = []
         for number in range(count):
             worker = WorkerProcess(number, spec, listener, self.scoreboard.descriptors)

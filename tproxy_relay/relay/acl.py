@@ -57,8 +57,8 @@ class _Rule(NamedTuple):
     verdict: Verdict
 
 
-class Rules:
-    """Those of a configuration, and the special networks."""
+class AccessList:
+    """The rules of a configuration and of the special networks, which judge a destination."""
 
     def __init__(self, allow: Sequence[Network], deny: Sequence[Network]) -> None:
         special = (_rule(Network(text), False, f"{text} ({what})", configured=False) for text, what in SPECIAL)

@@ -23,7 +23,7 @@ from tproxy_relay.net.sockets import PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay import policy
 from tproxy_relay.relay.access_record import ConnectionRecord
-from tproxy_relay.relay.policy import Destinations, RefusedError
+from tproxy_relay.relay.policy import Policy, RefusedError
 from tproxy_relay.relay.pumps import HangupWatch, Leg, Relay
 from tproxy_relay.relay.registry import NO_TRAFFIC, Flow, Registry
 from tproxy_relay.relay.thread_pool import ThreadPool
@@ -62,7 +62,7 @@ class Context:
     tuning: Tuning
     to_client: PathTuning
     to_server: PathTuning
-    destinations: Destinations
+    policy: Policy
     registry: "Registry[Connection]"
     threads: ThreadPool
     watch: HangupWatch
@@ -148,7 +148,7 @@ class Connection:
             self.orig_dst = orig_dst.original_destination(self._client.sock, self._context.settings.mode)
         except OSError as error:  # reset before we looked
             raise RefusedError(Outcome.CLIENT_RESET, _text(error)) from error
-        self.destination = self._context.destinations.choose(self.orig_dst, self._listener.endpoint.port)
+        self.destination = self._context.policy.choose(self.orig_dst, self._listener.endpoint.port)
         if self.orig_dst is None:
             return  # a stranger at the listener's own address: nothing that we opened
         flow = Flow(self.client, self.orig_dst)

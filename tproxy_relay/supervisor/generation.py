@@ -20,7 +20,7 @@ from tproxy_relay.net import endpoint, listeners, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import Tuning
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.system import cpu, limits, privileges
 from tproxy_relay.worker.spec import WorkerSpec
@@ -78,7 +78,7 @@ def _prepare(settings: Settings, kept: Sequence[Listener], inherited: bool) -> P
         spec = WorkerSpec(
             settings,
             Tuning(settings.keepalive, settings.user_timeout, mark if "net_raw" in keep else 0),
-            Destinations.of_settings(settings, own_ports | _admin_port(settings), target),
+            Policy.of_settings(settings, own_ports | _admin_port(settings), target),
             limits.of_relay(settings.max_connections, descriptors, len(ready), workers, memory),
         )
         wanted = _plan(settings, spec.tuning.mark, own_ports)

@@ -66,7 +66,7 @@ def main() -> int:
             control,
             slot,
             tuning=order.tuning,
-            destinations=order.destinations,
+            policy=order.policy,
             limits=order.limits,
             processors=processors,
             log_dropped=lambda: writer.dropped,

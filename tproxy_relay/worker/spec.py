@@ -7,7 +7,7 @@ from typing import Any
 from tproxy_relay.ipc.channel import Message
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 from tproxy_relay.system.limits import Limits
 
@@ -19,18 +19,18 @@ class WorkerSpec:
     settings: Settings
     tuning: Tuning
     """Of the sockets that it opens; its listeners are set already."""
-    destinations: Destinations
+    policy: Policy
     limits: Limits
 
     def to_message(self, slot: int, cpu: int | None) -> Message:
         """For the worker that has this slot on the scoreboard, and stays on that processor (None: on any)."""
-        destinations = {"own_ports": sorted(self.destinations.own_ports), "target": self.destinations.target}
+        policy = {"own_ports": sorted(self.policy.own_ports), "target": self.policy.target}
         return {
             "slot": slot,
             "cpu": cpu,
             "settings": asdict(self.settings),
             "tuning": asdict(self.tuning),
-            "destinations": destinations,
+            "policy": policy,
             "limits": self.limits,
         }
 
@@ -41,7 +41,7 @@ def of_message(message: Message) -> WorkerSpec:
     return WorkerSpec(
         settings,
         Tuning(**message["tuning"]),
-        _destinations(message["destinations"], settings),
+        _policy(message["policy"], settings),
         Limits(*message["limits"]),
     )
 
@@ -69,7 +69,7 @@ def _network(values: Sequence[Any]) -> Network:
     return Network(address, None if ports is None else PortRange(*ports))
 
 
-def _destinations(values: Message, settings: Settings) -> Destinations:
+def _policy(values: Message, settings: Settings) -> Policy:
     target = values["target"]
     own_ports = frozenset(values["own_ports"])
-    return Destinations.of_settings(settings, own_ports, None if target is None else Endpoint(*target))
+    return Policy.of_settings(settings, own_ports, None if target is None else Endpoint(*target))

@@ -27,7 +27,7 @@ from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import SEND_TICK, PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay.connection import THREADS, Connection, Context
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.relay.registry import Registry
 from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.settings import Settings
@@ -68,7 +68,7 @@ class Worker:
         slot: Slot,
         *,
         tuning: Tuning,
-        destinations: Destinations,
+        policy: Policy,
         limits: Limits,
         processors: CpuPlacement,
         log_dropped: Callable[[], int],
@@ -102,7 +102,7 @@ class Worker:
             settings,
             tuning,
             *paths,
-            destinations,
+            policy,
             self._registry,
             self._threads,
             self._hangups,

@@ -33,7 +33,7 @@ from tproxy_relay.relay import connection as connection_module
 from tproxy_relay.relay import policy
 from tproxy_relay.relay import pumps as relay_module
 from tproxy_relay.relay.connection import THREADS, Connection, Context
-from tproxy_relay.relay.policy import Destinations, RefusedError
+from tproxy_relay.relay.policy import Policy, RefusedError
 from tproxy_relay.relay.registry import Flow, Registry
 from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.settings import Network, Settings
@@ -65,9 +65,9 @@ class Desk:
         self._epoll = select.epoll()
         self._hangups = Hangups(self._epoll)
         ports = frozenset({self.listener.endpoint.port}) if own_ports is None else own_ports
-        destinations = Destinations.of_settings(settings, ports, target)
+        policy = Policy.of_settings(settings, ports, target)
         self.context = Context(
-            settings, loopback.UNTUNED, PLAIN, PLAIN, destinations, self.registry, self.threads,
+            settings, loopback.UNTUNED, PLAIN, PLAIN, policy, self.registry, self.threads,
             self._hangups, CpuPlacement(None), self.refused, self.ended.release,
         )  # fmt: skip
         self._closing = threading.Event()
@@ -373,7 +373,7 @@ def test_loop(desks: DeskMaker, lines: Lines) -> None:
     """The ruleset intercepts the relay's own connection: it comes back to a listener, from our own address and to
     where we connected. Here, the target is the listener and own_ports does not know it."""
     desk = desks(Endpoint("127.0.0.1", 1), own_ports=frozenset())
-    desk.context.destinations.__dict__["target"] = desk.listener.endpoint
+    desk.context.policy.__dict__["target"] = desk.listener.endpoint
     with desk.dial() as client:
         desk.start()
         desk.start()  # what the first one opened

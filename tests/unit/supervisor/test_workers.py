@@ -31,7 +31,7 @@ from tproxy_relay.ipc.scoreboard import SLOTS, WATCHING, Numbers, Scoreboard
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.net import listeners
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.relay.pumps import ESTABLISHED
+from tproxy_relay.relay.read_buffer import ESTABLISHED
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.supervisor import worker_process
 from tproxy_relay.supervisor import workers as workers

@@ -19,7 +19,7 @@ from workers import Running
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.net import endpoint, orig_dst
 from tproxy_relay.relay.connection import THREADS, Connection
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.worker import worker as worker_module
 from tproxy_relay.worker.messages import Leave, LogLive, Order, Stop
 
@@ -287,8 +287,8 @@ def test_showing_what_is_live_does_not_end_a_drain(running: Running) -> None:
 
 def test_a_connection_that_is_connecting_is_ended_too() -> None:
     with loopback.full_backlog() as address, Running(connect_timeout=30.0) as running:
-        destinations = Destinations(frozenset(), endpoint.from_sockaddr(address))
-        object.__setattr__(running.worker._context, "destinations", destinations)
+        policy = Policy(frozenset(), endpoint.from_sockaddr(address))
+        object.__setattr__(running.worker._context, "policy", policy)
         client = running.dial()
         wait_until(lambda: connecting(running.worker._registry.live()), "it connects")
         running.order(Stop())
