@@ -70,7 +70,7 @@ class Rig:
     def _watch(self) -> None:
         while not self.over.is_set():
             for fd, _events in self.epoll.poll(0.02):
-                self.watch.fired(fd)
+                self.watch.on_readable(fd)
             self.watch.settle()
 
     def ended(self, seconds: float = PATIENCE) -> Relay:

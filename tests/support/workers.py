@@ -30,6 +30,14 @@ from tproxy_relay.worker.messages import Order
 from tproxy_relay.worker.spec import WorkerSpec
 from tproxy_relay.worker.worker import Worker
 
+SERVED_BY_A_WAKE_UP = 0.05
+"""Seconds. Half of the time after which a worker that was not woken looks by itself."""
+
+
+def median(seconds: list[float]) -> float:
+    """The middle one, for a busy machine makes some slow."""
+    return sorted(seconds)[len(seconds) // 2]
+
 
 class FlakyListener:
     """A real listening socket whose accept() fails first, as often and with what it was told."""
@@ -102,29 +110,29 @@ class Running(Peers):
         room: int | None = None,
         start: bool = True,
         listeners: int = 1,
+        target: endpoint.Endpoint | None = None,
         **settings: object,
     ) -> None:
+        """`target`: where all go, in place of the server."""
         super().__init__()
         self.lines: Lines = self._stack.enter_context(lines_module.collected())
         (self.slot,) = self._stack.enter_context(slots.slots())
-        self.log_dropped = 0
         self.control, theirs = channel.pair()
         self._stack.callback(self.control.close)
         self._stack.callback(theirs.close)
         self.flaky: list[FlakyListener] = []
         made = [self._flaky_listener() for _ in range(listeners)]
+        policy = Policy(frozenset(), target) if target else self.policy
+        limits = Limits(max_connections, room or max_connections)
         self.worker = Worker(
-            Settings(**settings),  # type: ignore[arg-type]
+            WorkerSpec(Settings(**settings), loopback.UNTUNED, policy, limits),  # type: ignore[arg-type]
             made,
             theirs,
             self.slot,
-            tuning=loopback.UNTUNED,
-            policy=self.policy,
-            limits=Limits(max_connections, room or max_connections),
-            processors=CpuPlacement(None),
-            log_dropped=lambda: self.log_dropped,
+            CpuPlacement(None),
+            lambda: 0,
         )
-        self._stack.callback(self.worker._wakeup.close)
+        self._stack.callback(self.worker.wakeup.close)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="worker")
         if start:
@@ -166,19 +174,24 @@ class Running(Peers):
         self.order(messages.Leave(None if listeners is None else tuple(listeners), grace, timeout))
 
     @property
-    def full(self) -> str | None:
+    def full(self) -> object:
         """Why it accepts nothing, as far as it knows."""
-        return self.worker._acceptor._full
+        return self.worker.debug_state()["full"]
 
     @property
     def left(self) -> bool:
         """True once it has closed all its listeners."""
-        return not self.worker._acceptor._listeners
+        return not self.worker.debug_state()["listening"]
 
     @property
-    def leaving(self) -> bool:
+    def leaving(self) -> object:
         """True once it has begun to."""
-        return self.worker._acceptor._leaving
+        return self.worker.debug_state()["leaving"]
+
+    @property
+    def trimming(self) -> object:
+        """True while its clock waits for threads that nobody needs any more."""
+        return self.worker.debug_state()["trimming"]
 
     def await_end(self, seconds: float = PATIENCE) -> None:
         """The worker has returned."""

@@ -39,7 +39,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Verdict(NamedTuple):
-    """About one destination."""
+    """What an access list says about one destination."""
 
     allowed: bool | None
     """None: no rule says anything about it."""

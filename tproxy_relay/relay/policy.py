@@ -92,10 +92,14 @@ class Policy:
 
 
 class LocalAddresses:
-    """Those of this host, asked for at most once in LIFETIME seconds each."""
+    """The addresses of this host, asked for at most once in LIFETIME seconds each."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], tuple[float, bool]] = {}
+
+    def __len__(self) -> int:
+        """Addresses of which it is remembered whether they are this host's."""
+        return len(self._known)
 
     def __contains__(self, endpoint: Endpoint) -> bool:
         key, now = (endpoint.host, endpoint.scope_id), time.monotonic()

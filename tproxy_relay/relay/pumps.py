@@ -49,7 +49,7 @@ class HangupWatch(Protocol):
     """Tells of a reset on a socket that nobody reads any more (its FIN has come), by `Relay.hang_up`."""
 
     def add(self, relay: "Relay", leg: Leg) -> None:
-        """Begin to watch."""
+        """Watch a leg of that relay until it hangs up once."""
 
     def discard(self, leg: Leg) -> None:
         """Stop watching; not watched is fine."""
@@ -88,7 +88,7 @@ class Relay:
 
     @property
     def half_closed(self) -> bool:
-        """True after the first FIN."""
+        """True after the first FIN, from either side."""
         return self.client.eof or self.upstream.eof
 
     @property

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """The process. By hand it is of no use."""
+    """Run the process. Returns its exit code if it has never become a worker; by hand it is of no use."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # Here, once, and all threads inherit it: to make such a set takes longer than to start a thread.
@@ -49,27 +49,24 @@ def main() -> int:
     faulthandler.enable()
     proc_title.become(proc_title.WORKER)
     control = channel.adopt(0)
-    given = control.receive()
-    if given is None:
+    received = control.receive()
+    if received is None:
         return 0  # the supervisor has changed its mind
-    message, descriptors = given
-    order = spec.of_message(message)
-    processors = CpuPlacement(message["cpu"])
-    processors.stay()  # before any thread is started
+    message, descriptors = received
+    own = spec.of_message(message)
+    cpu = CpuPlacement(message["cpu"])
+    cpu.stay()  # before any thread is started
     sys.setswitchinterval(SWITCH_INTERVAL)
-    writer = logs.LogWriter(replace(order.settings, log_file=None), sys.stdout.fileno())
+    writer = logs.LogWriter(replace(own.settings, log_file=None), sys.stdout.fileno())
     try:
         slot = Slot(Scoreboard(*descriptors), message["slot"])
         worker = Worker(
-            order.settings,
-            listeners.adopt_all(order.settings, os.environ)[0],
+            own,
+            listeners.adopt_all(own.settings, os.environ)[0],
             control,
             slot,
-            tuning=order.tuning,
-            policy=order.policy,
-            limits=order.limits,
-            processors=processors,
-            log_dropped=lambda: writer.dropped,
+            cpu,
+            lambda: writer.dropped,
         )
     except RelayError as error:
         control.send(messages.Failed(str(error), error.exit_code).to_message())

@@ -44,7 +44,7 @@ class Leave(Order):
 
 @dataclass(frozen=True)
 class Stop(Order):
-    """Reset all connections, and end."""
+    """Reset all connections at once, and end."""
 
     word = "stop"
 
@@ -102,7 +102,7 @@ class Left(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """It cannot start, and ends."""
+    """It cannot start for a reason that an operator can mend, and ends."""
 
     word = "failed"
     message: str

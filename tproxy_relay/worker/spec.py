@@ -1,4 +1,4 @@
-"""What the supervisor tells a worker when it starts it, and how that travels as a message."""
+"""What a supervisor hands to a worker when it starts it, and how that travels as a message."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ class WorkerSpec:
     limits: Limits
 
     def to_message(self, slot: int, cpu: int | None) -> Message:
-        """For the worker that has this slot on the scoreboard, and stays on that processor (None: on any)."""
+        """The message for the worker with this slot of the scoreboard, which stays on that processor (None: on any)."""
         policy = {"own_ports": sorted(self.policy.own_ports), "target": self.policy.target}
         return {
             "slot": slot,
@@ -36,7 +36,8 @@ class WorkerSpec:
 
 
 def of_message(message: Message) -> WorkerSpec:
-    """The other way."""
+    """The specification in the first message of a supervisor. Raises KeyError for one that lacks something, and
+    TypeError for one that has more: it is of another version."""
     settings = _settings(message["settings"])
     return WorkerSpec(
         settings,

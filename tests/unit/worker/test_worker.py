@@ -1,5 +1,6 @@
-"""A worker in a thread, from its first order to its last. What it does about new clients: test_acceptor.py."""
+"""A worker in a thread, from its first order to its last. Whom it lets in: test_admission.py and test_balance.py."""
 
+import json
 import os
 import re
 import socket
@@ -19,9 +20,10 @@ from workers import Running
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.net import endpoint, orig_dst
 from tproxy_relay.relay.connection import THREADS, Connection
-from tproxy_relay.relay.policy import Policy
+from tproxy_relay.relay.thread_pool import ThreadPool
+from tproxy_relay.worker import admission
 from tproxy_relay.worker import worker as worker_module
-from tproxy_relay.worker.messages import Leave, LogLive, Order, Stop
+from tproxy_relay.worker.messages import Abort, Leave, LogLive, Order, Stop
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -184,7 +186,7 @@ def test_what_waits_for_others_is_left_to_them() -> None:
         waiting = running.dial()
         waiting.sendall(b"me")
         running.leave(listeners=[])
-        running.worker._leave = Leave((), 0.0, None)
+        running.worker.leave(Leave((), 0.0, None))
         running.thread.start()
         running.await_end(1)
         assert running.slot.numbers.accepted == 0
@@ -286,11 +288,12 @@ def test_showing_what_is_live_does_not_end_a_drain(running: Running) -> None:
 
 
 def test_a_connection_that_is_connecting_is_ended_too() -> None:
-    with loopback.full_backlog() as address, Running(connect_timeout=30.0) as running:
-        policy = Policy(frozenset(), endpoint.from_sockaddr(address))
-        object.__setattr__(running.worker._context, "policy", policy)
+    with (
+        loopback.full_backlog() as address,
+        Running(connect_timeout=30.0, target=endpoint.from_sockaddr(address)) as running,
+    ):
         client = running.dial()
-        wait_until(lambda: connecting(running.worker._registry.live()), "it connects")
+        wait_until(lambda: connecting(running.worker.live), "it connects")
         running.order(Stop())
         running.await_end(2)
         assert running.lines.outcomes() == ["aborted"]
@@ -299,7 +302,7 @@ def test_a_connection_that_is_connecting_is_ended_too() -> None:
 
 def connecting(live: list[Connection]) -> bool:
     """True while the first of them waits for the answer to its SYN."""
-    return bool(live) and live[0]._upstream is not None
+    return bool(live) and live[0].upstream_leg is not None
 
 
 def test_a_connection_whose_send_is_stuck_is_ended_in_time(running: Running) -> None:
@@ -312,29 +315,34 @@ def test_a_connection_whose_send_is_stuck_is_ended_in_time(running: Running) -> 
     assert running.lines.outcomes() == ["aborted"]
 
 
-def test_a_connection_whose_thread_never_returns_is_recorded_all_the_same(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_connection_whose_thread_never_returns_is_recorded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "ABORT_GRACE", 0.3)
     go = threading.Event()
+    pools: list[ThreadPool] = []
+
+    def pool(limit: int) -> ThreadPool:
+        pools.append(ThreadPool(limit))
+        return pools[-1]
 
     def hang(*_args: object) -> None:
         go.wait(20)
 
     monkeypatch.setattr(orig_dst, "original_destination", hang)
-    running.dial()
-    wait_until(lambda: len(running.worker._registry), "it is accepted")
-    (stuck,) = running.worker._registry.live()
-    running.order(Stop())
-    running.await_end(2)
-    (line,) = running.lines.closed()
-    assert (line["outcome"], line["error"]) == ("aborted", "its threads did not end in time")
-    assert running.slot.numbers == (1, 0, {"aborted": 1})
-    go.set()
-    wait_until(lambda: stuck.destination, "it goes on")
-    running.worker._threads.release(THREADS)
-    wait_until(lambda: not any(one.name.startswith("relay") for one in threading.enumerate()), "its thread ends")
-    stuck._client.sock.close()  # what the end of the process does
+    monkeypatch.setattr(worker_module, "ThreadPool", pool)
+    with Running() as running:
+        running.dial()
+        wait_until(lambda: len(running.worker.live), "it is accepted")
+        (stuck,) = running.worker.live
+        running.order(Stop())
+        running.await_end(2)
+        (line,) = running.lines.closed()
+        assert (line["outcome"], line["error"]) == ("aborted", "its threads did not end in time")
+        assert running.slot.numbers == (1, 0, {"aborted": 1})
+        go.set()
+        wait_until(lambda: stuck.destination, "it goes on")
+        pools[0].release(THREADS)
+        wait_until(lambda: not any(one.name.startswith("relay") for one in threading.enumerate()), "its thread ends")
+        stuck.client_leg.sock.close()  # what the end of the process does
 
 
 # --- other orders, and the clock
@@ -344,7 +352,7 @@ def test_it_shows_what_is_live(running: Running) -> None:
     client, server = running.connect()
     client.send(b"abc")
     server.recv(3)
-    wait_until(lambda: running.worker._registry.live()[0].snapshot()["bytes_up"] == 3, "it is counted")
+    wait_until(lambda: running.worker.live[0].moved[0] == 3, "it is counted")
     done, other = running.connect()
     done.close()
     other.close()
@@ -355,6 +363,29 @@ def test_it_shows_what_is_live(running: Running) -> None:
     assert fields(live)["client"] == str(endpoint.from_sockaddr(client.getsockname()))
     assert (fields(live)["state"], fields(live)["bytes_up"]) == ("open", 3)
     assert running.slot.numbers == (2, 1, {"completed": 1})
+
+
+def aborted(running: Running, number: str) -> object:
+    """The worker's answer to the order to abort the connection with that id."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            running.control.send(Abort(number, 1000).to_message(), [theirs.fileno()])
+        ours.settimeout(PATIENCE)
+        return json.loads(loopback.read_to_end(ours)[0])
+
+
+def test_one_connection_is_aborted_by_its_id(running: Running) -> None:
+    client, server = running.connect()
+    other, _ = running.connect()
+    first = running.worker.live[0].id
+    assert aborted(running, first) == {"aborted": True}
+    assert running.lines.outcomes() == ["aborted"]
+    assert loopback.read_to_end(client)[1] == loopback.read_to_end(server)[1] == RST
+    assert fields(running.lines.of("aborted by an operator")[0]) == {"id": first, "account": 1000}
+    wait_until(lambda: len(running.worker.live) == 1, "the other one is left")
+    assert aborted(running, first) == {"aborted": False}
+    other.send(b"x")
 
 
 @pytest.mark.parametrize("leaving", [False, True])
@@ -374,7 +405,7 @@ def test_it_shows_signs_of_life_as_long_as_it_lives(leaving: bool) -> None:
 def test_where_nobody_waits_for_them_there_are_no_signs_of_life() -> None:
     with Running(stall_timeout=0.0) as running:
         running.connect()
-        wait_until(lambda: not running.worker._trim_at or running.slot.scoreboard.silence(0) > 0.3, "it sleeps")
+        wait_until(lambda: not running.trimming or running.slot.scoreboard.silence(0) > 0.3, "it sleeps")
 
 
 def test_idle_connections_are_reset_and_busy_ones_are_not() -> None:
@@ -402,7 +433,7 @@ def test_half_closed_connections_have_their_own_timeout(seen: Seen) -> None:
         assert running.lines.outcomes() == ["half-close-timeout"]
         assert loopback.read_to_end(client)[1] == RST
         open_client.send(b"x")
-        wait_until(lambda: len(running.worker._registry) == 1, "the other one is left")
+        wait_until(lambda: len(running.worker.live) == 1, "the other one is left")
     seen("both reset, half-close-timeout")
 
 
@@ -435,7 +466,7 @@ def test_a_reset_that_nobody_reads_is_noticed_while_draining(running: Running) -
 
 
 def test_threads_that_nobody_needs_any_more_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "TRIM_INTERVAL", 0.1)
+    monkeypatch.setattr(admission, "TRIM_INTERVAL", 0.1)
 
     def pool() -> int:
         return sum(thread.name.startswith("relay") for thread in threading.enumerate())
@@ -449,7 +480,7 @@ def test_threads_that_nobody_needs_any_more_go(monkeypatch: pytest.MonkeyPatch) 
             server.close()
         running.lines.closed(40)
         wait_until(lambda: pool() <= at_rest + 2, "the pool shrinks")
-        wait_until(lambda: not running.worker._trim_at, "and the clock stops")
+        wait_until(lambda: not running.trimming, "and the clock stops")
         running.connect()
 
 
