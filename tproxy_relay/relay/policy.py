@@ -2,7 +2,7 @@
 
 Two mistakes turn a transparent relay into a machine that eats itself, and both are caught here: somebody
 connects to a listener directly (the original destination is then the relay), and the ruleset forgets to
-exempt the relay's own connections (registry.py keeps the flows for that).
+exempt the relay's own connections (loops.py keeps the flows for that).
 """
 
 import math
