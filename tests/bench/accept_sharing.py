@@ -5,13 +5,13 @@ only the way to share differs, and connections are echoed instead of relayed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import select
 import signal
 import socket
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -22,10 +22,22 @@ from tproxy_relay.ipc.scoreboard import Scoreboard
 from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import BACKLOG, Listener
+from tproxy_relay.net.sockets import PathTuning, Tuning
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.relay.connection import THREADS
+from tproxy_relay.relay.connect import SocketTuning
+from tproxy_relay.relay.connection import THREADS, Connection, WorkerContext
+from tproxy_relay.relay.end_notifier import EndNotifier
+from tproxy_relay.relay.policy import Policy
+from tproxy_relay.relay.registry import Registry
 from tproxy_relay.relay.thread_pool import ThreadPool
+from tproxy_relay.settings import Settings
+from tproxy_relay.system.cpu import CpuPlacement
+from tproxy_relay.system.limits import Limits
+from tproxy_relay.system.wakeup import Wakeup
 from tproxy_relay.worker.acceptor import Acceptor
+from tproxy_relay.worker.admission import Admission
+from tproxy_relay.worker.balance import Balance
+from tproxy_relay.worker.hangups import Hangups
 
 BUSY, PRESENT, WAITING, CROWDS = 32, 100, 64, (4, 16, 100, 500)
 """Clients: without a pause; while a worker is stopped; in the backlog when one is killed; that come to stay."""
@@ -33,53 +45,74 @@ PACE, LATE, PATIENCE = 0.005, 0.5, 10.0
 """Seconds: between clients that come slowly; after which a client notices that it waits; in which all must be well."""
 ROOM = 4096
 MESSAGE = b"m" * 128
+PLAIN = PathTuning(None, 0, 0)
 
 Measures = dict[str, float]
 
 
-class Unbalanced(Acceptor):
+class Unbalanced(Balance):
     """Takes every client that the kernel wakes it for."""
 
-    def _rests(self) -> bool:
-        return False
+    def goes_on(self) -> bool:
+        return True
 
 
-class Inherited(Unbalanced):
+class Inherited(Acceptor):
     """Is woken together with all the others, as by any epoll without EPOLLEXCLUSIVE."""
 
-    def _watch(self) -> None:
-        super()._watch()
-        for fd in self._by_fd:
-            self._epoll.unregister(fd)
-            self._epoll.register(fd, select.EPOLLIN)
+    events = select.EPOLLIN
 
 
-STRATEGIES = {"inherited": Inherited, "exclusive": Unbalanced, "balanced": Acceptor, "reuseport": Unbalanced}
+STRATEGIES = {
+    "inherited": (Inherited, Unbalanced),
+    "exclusive": (Acceptor, Unbalanced),
+    "balanced": (Acceptor, Balance),
+    "reuseport": (Acceptor, Unbalanced),
+}
 
 
-def work(kind: type[Acceptor], sock: socket.socket, slot: Slot, parent: int) -> None:
-    """The life of a worker: until it is killed, or has lost its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the keyboard, for the whole process group
-    threads, counting, epoll = ThreadPool(THREADS * ROOM), threading.Lock(), select.epoll()
+class Echo(Connection):
+    """Echoes, in the one of its threads that a relayed connection would begin with."""
 
-    def admit(client: socket.socket, _peer: Endpoint, _listener: Listener) -> None:
-        with counting:
-            slot.came()
-        threads.run(partial(serve, client))
-
-    def serve(client: socket.socket) -> None:
-        with suppress(ConnectionError), client:
+    def run(self) -> None:
+        with suppress(ConnectionError), self.client_leg.sock as client:
             while data := client.recv(len(MESSAGE)):
                 client.sendall(data)
-        with counting:
-            slot.went(Outcome.COMPLETED)
-        threads.release(THREADS)
+        self._context.threads.release(THREADS)
+        self._context.registry.remove(self, Outcome.COMPLETED.value)
 
-    acceptor = kind(epoll, [Listener(sock)], slot, threads, most=ROOM, room=ROOM, admit=admit)
+
+class Echoes(Admission):
+    """Lets in as many as a worker of the relay would."""
+
+    def __init__(self, slot: Slot, epoll: select.epoll) -> None:
+        ends = EndNotifier(slot, Wakeup())
+        self._number = itertools.count()
+        self._echo_context = WorkerContext(
+            Settings(),
+            SocketTuning(Tuning(0, 0.0, 0), PLAIN, PLAIN),
+            Policy(frozenset(), None),
+            Registry(slot, ends),
+            ThreadPool(THREADS * ROOM),
+            Hangups(epoll),
+            CpuPlacement(None),
+        )
+        super().__init__(slot, Limits(ROOM, ROOM), ends, self._echo_context)
+
+    def _connection(self, sock: socket.socket, client: Endpoint, listener: Listener) -> Connection:
+        return Echo(str(next(self._number)), sock, client, listener, self._echo_context)
+
+
+def work(strategy: str, sock: socket.socket, slot: Slot, parent: int) -> None:
+    """The life of a worker: until it is killed, or has lost its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the keyboard, for the whole process group
+    epoll = select.epoll()
+    kind, balance = STRATEGIES[strategy]
+    acceptor = kind(epoll, [Listener(sock)], balance(slot), Echoes(slot, epoll))
     acceptor.start()
     while os.getppid() == parent:
         for fd, _ in epoll.poll(1.0 if acceptor.due is None else max(0.0, acceptor.due - time.monotonic())):
-            acceptor.fired(fd)
+            acceptor.on_readable(fd)
         acceptor.keep_time(time.monotonic())
 
 
@@ -87,7 +120,7 @@ class Fleet:
     """Workers that share in one of the ways, and what a supervisor does for them. A worker's number is its place's."""
 
     def __init__(self, strategy: str, workers: int) -> None:
-        self._kind, self._scoreboard = STRATEGIES[strategy], Scoreboard.create(ROOM)
+        self._strategy, self._scoreboard = strategy, Scoreboard.create(ROOM)
         self._sockets = [_listen()]
         self.address = self._sockets[0].getsockname()
         for _ in range(workers - 1):
@@ -105,7 +138,7 @@ class Fleet:
         self.pids[number] = os.fork()
         if not self.pids[number]:
             try:
-                work(self._kind, self._sockets[number], slot, parent)
+                work(self._strategy, self._sockets[number], slot, parent)
             finally:
                 os._exit(1)
         deadline = time.monotonic() + PATIENCE

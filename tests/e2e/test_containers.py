@@ -38,7 +38,7 @@ from interception import FAMILIES, EchoServer, ping
 from tproxy_relay.check import kernel
 from tproxy_relay.config import environment, loader
 from tproxy_relay.lab import Host, Lab
-from tproxy_relay.relay import pumps
+from tproxy_relay.relay import read_buffer
 from tproxy_relay.supervisor import shutdown, workers
 
 Need = Callable[[str], NoReturn]
@@ -179,7 +179,7 @@ def test_there_is_memory_for_the_connections() -> None:
     (sidecar,) = kubernetes()["spec"]["template"]["spec"]["initContainers"]
     assert sidecar["resources"]["limits"] == {"memory": "1Gi"}
     assert compose()["services"]["tproxy-relay"]["mem_limit"] == "1g"
-    assert 1024**3 > 1.5 * connections * 2 * pumps.BULK_READ
+    assert 1024**3 > 1.5 * connections * 2 * read_buffer.BULK_READ
 
 
 def test_the_app_waits_for_the_relay_and_does_not_need_it() -> None:

@@ -23,7 +23,7 @@ except ImportError:  # the corpus can be played without it
 with atheris.instrument_imports(include=["tproxy_relay"]) if atheris else contextlib.nullcontext():
     from tproxy_relay.config import conf_file, loader, option_addresses, option_types
     from tproxy_relay.errors import ConfigError
-    from tproxy_relay.relay.acl import Rules
+    from tproxy_relay.relay.acl import AccessList
 
 CORPUS = Path(__file__).parent / "corpus"
 RUNS = "-runs=1000000"
@@ -68,7 +68,7 @@ def _destination(data: bytes) -> bool:
         value = _parsed(option_addresses.NETWORKS, text)
         lists.append(value if isinstance(value, tuple) else ())
     number = _parsed(option_types.PORT, port)
-    rules = Rules(*lists)
+    rules = AccessList(*lists)
     try:
         verdict = rules.judge(host, number if isinstance(number, int) else 80)
     except ValueError:

@@ -17,7 +17,8 @@ from deadlines import PATIENCE, wait_until
 from lines import fields
 
 from tproxy_relay.ipc.channel import Message
-from tproxy_relay.ipc.scoreboard import WATCHING, Scoreboard, Slot
+from tproxy_relay.ipc.scoreboard import WATCHING, Scoreboard
+from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.net import listeners
 from tproxy_relay.settings import HostPort, Settings

@@ -20,13 +20,23 @@ from lines import Lines
 from tproxy_relay.ipc import channel, scoreboard
 from tproxy_relay.net import endpoint, sockets
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import launch
 from tproxy_relay.system.cpu import CpuPlacement
 from tproxy_relay.system.limits import Limits
+from tproxy_relay.worker import messages
+from tproxy_relay.worker.messages import Order
 from tproxy_relay.worker.spec import WorkerSpec
 from tproxy_relay.worker.worker import Worker
+
+SERVED_BY_A_WAKE_UP = 0.05
+"""Seconds. Half of the time after which a worker that was not woken looks by itself."""
+
+
+def median(seconds: list[float]) -> float:
+    """The middle one, for a busy machine makes some slow."""
+    return sorted(seconds)[len(seconds) // 2]
 
 
 class FlakyListener:
@@ -58,10 +68,10 @@ class Peers:
         self.addresses: list[endpoint.Endpoint] = []
 
     @property
-    def destinations(self) -> Destinations:
+    def policy(self) -> Policy:
         """All go to the server."""
         own_ports = frozenset(one.port for one in self.addresses)
-        return Destinations(own_ports, endpoint.from_sockaddr(self.server.getsockname()))
+        return Policy(own_ports, endpoint.from_sockaddr(self.server.getsockname()))
 
     def listen(self) -> Listener:
         """A listener as it comes from the supervisor."""
@@ -100,29 +110,29 @@ class Running(Peers):
         room: int | None = None,
         start: bool = True,
         listeners: int = 1,
+        target: endpoint.Endpoint | None = None,
         **settings: object,
     ) -> None:
+        """`target`: where all go, in place of the server."""
         super().__init__()
         self.lines: Lines = self._stack.enter_context(lines_module.collected())
         (self.slot,) = self._stack.enter_context(slots.slots())
-        self.log_dropped = 0
         self.control, theirs = channel.pair()
         self._stack.callback(self.control.close)
         self._stack.callback(theirs.close)
         self.flaky: list[FlakyListener] = []
         made = [self._flaky_listener() for _ in range(listeners)]
+        policy = Policy(frozenset(), target) if target else self.policy
+        limits = Limits(max_connections, room or max_connections)
         self.worker = Worker(
-            Settings(**settings),  # type: ignore[arg-type]
+            WorkerSpec(Settings(**settings), loopback.UNTUNED, policy, limits),  # type: ignore[arg-type]
             made,
             theirs,
             self.slot,
-            tuning=loopback.UNTUNED,
-            destinations=self.destinations,
-            limits=Limits(max_connections, room or max_connections),
-            processors=CpuPlacement(None),
-            log_dropped=lambda: self.log_dropped,
+            CpuPlacement(None),
+            lambda: 0,
         )
-        self._stack.callback(self.worker._wakeup.close)
+        self._stack.callback(self.worker.wakeup.close)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="worker")
         if start:
@@ -145,38 +155,43 @@ class Running(Peers):
 
     def __exit__(self, *_exc: object) -> None:
         if self.thread.is_alive():
-            self.order("stop")
+            self.order(messages.Stop())
             self.thread.join(PATIENCE)
         alive = self.thread.is_alive()
         self._stack.close()
         threading.stack_size(0)
         assert not alive, "the worker did not stop"
 
-    def order(self, order: str, **what: object) -> None:
-        """As the supervisor gives it; `end`: it is gone itself."""
-        if order == "end":
+    def order(self, order: Order | None) -> None:
+        """As the supervisor gives it; None: it is gone itself."""
+        if order is None:
             self.control.close()
         else:
-            self.control.send({"order": order, **what})
+            self.control.send(order.to_message())
 
     def leave(self, *, listeners: list[str] | None = None, grace: float = 0.0, timeout: float | None = 30.0) -> None:
         """The order to finish and end."""
-        self.order("leave", listeners=listeners, grace=grace, timeout=timeout)
+        self.order(messages.Leave(None if listeners is None else tuple(listeners), grace, timeout))
 
     @property
-    def full(self) -> str | None:
+    def full(self) -> object:
         """Why it accepts nothing, as far as it knows."""
-        return self.worker._acceptor._full
+        return self.worker.debug_state()["full"]
 
     @property
     def left(self) -> bool:
         """True once it has closed all its listeners."""
-        return not self.worker._acceptor._listeners
+        return not self.worker.debug_state()["listening"]
 
     @property
-    def leaving(self) -> bool:
+    def leaving(self) -> object:
         """True once it has begun to."""
-        return self.worker._acceptor._leaving
+        return self.worker.debug_state()["leaving"]
+
+    @property
+    def trimming(self) -> object:
+        """True while its clock waits for threads that nobody needs any more."""
+        return self.worker.debug_state()["trimming"]
 
     def await_end(self, seconds: float = PATIENCE) -> None:
         """The worker has returned."""
@@ -215,12 +230,12 @@ class WorkerProcess:
     def serve(self) -> None:
         """Once it is ready."""
         told = self.control.receive(20)
-        assert told is not None and told[0] == {"event": "ready"}
-        self.control.send({"order": "serve"})
+        assert told is not None and messages.event_of(told[0]) == messages.Ready()
+        self.control.send(messages.Serve().to_message())
 
     def leave(self) -> None:
         """Have it finish its connections."""
-        self.control.send({"order": "leave", "listeners": [], "grace": 0.0, "timeout": None})
+        self.control.send(messages.Leave((), 0.0, None).to_message())
 
     def said(self, message: str) -> list[dict[str, object]]:
         """The lines with this message."""
@@ -252,7 +267,7 @@ class Several(Peers):
         listener = self.listen()
         self._stack.callback(listener.close)
         chosen = Settings(mode="redirect", log_format="json", **settings)  # type: ignore[arg-type]
-        spec = WorkerSpec(chosen, loopback.UNTUNED, self.destinations, Limits(most, room))
+        spec = WorkerSpec(chosen, loopback.UNTUNED, self.policy, Limits(most, room))
         self.workers: list[WorkerProcess] = []
         for number in range(count):
             worker = WorkerProcess(number, spec, listener, self.scoreboard.descriptors)

@@ -39,7 +39,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Verdict(NamedTuple):
-    """About one destination."""
+    """What an access list says about one destination."""
 
     allowed: bool | None
     """None: no rule says anything about it."""
@@ -57,8 +57,8 @@ class _Rule(NamedTuple):
     verdict: Verdict
 
 
-class Rules:
-    """Those of a configuration, and the special networks."""
+class AccessList:
+    """The rules of a configuration and of the special networks, which judge a destination."""
 
     def __init__(self, allow: Sequence[Network], deny: Sequence[Network]) -> None:
         special = (_rule(Network(text), False, f"{text} ({what})", configured=False) for text, what in SPECIAL)

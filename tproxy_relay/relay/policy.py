@@ -2,7 +2,7 @@
 
 Two mistakes turn a transparent relay into a machine that eats itself, and both are caught here: somebody
 connects to a listener directly (the original destination is then the relay), and the ruleset forgets to
-exempt the relay's own connections (registry.py keeps the flows for that).
+exempt the relay's own connections (loops.py keeps the flows for that).
 """
 
 import math
@@ -14,7 +14,7 @@ from tproxy_relay.net import sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay import acl
-from tproxy_relay.relay.acl import Rules
+from tproxy_relay.relay.acl import AccessList
 from tproxy_relay.settings import Network, PortRange, Settings
 
 FULL, ADDRESS, RELAY = "full", "address", "relay"
@@ -34,7 +34,7 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class Destinations:
+class Policy:
     """Where connections may go, and where to send those that nothing intercepted."""
 
     own_ports: frozenset[int]
@@ -47,20 +47,21 @@ class Destinations:
     inbound_port: int = 0
 
     @classmethod
-    def of_settings(cls, settings: Settings, own_ports: frozenset[int], target: Endpoint | None) -> "Destinations":
-        """As configured."""
+    def of_settings(cls, settings: Settings, own_ports: frozenset[int], target: Endpoint | None) -> "Policy":
+        """The policy of a configuration, for a relay whose listeners have these ports, and with its target resolved."""
         return cls(own_ports, target, settings.allow, settings.deny, settings.intercept_inbound, settings.inbound_port)
 
     @cached_property
-    def _rules(self) -> Rules:
-        return Rules(self.allow, self.deny)
+    def _access(self) -> AccessList:
+        return AccessList(self.allow, self.deny)
 
     @cached_property
     def _local(self) -> "LocalAddresses":
         return LocalAddresses()
 
     def choose(self, orig_dst: Endpoint | None, listener_port: int) -> Endpoint:
-        """Where this connection goes, or RefusedError."""
+        """Where a connection with this original destination goes that came by the listener of that port. Raises
+        RefusedError with the outcome that it has instead."""
         if orig_dst is None or self._is_own(orig_dst, frozenset({listener_port})):
             if self.target is None:
                 raise RefusedError(Outcome.NOT_INTERCEPTED, "connected to the listener itself; no target is set")
@@ -73,7 +74,7 @@ class Destinations:
         return orig_dst
 
     def _permit(self, destination: Endpoint, listener_port: int) -> None:
-        verdict = self._rules.judge(destination.host, destination.port)
+        verdict = self._access.judge(destination.host, destination.port)
         if verdict.allowed is False:
             raise RefusedError(Outcome.DENIED, f"{destination} is in {verdict.why}")
         if verdict.allowed or not self._is_local(destination):
@@ -91,10 +92,14 @@ class Destinations:
 
 
 class LocalAddresses:
-    """Those of this host, asked for at most once in LIFETIME seconds each."""
+    """The addresses of this host, asked for at most once in LIFETIME seconds each."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], tuple[float, bool]] = {}
+
+    def __len__(self) -> int:
+        """Addresses of which it is remembered whether they are this host's."""
+        return len(self._known)
 
     def __contains__(self, endpoint: Endpoint) -> bool:
         key, now = (endpoint.host, endpoint.scope_id), time.monotonic()

@@ -20,7 +20,7 @@ from tproxy_relay.net import endpoint, listeners, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.net.sockets import Tuning
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.settings import HostPort, Settings
 from tproxy_relay.system import cpu, limits, privileges
 from tproxy_relay.system.limits import Limits
@@ -61,7 +61,7 @@ class Generation:
     """Of the listeners."""
     plan: Plan | None
     """Of the ruleset; None: there is nothing to intercept."""
-    destinations: Destinations
+    policy: Policy
     limits: Limits
     pool: Pool
 
@@ -73,7 +73,7 @@ class Generation:
     @property
     def spec(self) -> WorkerSpec:
         """What each of its workers is sent."""
-        return WorkerSpec(self.settings, self.worker_tuning, self.destinations, self.limits)
+        return WorkerSpec(self.settings, self.worker_tuning, self.policy, self.limits)
 
     def tune(self) -> None:
         """Set what the connections that the listeners accept inherit. Raises SystemRefusedError."""
@@ -101,14 +101,14 @@ def _prepare(settings: Settings, kept: Sequence[Listener], number: int, inherite
         own_ports = frozenset(one.endpoint.port for one in ready)
         size = settings.workers or cpu.worth()
         descriptors, memory = limits.raise_descriptor_limit(), limits.usable_memory()
-        destinations = Destinations.of_settings(settings, own_ports | _admin_port(settings), target)
+        policy = Policy.of_settings(settings, own_ports | _admin_port(settings), target)
         room = limits.of_relay(settings.max_connections, descriptors, len(ready), size, memory)
         wanted = wanted_plan(settings, mark if can_mark else 0, own_ports)
     except BaseException:
         listeners.close_all([one for one in ready if one not in kept])
         raise
     pool = Pool(size, command, cpu.cpus(settings.cpu_affinity, size), can_mark)
-    return Generation(number, settings, tuple(ready), tuning, wanted, destinations, room, pool)
+    return Generation(number, settings, tuple(ready), tuning, wanted, policy, room, pool)
 
 
 def _command(settings: Settings, keep: Sequence[str]) -> tuple[str, ...]:

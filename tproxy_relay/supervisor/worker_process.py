@@ -12,12 +12,13 @@ from typing import NamedTuple
 from tproxy_relay import errors
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.ipc import channel
-from tproxy_relay.ipc.channel import Message
 from tproxy_relay.ipc.scoreboard import Numbers, Scoreboard, Traffic
 from tproxy_relay.logs.worker_pipes import LogPipes
 from tproxy_relay.supervisor import launch
 from tproxy_relay.supervisor.generation import Generation
 from tproxy_relay.system import children
+from tproxy_relay.worker import messages
+from tproxy_relay.worker.messages import Event, Order
 
 LAST_TIMEOUT = 1.0
 """Seconds for a worker to be gone after it has closed its channel, and for its last words to be read."""
@@ -74,7 +75,7 @@ class WorkerProcess:
         self.suspected = self.stalled = False
         """It was silent for too long at the last check; and at the one before, and was killed for that."""
         self._events = events
-        self._failure: Message | None = None
+        self._failure: messages.Failed | None = None
         self._scoreboard = scoreboard
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             try:
@@ -100,18 +101,18 @@ class WorkerProcess:
         """Have it accept connections from now on."""
         self.stage = Stage.SERVING
         self.has_served = True
-        self._order("serve")
+        self._order(messages.Serve())
 
     def leave(self, names: Sequence[str] | None, grace: float, timeout: float | None) -> None:
         """Have it take no more clients, but of the listeners of these names (None: all) for `grace` seconds; its
         connections may go on for `timeout` seconds (None: as long as they like)."""
         self._begin_to_leave()
-        self._order("leave", listeners=names, grace=grace, timeout=timeout)
+        self._order(messages.Leave(None if names is None else tuple(names), grace, timeout))
 
     def stop(self) -> None:
         """Have it reset its connections and end."""
         self._begin_to_leave()
-        self._order("stop")
+        self._order(messages.Stop())
 
     def dismiss(self) -> None:
         """Kill it: it has no connections yet, and is not needed any more."""
@@ -134,16 +135,16 @@ class WorkerProcess:
 
     def show_live(self) -> None:
         """Have it write its connections to the log."""
-        self._order("live")
+        self._order(messages.LogLive())
 
     def ask(self, order: str, fd: int, **what: object) -> None:
         """Have it answer on that descriptor, which stays the caller's; it is closed without an answer if the worker is
         gone, or does not listen."""
-        self._channel.send({"order": order, **what}, [fd])
+        self._channel.send(messages.order_of({"order": order, **what}).to_message(), [fd])
 
-    def _order(self, order: str, **what: object) -> None:
+    def _order(self, order: Order) -> None:
         # One that is gone is noticed by the end of its channel; one that does not read, by its silence.
-        self._channel.send({"order": order, **what})
+        self._channel.send(order.to_message())
 
     def on_readable(self) -> None:
         """Take what it says, or note its end."""
@@ -160,21 +161,20 @@ class WorkerProcess:
                 return False
             for fd in received[1]:
                 os.close(fd)
-            self._take(received[0])
+            self._take(messages.event_of(received[0]))
         except (ValueError, KeyError, TypeError, OverflowError):
             log.error("a worker talks nonsense", extra={"pid": self.pid})
             self.kill()
         return True
 
-    def _take(self, told: Message) -> None:
-        if told["event"] == "ready":
-            if self.stage is Stage.STARTING:
+    def _take(self, event: Event) -> None:
+        match event:
+            case messages.Ready() if self.stage is Stage.STARTING:
                 self.stage = Stage.READY
-        elif told["event"] == "left":
-            if self.stage is Stage.LEAVING:
+            case messages.Left() if self.stage is Stage.LEAVING:
                 self.stage = Stage.LEFT
-        elif told["event"] == "failed":
-            self._failure = {"message": str(told["message"]), "exit_code": int(told["exit_code"])}
+            case messages.Failed():
+                self._failure = event
 
     @property
     def silence(self) -> float:
@@ -208,7 +208,7 @@ class WorkerProcess:
     def why_it_failed(self, how: str) -> RelayError:
         """For one that has ended before it was ready: the error that it met, as if it had happened here."""
         if self._failure is not None:
-            return errors.of_exit_code(self._failure["exit_code"], self._failure["message"])
+            return errors.of_exit_code(self._failure.exit_code, self._failure.message)
         self._words.ended.wait(LAST_TIMEOUT)
         return SystemRefusedError(f"a worker could not start ({how}): {self._words.last or 'it said nothing'}")
 

@@ -23,7 +23,7 @@ from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.net import listeners
 from tproxy_relay.system import proc_title
 from tproxy_relay.system.cpu import CpuPlacement
-from tproxy_relay.worker import spec
+from tproxy_relay.worker import messages, spec
 from tproxy_relay.worker.worker import Worker
 
 SWITCH_INTERVAL = 1.0
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """The process. By hand it is of no use."""
+    """Run the process. Returns its exit code if it has never become a worker; by hand it is of no use."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # Here, once, and all threads inherit it: to make such a set takes longer than to start a thread.
@@ -50,33 +50,30 @@ def main() -> int:
     faulthandler.enable()
     proc_title.become(proc_title.WORKER)
     control = channel.adopt(0)
-    given = control.receive()
-    if given is None:
+    received = control.receive()
+    if received is None:
         return 0  # the supervisor has changed its mind
-    message, descriptors = given
-    order = spec.of_message(message)
-    processors = CpuPlacement(message["cpu"])
-    processors.stay()  # before any thread is started
+    message, descriptors = received
+    own = spec.of_message(message)
+    cpu = CpuPlacement(message["cpu"])
+    cpu.stay()  # before any thread is started
     sys.setswitchinterval(SWITCH_INTERVAL)
-    writer = LogWriter(replace(order.settings, log_file=None), sys.stdout.fileno())
+    writer = LogWriter(replace(own.settings, log_file=None), sys.stdout.fileno())
     try:
         slot = Slot(Scoreboard(*descriptors), message["slot"])
         worker = Worker(
-            order.settings,
-            listeners.adopt_all(order.settings, os.environ)[0],
+            own,
+            listeners.adopt_all(own.settings, os.environ)[0],
             control,
             slot,
-            tuning=order.tuning,
-            destinations=order.destinations,
-            limits=order.limits,
-            processors=processors,
-            log_dropped=lambda: writer.dropped,
+            cpu,
+            lambda: writer.dropped,
         )
     except RelayError as error:
-        control.send({"event": "failed", "message": str(error), "exit_code": error.exit_code})
+        control.send(messages.Failed(str(error), error.exit_code).to_message())
         return error.exit_code
     writer.start()
-    control.send({"event": "ready"})
+    control.send(messages.Ready().to_message())
     _serve(worker, control, slot, writer)
 
 
@@ -85,8 +82,8 @@ def _serve(worker: Worker, control: Channel, slot: Slot, writer: LogWriter) -> N
     send() for as long as its peer likes; the kernel then resets what is still open."""
     code = 0
     try:
-        told = control.receive()
-        if told is not None and told[0]["order"] == "serve":
+        received = control.receive()
+        if received is not None and messages.order_of(received[0]) == messages.Serve():
             worker.run()
     except Exception:
         log.critical("the accept loop met a bug", exc_info=True)

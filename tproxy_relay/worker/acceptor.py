@@ -1,47 +1,27 @@
-"""Who is let in, and by which worker: the listeners, the limits, and the balance between the workers.
+"""The listeners of a worker: whoever comes there is accepted and handed to admission.py.
 
-All workers share the listening sockets, so a connection that waits in the backlog is served by whoever is there,
-also when a worker has just died. Left to itself the kernel would wake the same worker again and again. So a worker
-that has clearly more connections than another one leaves new clients to that one: it rests, and looks now and then
-whether a client has to wait. tests/bench/accept_sharing.py compares the ways to do it.
-
-A connection is admitted only if there is room for it and both its threads are set aside. Otherwise this
-worker waits, and clients wait in the kernel's backlog until somebody leaves.
+All workers share the listening sockets. Which of them takes the next client is decided in balance.py. While there is no
+room for a client this worker does not watch the listeners, and clients wait in the kernel's backlog.
 """
 
 import errno
-import functools
-import logging
 import os
 import select
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tproxy_relay.ipc import scoreboard
-from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.net import endpoint, listeners
-from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.relay.connection import THREADS
-from tproxy_relay.relay.thread_pool import ThreadPool
+from tproxy_relay.worker.admission import Admission
+from tproxy_relay.worker.balance import REST_PAUSE, Balance
 
 ACCEPT_BATCH = 64
 """Connections taken from one listener before the others, and the orders, get their turn."""
 CAPACITY_PAUSE = 0.1
 """Seconds between two tries when descriptors, memory or threads have run out."""
-TELL_PAUSE = 1.0
-"""Seconds from one line about a full relay to the next one."""
-REST_PAUSE = 0.1
-"""Seconds between two looks of a worker that leaves new clients to others: the longest that a client waits when those
-others have just been stopped."""
-WATCH_PAUSE = 0.25
-"""Seconds between two looks of a worker that takes new clients and has others beside it: the kernel tells only one of
-them of a client (EPOLLEXCLUSIVE of epoll_ctl(2)), and that one may have been stopped in the same moment."""
-DISTRUST = 2.0
-"""Seconds for which a worker leaves no clients to others after it has seen that those do not take them."""
 
-_ABOUT_THAT_CONNECTION = frozenset(
+ABOUT_THAT_CONNECTION = frozenset(
     {
         errno.ECONNABORTED,
         errno.EPROTO,
@@ -63,68 +43,34 @@ _ABOUT_CAPACITY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EN
 """accept(2): the connection stays in the backlog, and the listener stays readable: go on at once and the loop
 spins. Everything else is about us, and raised."""
 
-log = logging.getLogger(__name__)
-
-WAIT, REFUSE, EVICT = "wait", "refuse", "evict"
-"""What becomes of a client for which there is no room."""
-
-Admit = Callable[[socket.socket, Endpoint, Listener], None]
-"""What becomes of an accepted connection; its threads are set aside."""
-Refuse = Callable[[str, socket.socket, Endpoint, Listener], None]
-"""The same where there is no room, after what there is too little of; no threads are set aside."""
-
 
 class Acceptor:
-    """The listeners in a worker's epoll. Main thread only, but for `one_has_ended`."""
+    """The listeners in a worker's epoll. Main thread only."""
+
+    events = select.EPOLLIN | select.EPOLLEXCLUSIVE
+    """Of a listener, for the epoll."""
 
     def __init__(
-        self,
-        epoll: select.epoll,
-        open_listeners: Sequence[Listener],
-        slot: Slot,
-        threads: ThreadPool,
-        *,
-        most: int,
-        room: int,
-        admit: Admit,
-        when_full: str,
-        refuse: Refuse,
-        make_room: Callable[[], bool],
+        self, epoll: select.epoll, open_listeners: Sequence[Listener], balance: Balance, admission: Admission
     ) -> None:
-        """`most` connections in the whole relay, and `room` for so many in this worker. `make_room` has a connection
-        end, if it can."""
         self._epoll = epoll
         self._listeners = list(open_listeners)
-        self._slot = slot
-        self._threads = threads
-        self._most = most
-        self._room = room
-        self._admit = admit
-        self._when_full = when_full
-        self._refuse = refuse
-        self._make_room = make_room
+        self._balance = balance
+        self._admission = admission
         self._by_fd: dict[int, Listener] = {}
-        self._pair_reserved = False
-        self._full: str | None = None
-        self._told_of_it = False
-        self._tell_at = 0.0
-        self._someone_left = False
-        self._look_at: float | None = None
-        self._accepted = 0
-        self._distrust_until = 0.0
-        self._leaving = False
+        self._poll_at: float | None = None
 
     def start(self) -> None:
-        """Take clients from now on."""
-        self._epoll.register(self._slot.scoreboard.doorbell, select.EPOLLIN | select.EPOLLET)
+        """Watch the listeners and the doorbell, and take clients from now on."""
+        self._epoll.register(self._balance.doorbell, select.EPOLLIN | select.EPOLLET)
         self._watch()
 
-    def fired(self, fd: int) -> bool:
+    def on_readable(self, fd: int) -> bool:
         """The epoll reported this descriptor. False if it is none of these."""
         if fd in self._by_fd:
             self._accept_from(self._by_fd[fd])
-        elif fd == self._slot.scoreboard.doorbell:
-            self._look()
+        elif fd == self._balance.doorbell:
+            self._poll()
         else:
             return False
         return True
@@ -132,45 +78,44 @@ class Acceptor:
     @property
     def due(self) -> float | None:
         """When `keep_time` has something to do (time.monotonic())."""
-        return self._look_at
+        return self._poll_at
 
     def keep_time(self, now: float) -> None:
-        """Whatever is due by now."""
-        if self._full is not None and self._someone_left or self._look_at is not None and now >= self._look_at:
-            self._watch_others(now)
-            self._look()
+        """Do whatever is due by `now` (time.monotonic())."""
+        if self._admission.room_came or self._poll_at is not None and now >= self._poll_at:
+            if self._balance.sample() and self._somebody_waits():
+                self._balance.distrust(now)
+            self._poll()
 
-    def _look(self) -> None:
-        """Something has changed."""
-        if self._full is not None:
+    def _poll(self) -> None:
+        """Something has changed, or may have."""
+        if self._admission.full is not None:
             self._try_again()
         elif self._by_fd:
-            self._look_at = self._next_look()
+            self._poll_at = self._balance.poll_at
             for listener in list(self._by_fd.values()):
                 self._accept_from(listener)
-        elif self._is_needed():
+        elif self._balance.is_needed():
             self._watch()
         else:
-            self._look_at = time.monotonic() + REST_PAUSE
+            self._poll_at = time.monotonic() + REST_PAUSE
 
     # --- the listeners
 
+    @property
+    def listening(self) -> list[str]:
+        """Names of the listeners that this worker still has."""
+        return [listener.name for listener in self._listeners]
+
     def _watch(self) -> None:
-        self._show(scoreboard.WATCHING)
-        self._look_at = self._next_look()
+        self._balance.show(scoreboard.WATCHING)
+        self._poll_at = self._balance.poll_at
         for listener in self._listeners:
             self._by_fd[listener.sock.fileno()] = listener
-            self._epoll.register(listener.sock.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
-
-    def _next_look(self) -> float | None:
-        return None if self._slot.alone else time.monotonic() + WATCH_PAUSE
-
-    def _show(self, state: int) -> None:
-        """To the other workers, which count on one that leaves no more."""
-        self._slot.state = scoreboard.ABSENT if self._leaving else state
+            self._epoll.register(listener.sock.fileno(), self.events)
 
     def _unwatch(self, state: int) -> None:
-        self._show(state)
+        self._balance.show(state)
         for fd in self._by_fd:
             self._epoll.unregister(fd)
         self._by_fd.clear()
@@ -185,26 +130,25 @@ class Acceptor:
 
     def _accept_from(self, listener: Listener) -> bool:
         """Take a batch of clients in. True if more may be waiting, and are this worker's."""
-        return all(self._let_in(listener) and not self._rests() for _ in range(ACCEPT_BATCH))
+        for _ in range(ACCEPT_BATCH):
+            if not self._let_in(listener) or not self._balance.goes_on() and self._rest():
+                return False
+        return True
 
     def _let_in(self, listener: Listener) -> bool:
         """The next client. False if there is none, or if it has to wait."""
-        lack = self._lack()
+        lack = self._admission.lack()
         if lack is None:
-            with self._slot.admission(self._most) as admitted:
+            with self._admission.turn() as admitted:
                 if admitted:
-                    return self._accept_one(listener, self._admit_with_threads)
+                    return self._accept_one(listener)
             lack = "max-connections"
-        if self._when_full == REFUSE:
-            return self._accept_one(listener, functools.partial(self._refuse, lack))
+        if self._admission.refuses:
+            return self._accept_one(listener, lack)
         self._wait(lack)
         return False
 
-    def _admit_with_threads(self, sock: socket.socket, client: Endpoint, listener: Listener) -> None:
-        self._pair_reserved = False
-        self._admit(sock, client, listener)
-
-    def _accept_one(self, listener: Listener, then: Admit) -> bool:
+    def _accept_one(self, listener: Listener, lack: str | None = None) -> bool:
         try:
             sock, sockaddr = listener.sock.accept()
         except BlockingIOError:
@@ -213,98 +157,56 @@ class Acceptor:
             if error.errno in _ABOUT_CAPACITY:
                 self._wait(os.strerror(error.errno))
                 return False
-            if error.errno not in _ABOUT_THAT_CONNECTION:
+            if error.errno not in ABOUT_THAT_CONNECTION:
                 raise
             return True
-        then(sock, endpoint.from_sockaddr(sockaddr), listener)
+        client = endpoint.from_sockaddr(sockaddr)
+        if lack is None:
+            self._admission.admit(sock, client, listener)
+        else:
+            self._admission.refuse(sock, client, listener, lack)
         return True
 
-    def _lack(self) -> str | None:
-        """What this worker has too little of for one more connection. None with two threads set aside, and descriptors
-        left for a connection of theirs."""
-        if self._slot.live >= self._room:
-            return "descriptors" if self._room < self._most else "max-connections"
-        if not self._pair_reserved and not self._threads.reserve(THREADS):
-            return "no more threads"
-        self._pair_reserved = True
-        return None
-
-    # --- leaving clients to other workers
-
-    def _is_needed(self) -> bool:
-        """True if no other worker is to take the next clients."""
-        return self._distrust_until > time.monotonic() or not self._slot.fewer_elsewhere(scoreboard.WATCHING)
-
-    def _watch_others(self, now: float) -> None:
-        """One that has been stopped seems to watch the listeners, too."""
-        accepted = self._slot.accepted_everywhere
-        if self._slot.state == scoreboard.RESTING and accepted == self._accepted and self._somebody_waits():
-            self._distrust_until = now + DISTRUST
-        self._accepted = accepted
-
-    def _rests(self) -> bool:
-        """True if another worker is to take the next clients."""
-        if self._leaving:
-            return False
-        if self._is_needed():
-            if self._slot.fewer_elsewhere(scoreboard.RESTING):
-                self._slot.scoreboard.ring()
-            return False
+    def _rest(self) -> bool:
+        """Leave the next clients to another worker. False if there is none that takes them after all."""
         self._unwatch(scoreboard.RESTING)
-        if self._is_needed():
+        if self._balance.is_needed():
             self._watch()  # the other one has begun to rest in the same moment, trusting in us
             return False
-        self._accepted = self._slot.accepted_everywhere
-        self._look_at = time.monotonic() + REST_PAUSE
+        self._balance.begin_rest()
+        self._poll_at = time.monotonic() + REST_PAUSE
         if self._somebody_waits():
-            self._slot.scoreboard.ring()  # the kernel may have woken nobody but us for that client
+            self._balance.ring()  # the kernel may have woken nobody but us for that client
         return True
 
     # --- no room
 
     def _wait(self, why: str) -> None:
         """Leave new clients in the backlog until a connection ends, or for CAPACITY_PAUSE seconds."""
-        now = time.monotonic()
-        if not self._told_of_it and not self._slot.others_wait and now >= self._tell_at:
-            self._told_of_it = True
-            self._tell_at = now + TELL_PAUSE
-            log.warning("not accepting", extra={"reason": why, "live": self._slot.live_everywhere})
-        self._full = why
-        self._someone_left = False
-        self._look_at = now + CAPACITY_PAUSE
+        self._admission.await_room(why)
+        self._poll_at = time.monotonic() + CAPACITY_PAUSE
         self._unwatch(scoreboard.WAITING)
-        if self._when_full == EVICT and self._somebody_waits():
-            self._make_room()
+        if self._admission.evicts and self._somebody_waits():
+            self._admission.evict()
 
     def _try_again(self) -> None:
         """There may be room again: for all that wait, or only for some of them."""
-        why, self._full = self._full, None
-        self._someone_left = False
+        why = self._admission.retry()
         self._watch()
         for listener in list(self._by_fd.values()):
             self._accept_backlog(listener)
-        if self._full is None and self._told_of_it:
-            self._told_of_it = False
-            log.info("accepting again", extra={"reason": why, "live": self._slot.live_everywhere})
-
-    def one_has_ended(self) -> bool:
-        """From the thread of a connection that has ended: True if this worker's main thread is to be woken."""
-        if self._full is not None:
-            self._someone_left = True
-            return True
-        if self._slot.others_wait:
-            self._slot.scoreboard.ring()
-        return False
+        if self._admission.full is None:
+            self._admission.report_room(why)
 
     # --- the end
 
     def leave(self, names: Sequence[str] | None) -> None:
         """Have nothing to do with new clients any more, but for those of the listeners of these names (None: all)."""
-        self._leaving = True
-        self._full = self._look_at = None
+        self._admission.retry()
+        self._balance.leave()
         self._unwatch(scoreboard.ABSENT)
-        self._epoll.unregister(self._slot.scoreboard.doorbell)
-        self._slot.scoreboard.ring()  # others may rest because of this one
+        self._epoll.unregister(self._balance.doorbell)
+        self._balance.ring()  # others may rest because of this one
         kept = [listener for listener in self._listeners if names is None or listener.name in names]
         listeners.close_all([listener for listener in self._listeners if listener not in kept])
         self._listeners = kept
@@ -324,6 +226,4 @@ class Acceptor:
         """Close the listeners and give the threads back."""
         self._unwatch(scoreboard.ABSENT)
         listeners.close_all(self._listeners)
-        if self._pair_reserved:
-            self._pair_reserved = False
-            self._threads.release(THREADS)
+        self._admission.close()

@@ -12,7 +12,7 @@ from tproxy_relay.relay import pumps
 
 
 class Hangups:
-    """The legs that are watched in the main thread's epoll. `relay.HangupWatch` for the relays."""
+    """The legs that are watched in the main thread's epoll. `pumps.HangupWatch` for the relays."""
 
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll
@@ -34,7 +34,7 @@ class Hangups:
             if self._watched.pop(fd, None) is not None:
                 self._epoll.unregister(fd)
 
-    def fired(self, fd: int) -> None:
+    def on_readable(self, fd: int) -> None:
         """The epoll reported this descriptor; `settle` deals with it. One that was closed meanwhile is not ours."""
         with self._lock:
             watched = self._watched.get(fd)

@@ -12,11 +12,15 @@ from tproxy_relay.ipc.slot import Slot
 
 
 class RateLimit:
-    """Those of one worker; the other workers' are in the tables of the scoreboard. Main thread only."""
+    """The arrivals at one worker; those at the other workers are in the tables of the scoreboard. Main thread only."""
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._seconds: defaultdict[int, Counter[str]] = defaultdict(Counter)
+
+    def __len__(self) -> int:
+        """Seconds of which it remembers something."""
+        return len(self._seconds)
 
     def admit(self, host: str, most: int) -> bool:
         """Count one more, unless `most` have come within a second already. At the scoreboard's turn, or two workers may

@@ -1,4 +1,4 @@
-"""The live connections of one worker, told to whoever looks in: chosen, put in order and written as JSON.
+"""The live connections of one worker for whoever asks: chosen, put in order and written as JSON.
 
 In a thread of its own, and in small pieces: after each it lets the relaying go on. Only connections that are asked for
 are looked at closely.
@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tproxy_relay import session_query
+from tproxy_relay.relay import snapshot
 from tproxy_relay.relay.connection import Connection
+from tproxy_relay.relay.registry import Registry
 from tproxy_relay.session_query import TEXTS, Query
 
-PATIENCE = 5.0
+SEND_TIMEOUT = 5.0
 """Seconds for the supervisor to take the next piece."""
 PIECE, LARGE_PIECE = 32, 512
 """Connections that are written, or looked at from far, before others get their turn: about a millisecond."""
@@ -29,19 +31,13 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def tell(
-    connections: Callable[[], list[Connection]],
-    refused: Callable[[], Sequence[object]],
-    query: Query | None,
-    to: socket.socket,
-) -> None:
-    """In a thread: one line with what there is, then one for each connection, as admin/fanout merges them; without a
-    query only the first line. Closes the socket in any case."""
+def send(registry: Registry[Connection], query: Query | None, to: socket.socket) -> None:
+    """Write the `answer` to a socket, in a thread, and close it in any case."""
 
     def run() -> None:
         with to, contextlib.suppress(OSError):  # nobody wants it any more
-            to.settimeout(PATIENCE)
-            for piece in told(connections(), refused(), query):
+            to.settimeout(SEND_TIMEOUT)
+            for piece in answer(registry.live(), list(registry.refused), query):
                 to.sendall(piece)
 
     try:
@@ -51,8 +47,10 @@ def tell(
         to.close()
 
 
-def told(live: Sequence[Connection], refused: Sequence[object], query: Query | None) -> Iterator[bytes]:
-    """In pieces."""
+def answer(live: Sequence[Connection], refused: Sequence[object], query: Query | None) -> Iterator[bytes]:
+    """One line with what there is, then one for each connection that matches, in the order of the query, as `merged`
+    takes them; without a query only the first line. In pieces, some of them empty, between which others get their
+    turn."""
     if query is None:
         yield _head(live, 0, refused)
         return
@@ -69,7 +67,7 @@ def told(live: Sequence[Connection], refused: Sequence[object], query: Query | N
         lines = []
         for key, _, one in rows:
             with contextlib.suppress(OSError):  # it has just ended
-                lines.append(f"{json.dumps(key)}\t{json.dumps(one.session(), separators=(',', ':'))}\n")
+                lines.append(f"{json.dumps(key)}\t{json.dumps(snapshot.session(one), separators=(',', ':'))}\n")
         yield "".join(lines).encode()
 
 
@@ -79,7 +77,7 @@ def _head(live: Sequence[Connection], matching: int, refused: Sequence[object]) 
 
 
 def matches(one: Connection, query: Query, now: float) -> bool:
-    """If it is one of those that were asked for."""
+    """True if the connection is one of those that were asked for, at `now` (time.monotonic())."""
     if query.id is not None and one.id != query.id:
         return False
     if query.text is not None and not any(query.text in str(part) for part in (one.id, one.client, one.orig_dst)):
@@ -91,13 +89,13 @@ def matches(one: Connection, query: Query, now: float) -> bool:
         return False
     if query.port is not None and (asked is None or asked.port != query.port):
         return False
-    if query.state is not None and one.state != query.state:
+    if query.state is not None and snapshot.state(one) != query.state:
         return False
-    if query.ending is not None and one.ending(now)[0] != query.ending:
+    if query.ending is not None and snapshot.ending(one, now)[0] != query.ending:
         return False
     return (
         now - one.born_at >= query.min_age
-        and now - one.rests_since >= query.min_idle
+        and now - snapshot.rests_since(one) >= query.min_idle
         and one.traffic.up_rate + one.traffic.down_rate >= query.min_rate
     )
 
@@ -108,7 +106,7 @@ def _within(host: str, network: session_query.AnyNetwork) -> bool:
 
 _KEYS: dict[str, Callable[[Connection, float], float | str]] = {
     "age": lambda one, now: now - one.born_at,
-    "idle": lambda one, now: now - one.rests_since,
+    "idle": lambda one, now: now - snapshot.rests_since(one),
     "rate": lambda one, now: one.traffic.up_rate + one.traffic.down_rate,
     "bytes": lambda one, now: sum(one.moved),
     "client": lambda one, now: str(one.client),

@@ -7,48 +7,44 @@ that hangups.py watches.
 
 import contextlib
 import errno
-import itertools
 import json
 import logging
-import os
 import select
 import socket
 import time
-from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 from tproxy_relay import session_query
 from tproxy_relay.errors import ConfigError
-from tproxy_relay.ipc.channel import Channel, Message
+from tproxy_relay.ipc.channel import Channel
 from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.net import sockets
-from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.net.sockets import SEND_TICK, PathTuning, Tuning
+from tproxy_relay.net.sockets import SEND_TICK, PathTuning
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.relay.connection import THREADS, Connection, Context
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay import snapshot
+from tproxy_relay.relay.connect import SocketTuning
+from tproxy_relay.relay.connection import THREADS, Connection, WorkerContext
+from tproxy_relay.relay.end_notifier import EndNotifier
 from tproxy_relay.relay.registry import Registry
 from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.settings import Settings
 from tproxy_relay.system.cpu import CpuPlacement
-from tproxy_relay.system.limits import Limits
 from tproxy_relay.system.wakeup import Wakeup
-from tproxy_relay.worker import sessions
+from tproxy_relay.worker import messages, sessions
 from tproxy_relay.worker.acceptor import Acceptor
-from tproxy_relay.worker.eviction import Eviction
+from tproxy_relay.worker.admission import Admission
+from tproxy_relay.worker.balance import Balance
 from tproxy_relay.worker.hangups import Hangups
-from tproxy_relay.worker.rate_limit import RateLimit
+from tproxy_relay.worker.messages import Leave
+from tproxy_relay.worker.spec import WorkerSpec
 
-TRIM_INTERVAL = 1.0
-"""Seconds between two looks at threads that nobody needs any more."""
-LOOK_INTERVAL = 1.0
-"""Seconds between two looks at what the connections have moved, at least."""
-LOOK_SHARE = 200
-"""So many times as long as a look takes is the time between two: with 5,000 connections, a little over a second."""
+SAMPLE_INTERVAL = 1.0
+"""Seconds between two samples of what the connections have moved, at least."""
+SAMPLE_SHARE = 200
+"""So many times as long as a sample takes is the time between two: with 5,000 connections, a little over a second."""
 HANGUP_INTERVAL = 0.05
-"""Seconds between two looks at a reset that must not overtake data."""
+"""Seconds between two checks of a reset that must not overtake data."""
 ABORT_GRACE = SEND_TICK + 0.5
 """Seconds that aborted connections get to end: a stuck send() notices within SEND_TICK."""
 BEATS_IN_STALL = 4
@@ -57,83 +53,64 @@ BEATS_IN_STALL = 4
 log = logging.getLogger(__name__)
 
 
-class Leave(NamedTuple):
-    """The order to take no more clients, finish what there is, and end."""
-
-    listeners: tuple[str, ...] | None
-    """Names of those whose clients are this worker's to the last, because nobody else has them; None: all."""
-    grace: float
-    """Seconds for which clients may still come there that were intercepted before."""
-    timeout: float | None
-    """Seconds that open connections may go on after that; then they are reset. None: for as long as they like."""
-
-
 class Worker:
     """Accepts and relays until it is told to stop."""
 
     def __init__(
         self,
-        settings: Settings,
+        spec: WorkerSpec,
         open_listeners: list[Listener],
         control: Channel,
         slot: Slot,
-        *,
-        tuning: Tuning,
-        destinations: Destinations,
-        limits: Limits,
-        processors: CpuPlacement,
+        cpu: CpuPlacement,
         log_dropped: Callable[[], int],
     ) -> None:
-        """`log_dropped` tells how many log records were lost. Raises ConfigError for what this process may not set."""
-        paths = _paths(settings)  # before there are threads
-        self._settings = settings
+        """`log_dropped` returns how many log records were lost. Raises ConfigError for what this process may not
+        set."""
+        settings = spec.settings
+        tuning = SocketTuning(spec.tuning, *_paths(settings))  # before there are threads
         self._control = control
         self._slot = slot
-        self._wakeup = Wakeup()
-        self._epoll = select.epoll()
-        self._registry: Registry[Connection] = Registry(slot, share_sources=settings.max_per_source > 0)
-        self._rate_limit = RateLimit(slot)
-        self._refused: deque[dict[str, object]] = deque(maxlen=session_query.MAX_REFUSED)
-        self._eviction = Eviction(self._registry)
-        self._threads = ThreadPool(THREADS * limits.room)
-        self._hangups = Hangups(self._epoll)
-        self._acceptor = Acceptor(
-            self._epoll,
-            open_listeners,
-            slot,
-            self._threads,
-            most=limits.most,
-            room=limits.room,
-            admit=self._admit,
-            when_full=settings.when_full,
-            refuse=self._refuse,
-            make_room=self._eviction.make_room,
-        )
-        self._context = Context(
-            settings,
-            tuning,
-            *paths,
-            destinations,
-            self._registry,
-            self._threads,
-            self._hangups,
-            processors,
-            self._refused,
-            self._one_has_ended,
-        )
-        self._numbers = itertools.count(1)
-        self._prefix = f"{os.getpid():x}-{int(time.time()):x}"
         self._log_dropped = log_dropped
-        self._sweep_at = self._trim_at = self._looked_at = self._look_at = 0.0
+        self.wakeup = Wakeup()
+        """Connections use it up to their last moment, so it stays open until whoever has run the worker closes it."""
+        self._epoll = select.epoll()
+        self._hangups = Hangups(self._epoll)
+        self._threads = ThreadPool(THREADS * spec.limits.room)
+        self._ends = EndNotifier(slot, self.wakeup)
+        self._registry: Registry[Connection] = Registry(
+            slot, self._ends, share_sources=settings.max_per_source > 0, max_refused=session_query.MAX_REFUSED
+        )
+        context = WorkerContext(settings, tuning, spec.policy, self._registry, self._threads, self._hangups, cpu)
+        self._admission = Admission(slot, spec.limits, self._ends, context)
+        self._balance = Balance(slot)
+        self._acceptor = Acceptor(self._epoll, open_listeners, self._balance, self._admission)
+        self._sweep_interval = _sweep_interval(settings)
         self._beat_interval = settings.stall_timeout / BEATS_IN_STALL
+        self._sweep_at = self._sampled_at = self._sample_at = 0.0
         self._undecided = False
         self._leave: Leave | None = None
         self._at_once = False
 
+    @property
+    def live(self) -> list[Connection]:
+        """The connections that are live now, oldest first."""
+        return self._registry.live()
+
+    def debug_state(self) -> dict[str, object]:
+        """What it is about, for tests: whether it leaves, the listeners that it has, why it accepts nobody, and whether
+        its clock waits for threads to be trimmed."""
+        return {
+            "leaving": self._balance.leaving,
+            "listening": self._acceptor.listening,
+            "full": self._admission.full,
+            "trimming": self._admission.due is not None,
+        }
+
     def run(self) -> None:
         """Until the supervisor says `leave` or `stop`, or is gone; then everything is closed and every connection
         recorded. Raises OSError if a listener breaks."""
-        self._epoll.register(self._wakeup.fileno(), select.EPOLLIN)
+        self._epoll.register(self.wakeup.fileno(), select.EPOLLIN)
         self._epoll.register(self._control.fileno(), select.EPOLLIN)
         self._acceptor.start()
         try:
@@ -147,85 +124,35 @@ class Worker:
         finally:
             self._close()
 
-    def _turn(self, patience: float | None) -> None:
+    def _turn(self, timeout: float | None) -> None:
         """Whatever happens within so many seconds."""
         self._slot.beat()
-        for fd, _events in self._epoll.poll(self._patience(patience)):
+        for fd, _events in self._epoll.poll(self._poll_timeout(timeout)):
             if fd == self._control.fileno():
-                self._obey()
-            elif fd == self._wakeup.fileno():
-                self._wakeup.clear()
-            elif not self._acceptor.fired(fd):
-                self._hangups.fired(fd)
+                self._on_order()
+            elif fd == self.wakeup.fileno():
+                self.wakeup.clear()
+            elif not self._acceptor.on_readable(fd):
+                self._hangups.on_readable(fd)
         self._keep_time()
 
-    def _patience(self, most: float | None) -> float | None:
+    # --- the clock
+
+    def _poll_timeout(self, most: float | None) -> float | None:
         """Seconds until the clock has something to do, and not more than `most`; None if nothing is due."""
         now = time.monotonic()
-        due = []
+        due = [at for at in (self._acceptor.due, self._admission.due) if at is not None]
         if most is not None:
             due.append(now + most)
-        if self._acceptor.due is not None:
-            due.append(self._acceptor.due)
-        if self._sweep_interval and len(self._registry):
-            due.append(self._sweep_at)
         if len(self._registry):
-            due.append(self._look_at)
-        if self._trim_at:
-            due.append(self._trim_at)
+            due.append(self._sample_at)
+            if self._sweep_interval:
+                due.append(self._sweep_at)
         if self._undecided:
             due.append(now + HANGUP_INTERVAL)
         if self._beat_interval:
             due.append(now + self._beat_interval)
         return max(0.0, min(due) - now) if due else None
-
-    def _admit(self, sock: socket.socket, client: Endpoint, listener: Listener) -> None:
-        connection = self._connection(sock, client, listener)
-        if why := self._count_in(connection):
-            connection.refuse(why)
-            self._threads.release(THREADS)
-            return
-        self._threads.run(connection.run)
-        if not self._trim_at:
-            self._trim_at = time.monotonic() + TRIM_INTERVAL
-
-    def _refuse(self, lack: str, sock: socket.socket, client: Endpoint, listener: Listener) -> None:
-        """There is no room for it, and no threads are set aside."""
-        connection = self._connection(sock, client, listener)
-        self._registry.add(connection)
-        connection.refuse(f"no room: {lack} (when-full)")
-
-    def _connection(self, sock: socket.socket, client: Endpoint, listener: Listener) -> Connection:
-        return Connection(f"{self._prefix}-{next(self._numbers):x}", sock, client, listener, self._context)
-
-    def _count_in(self, connection: Connection) -> str | None:
-        """Why its client may not have it, if so."""
-        most, rate = self._settings.max_per_source, self._settings.max_rate_per_source
-        if not most and not rate:
-            self._registry.add(connection)
-            return None
-        host = connection.client.host
-        # Two workers would otherwise each refuse, or admit, the last one under the cap.
-        with self._slot.scoreboard.turn():
-            count = self._registry.add(connection)
-            if most and count > most:
-                return f"{host} has {most} connections (max-per-source)"
-            if rate and not self._rate_limit.admit(host, rate):
-                return f"{host} has opened {rate} connections within a second (max-rate-per-source)"
-        return None
-
-    def _one_has_ended(self) -> None:
-        """In the thread of the connection that ended."""
-        if self._acceptor.one_has_ended() or self._leave is not None:
-            self._wakeup.notify()
-
-    # --- the clock
-
-    @property
-    def _sweep_interval(self) -> float:
-        """Seconds between two looks for overdue connections: a twentieth of the shortest timeout."""
-        timeouts = [t for t in (self._settings.idle_timeout, self._settings.half_close_timeout) if t]
-        return min(1.0, max(0.05, min(timeouts) / 20)) if timeouts else 0.0
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -234,74 +161,77 @@ class Worker:
         if self._sweep_interval and now >= self._sweep_at:
             self._sweep_at = now + self._sweep_interval
             self._abort_overdue(now)
-        if now >= self._look_at:
-            self._look(now)
-        if self._trim_at and now >= self._trim_at:
-            self._trim_at = now + TRIM_INTERVAL if self._threads.trim() or len(self._registry) else 0.0
+        if now >= self._sample_at:
+            self._sample(now)
+        self._admission.trim(now)
 
-    def _look(self, now: float) -> None:
-        """Tell the others what has moved, without taking more than a small part of the time for it."""
-        self._registry.look(now - self._looked_at)
+    def _sample(self, now: float) -> None:
+        """Let the others see what has moved, without taking more than a small part of the time for it."""
+        self._registry.sample(now - self._sampled_at)
         self._slot.log_dropped(self._log_dropped())
-        self._looked_at = now
-        self._look_at = now + max(LOOK_INTERVAL, LOOK_SHARE * (time.monotonic() - now))
+        self._sampled_at = now
+        self._sample_at = now + max(SAMPLE_INTERVAL, SAMPLE_SHARE * (time.monotonic() - now))
 
     def _abort_overdue(self, now: float) -> None:
-        for connection in self._registry.live():
-            outcome = connection.overdue(now)
+        for connection in self.live:
+            outcome = snapshot.overdue(connection, now)
             if outcome:
                 connection.abort(outcome)
 
     # --- orders and the end
 
-    def _obey(self) -> None:
+    def _on_order(self) -> None:
         try:
-            told = self._control.receive()
+            received = self._control.receive()
         except ValueError as error:
             log.error("an order was lost", extra={"why": str(error)})  # there was no room for its descriptor
             return
-        if told is None:
+        if received is None:
             log.critical("the supervisor is gone")
             self._at_once = True
             return
-        order, descriptors = told
-        if order["order"] == "live":
-            self._log_live()
-        elif order["order"] == "sessions":
-            self._tell_sessions(order, descriptors)
-        elif order["order"] == "abort":
-            self._abort(order, descriptors)
-        elif order["order"] == "leave":
-            self._leave = leave_of(order)
-        elif order["order"] == "stop":
-            self._at_once = True
+        message, descriptors = received
+        match messages.order_of(message):
+            case messages.LogLive():
+                self._log_live()
+            case messages.ListSessions(query):
+                self._send_sessions(query, *descriptors)
+            case messages.Abort(number, account):
+                self._abort(number, account, *descriptors)
+            case messages.Leave() as order:
+                self.leave(order)
+            case messages.Stop():
+                self._at_once = True
 
-    def _tell_sessions(self, order: Message, descriptors: list[int]) -> None:
+    def _send_sessions(self, given: Mapping[str, str] | None, to: int) -> None:
         """To the socket that came with the order."""
-        (to,) = descriptors
-        query = None if order["query"] is None else session_query.parse(order["query"])
-        sessions.tell(self._registry.live, lambda: list(self._refused), query, socket.socket(fileno=to))
+        query = None if given is None else session_query.parse(given)
+        sessions.send(self._registry, query, socket.socket(fileno=to))
 
-    def _abort(self, order: Message, descriptors: list[int]) -> None:
+    def _abort(self, number: str, account: int, to: int) -> None:
         """The connection with that id, and answer in the same way."""
-        (to,) = descriptors
         with socket.socket(fileno=to) as answer, contextlib.suppress(OSError):
-            found = [one for one in self._registry.live() if one.id == order["id"]]
+            found = [one for one in self.live if one.id == number]
             aborted = any(one.abort(Outcome.ABORTED) for one in found)
             if aborted:
-                log.warning("aborted by an operator", extra={"id": order["id"], "account": order["account"]})
+                log.warning("aborted by an operator", extra={"id": number, "account": account})
             answer.send(json.dumps({"aborted": aborted}).encode() + b"\n")
 
+    def leave(self, order: Leave) -> None:
+        """Take no more clients, finish what there is, and end; a later order replaces an earlier one."""
+        self._leave = order
+        self._ends.all_awaited = True
+
     def _log_live(self) -> None:
-        for connection in self._registry.live():
-            log.info("connection live", extra=connection.snapshot())
+        for connection in self.live:
+            log.info("connection live", extra=snapshot.summary(connection))
 
     def _serve_latecomers(self) -> None:
         """Clients whose handshake was under way: without a listener its last packet would be answered by a reset."""
         if self._leave is None or self._at_once:
             return
         self._acceptor.leave(self._leave.listeners)
-        self._control.send({"event": "left"})
+        self._control.send(messages.Left().to_message())
         deadline = time.monotonic() + self._leave.grace
         while not self._at_once and (left := deadline - time.monotonic()) > 0:
             self._turn(left)
@@ -325,19 +255,25 @@ class Worker:
         """Reset what is left. A connection whose threads are stuck is reset by the kernel when we exit."""
         deadline = time.monotonic() + ABORT_GRACE
         self._epoll.unregister(self._control.fileno())  # nothing that it may say matters any more
-        while (live := self._registry.live()) and time.monotonic() < deadline:
+        while (live := self.live) and time.monotonic() < deadline:
             for connection in live:
                 connection.abort(outcome)
             self._slot.beat()
             self._epoll.poll(0.1)
-            self._wakeup.clear()
-        for connection in self._registry.live():
+            self.wakeup.clear()
+        for connection in self.live:
             connection.abandon()
 
     def _close(self) -> None:
         self._acceptor.close()
         self._threads.close()
         self._epoll.close()
+
+
+def _sweep_interval(settings: Settings) -> float:
+    """Seconds between two sweeps for overdue connections: a twentieth of the shortest timeout; 0: there is none."""
+    timeouts = [timeout for timeout in (settings.idle_timeout, settings.half_close_timeout) if timeout]
+    return min(1.0, max(0.05, min(timeouts) / 20)) if timeouts else 0.0
 
 
 def _paths(settings: Settings) -> tuple[PathTuning, PathTuning]:
@@ -358,9 +294,3 @@ def _paths(settings: Settings) -> tuple[PathTuning, PathTuning]:
                     why = "not for everybody here; add it to the sysctl net.ipv4.tcp_allowed_congestion_control"
                 raise ConfigError(f"{side}-congestion: {name}: {why}") from error
     return paths
-
-
-def leave_of(order: Message) -> Leave:
-    """The order as it came."""
-    names = order["listeners"]
-    return Leave(None if names is None else tuple(names), order["grace"], order["timeout"])

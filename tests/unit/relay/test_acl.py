@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tproxy_relay.relay import acl
-from tproxy_relay.relay.acl import SPECIAL, Rules
+from tproxy_relay.relay.acl import SPECIAL, AccessList
 from tproxy_relay.settings import Network, PortRange
 
-UNTOLD = Rules((), ())
+UNTOLD = AccessList((), ())
 
 DENIED = [
     "0.0.0.0",
@@ -143,7 +143,7 @@ def networks(*texts: str) -> tuple[Network, ...]:
     ],
 )
 def test_the_longest_prefix_wins(allow: list[str], deny: list[str], host: str, port: int, allowed: bool | None) -> None:
-    rules = Rules(networks(*allow), networks(*deny))
+    rules = AccessList(networks(*allow), networks(*deny))
     for _ in range(2):  # the second time it is remembered
         assert rules.judge(host, port).allowed is allowed
 
@@ -152,7 +152,7 @@ def test_the_order_in_which_they_are_written_does_not_matter() -> None:
     allow, deny = networks("10.1.0.0/16", "10.0.0.0/8 443"), networks("10.0.0.0/8", "10.1.1.0/24")
     questions = [(host, port) for host in ("10.1.1.1", "10.1.2.3", "10.9.9.9") for port in (80, 443)]
     answers = {
-        tuple(Rules(a, d).judge(*question).allowed for question in questions)
+        tuple(AccessList(a, d).judge(*question).allowed for question in questions)
         for a in itertools.permutations(allow)
         for d in itertools.permutations(deny)
     }
@@ -160,14 +160,14 @@ def test_the_order_in_which_they_are_written_does_not_matter() -> None:
 
 
 def test_it_says_which_rule_it_was() -> None:
-    rules = Rules((), networks("10.0.0.0/8 22"))
+    rules = AccessList((), networks("10.0.0.0/8 22"))
     assert rules.judge("10.0.0.1", 22).why == "deny = 10.0.0.0/8:22"
     assert rules.judge("64:ff9b::7f00:1", 22).why == "127.0.0.0/8 (loopback)"
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acl, "_REMEMBERED", 3)
-    rules = Rules((), ())
+    rules = AccessList((), ())
     for number in range(20):
         assert rules.judge(f"10.0.0.{number}", 80).allowed is None
         assert rules.judge("127.0.0.1", number).allowed is False

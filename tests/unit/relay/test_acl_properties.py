@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.relay.acl import SPECIAL, Rules
-from tproxy_relay.relay.policy import Destinations, RefusedError
+from tproxy_relay.relay.acl import SPECIAL, AccessList
+from tproxy_relay.relay.policy import Policy, RefusedError
 from tproxy_relay.settings import Network, PortRange
 
 # --- the oracle
@@ -139,7 +139,7 @@ def _network(one: Network) -> Any:
 def test_the_verdict_is_that_of_the_oracle(
     data: st.DataObject, allow: list[Network], deny: list[Network], port: int
 ) -> None:
-    rules = Rules(allow, deny)
+    rules = AccessList(allow, deny)
     for _ in range(3):
         host = data.draw(questions([*allow, *deny]))
         at = data.draw(st.sampled_from([port, *(one.ports.first for one in allow + deny if one.ports)]))
@@ -150,7 +150,7 @@ def test_the_verdict_is_that_of_the_oracle(
 @given(written.networks(CLOSE | st.ip_addresses()), PORT)
 def test_deny_wins_a_tie(network: Network, port: int) -> None:
     port = network.ports.last if network.ports else port
-    assert Rules([network], [network]).judge(str(_network(network)[-1]), port).allowed is False
+    assert AccessList([network], [network]).judge(str(_network(network)[-1]), port).allowed is False
 
 
 @hypothesis_settings(max_examples=200)
@@ -159,19 +159,19 @@ def test_a_rule_about_some_ports_comes_before_one_about_all(network: Network, ra
     everywhere, here = network._replace(ports=None), network._replace(ports=ranges[0])
     host = str(_network(network)[0])
     assume(not host.startswith("0."))
-    assert Rules([here], [everywhere]).judge(host, ranges[0].last).allowed is True
-    assert Rules([everywhere], [here]).judge(host, ranges[0].last).allowed is False
+    assert AccessList([here], [everywhere]).judge(host, ranges[0].last).allowed is True
+    assert AccessList([everywhere], [here]).judge(host, ranges[0].last).allowed is False
 
 
 @given(SPECIAL_ONES, PORT)
 def test_what_is_denied_from_the_beginning_is_open_to_whoever_names_it(network: Network, port: int) -> None:
     """For IPv6 without the addresses in which IPv4 ones are carried: those are judged, too."""
     first, last = str(_network(network)[0]), str(_network(network)[-1])
-    assert Rules([], []).judge(last, port).allowed is False
-    assert Rules([network], []).judge(last, port).allowed is True
-    assert Rules([network], [network]).judge(first, port).allowed is False
+    assert AccessList([], []).judge(last, port).allowed is False
+    assert AccessList([network], []).judge(last, port).allowed is True
+    assert AccessList([network], [network]).judge(first, port).allowed is False
     everything = [Network("0.0.0.0/0"), Network("::/0")]
-    assert Rules(everything, []).judge(last, port).allowed is False
+    assert AccessList(everything, []).judge(last, port).allowed is False
 
 
 @hypothesis_settings(max_examples=300)
@@ -206,7 +206,7 @@ def test_a_denied_address_is_denied_in_every_disguise(
 def choose(host: str, port: int, *, allow: Sequence[Network], deny: Sequence[Network]) -> Endpoint | Outcome:
     """What becomes of a connection that was going there."""
     try:
-        chosen = Destinations(frozenset({15006}), None, tuple(allow), tuple(deny))
+        chosen = Policy(frozenset({15006}), None, tuple(allow), tuple(deny))
         return chosen.choose(Endpoint(host, port), 15006)
     except RefusedError as refusal:
         return refusal.outcome

@@ -4,158 +4,34 @@ Without interception a destination comes from `target`; where the original desti
 takes the listener's place on the very address that the client connected to.
 """
 
-import errno
 import logging
 import os
 import resource
-import select
 import socket
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator
 
-import lines as lines_module
 import loopback
 import pytest
-import slots
 from deadlines import PATIENCE, wait_until
+from desks import DeskMaker, assert_refused, target_of
 from lines import Lines
 from loopback import FIN, RST
 from rows import Seen
 
 from tproxy_relay.net import endpoint, orig_dst, sockets
 from tproxy_relay.net.endpoint import Endpoint
-from tproxy_relay.net.listeners import Listener
-from tproxy_relay.net.sockets import PathTuning
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay import connection as connection_module
-from tproxy_relay.relay import policy
 from tproxy_relay.relay import pumps as relay_module
-from tproxy_relay.relay.connection import THREADS, Connection, Context
-from tproxy_relay.relay.policy import Destinations, RefusedError
-from tproxy_relay.relay.registry import Flow, Registry
-from tproxy_relay.relay.thread_pool import ThreadPool
-from tproxy_relay.settings import Network, Settings
-from tproxy_relay.system.cpu import CpuPlacement
-from tproxy_relay.worker.hangups import Hangups
+from tproxy_relay.relay import snapshot
+from tproxy_relay.relay.connection import THREADS, Connection
+from tproxy_relay.relay.loops import Flow
+from tproxy_relay.relay.policy import RefusedError
+from tproxy_relay.settings import Network
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 STUCK = sockets.SEND_TICK + 0.5
-
-
-PLAIN = PathTuning(None, 0, 0)
-
-
-class Desk:
-    """What a worker has, without its accept loop: a listener, threads, a registry, the epoll of hang-ups."""
-
-    def __init__(self, settings: Settings, target: Endpoint | None, own_ports: frozenset[int] | None = None) -> None:
-        raw = loopback.listen()
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sockets.tune(raw, loopback.UNTUNED)
-        self.listener = Listener(raw)
-        self._slots = slots.slots()
-        (self.slot,) = self._slots.__enter__()
-        self.registry: Registry[Connection] = Registry(self.slot)
-        self.threads = ThreadPool(limit=8, spare=2)
-        self.ended = threading.Semaphore(0)
-        self.refused: deque[dict[str, object]] = deque(maxlen=3)
-        self._epoll = select.epoll()
-        self._hangups = Hangups(self._epoll)
-        ports = frozenset({self.listener.endpoint.port}) if own_ports is None else own_ports
-        destinations = Destinations.of_settings(settings, ports, target)
-        self.context = Context(
-            settings, loopback.UNTUNED, PLAIN, PLAIN, destinations, self.registry, self.threads,
-            self._hangups, CpuPlacement(None), self.refused, self.ended.release,
-        )  # fmt: skip
-        self._closing = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="watch")
-        self._watcher.start()
-        self._count = 0
-
-    def _watch(self) -> None:
-        while not self._closing.is_set():
-            for fd, _events in self._epoll.poll(0.02):
-                self._hangups.fired(fd)
-            self._hangups.settle()
-
-    def close(self) -> None:
-        """Give everything back. Connections must have ended."""
-        for left in self.registry.live():
-            left.abort(Outcome.ABORTED)
-        wait_until(lambda: not len(self.registry), "all connections end")
-        self.threads.close()
-        self.listener.close()
-        self._closing.set()
-        self._watcher.join(PATIENCE)
-        self._epoll.close()
-        self._slots.__exit__(None, None, None)
-        threading.stack_size(0)
-
-    def accept(self) -> Connection:
-        """Take the next client in, without running it."""
-        sock, sockaddr = self.listener.sock.accept()
-        sock.setblocking(True)
-        self._count += 1
-        made = Connection(f"c{self._count}", sock, endpoint.from_sockaddr(sockaddr), self.listener, self.context)
-        assert self.threads.reserve(THREADS)
-        self.registry.add(made)
-        return made
-
-    def start(self) -> Connection:
-        """Take the next client in and run it."""
-        made = self.accept()
-        self.threads.run(made.run)
-        return made
-
-    def dial(self, receive_buffer: int = 0) -> socket.socket:
-        """A client."""
-        host, port = self.listener.endpoint[:2]
-        return loopback.dial((host, port), receive_buffer=receive_buffer)
-
-    def await_end(self) -> None:
-        """One more connection has given everything back."""
-        assert self.ended.acquire(timeout=PATIENCE), "the connection did not end"
-
-
-@pytest.fixture
-def lines() -> Iterator[Lines]:
-    with lines_module.collected() as collected:
-        yield collected
-
-
-@pytest.fixture
-def server() -> Iterator[socket.socket]:
-    with loopback.listen() as listening:
-        yield listening
-
-
-def target_of(server: socket.socket) -> Endpoint:
-    """The server's address, as a target."""
-    return endpoint.from_sockaddr(server.getsockname())
-
-
-@pytest.fixture
-def desks() -> Iterator["DeskMaker"]:
-    maker = DeskMaker()
-    yield maker
-    for desk in maker.made:
-        desk.close()
-
-
-class DeskMaker:
-    """Makes desks and closes them after the test."""
-
-    def __init__(self) -> None:
-        self.made: list[Desk] = []
-
-    def __call__(
-        self, target: Endpoint | None = None, own_ports: frozenset[int] | None = None, **settings: object
-    ) -> Desk:
-        self.made.append(Desk(Settings(**settings), target, own_ports))  # type: ignore[arg-type]
-        return self.made[-1]
 
 
 # --- completed, and the record
@@ -299,26 +175,13 @@ def test_a_client_that_is_gone_before_anything_happened(desks: DeskMaker, server
     client = desk.dial()
     accepted = desk.accept()
     loopback.reset(client)
-    wait_until(lambda: sockets.is_dead(accepted._client.sock), "the reset arrives")
+    wait_until(lambda: sockets.is_dead(accepted.client_leg.sock), "the reset arrives")
     desk.threads.run(accepted.run)
     assert lines.outcomes() == ["client-reset"]
     desk.await_end()
 
 
 # --- refused by the relay, or by the network
-
-
-def assert_refused(desk: Desk, client: socket.socket, lines: Lines, outcome: str, level: int) -> dict[str, object]:
-    assert loopback.read_to_end(client) == (b"", RST)
-    (line,) = lines.closed()
-    assert line["outcome"] == outcome
-    assert (line["bytes_up"], line["bytes_down"]) == (0, 0)
-    assert line["error"]
-    assert lines.of("connection closed")[0].levelno == level
-    desk.await_end()
-    assert desk.slot.numbers.closed == {outcome: 1}
-    assert len(desk.registry) == 0
-    return line
 
 
 def test_connect_refused(desks: DeskMaker, lines: Lines) -> None:
@@ -373,7 +236,7 @@ def test_loop(desks: DeskMaker, lines: Lines) -> None:
     """The ruleset intercepts the relay's own connection: it comes back to a listener, from our own address and to
     where we connected. Here, the target is the listener and own_ports does not know it."""
     desk = desks(Endpoint("127.0.0.1", 1), own_ports=frozenset())
-    desk.context.destinations.__dict__["target"] = desk.listener.endpoint
+    desk.context.policy.__dict__["target"] = desk.listener.endpoint
     with desk.dial() as client:
         desk.start()
         desk.start()  # what the first one opened
@@ -383,85 +246,7 @@ def test_loop(desks: DeskMaker, lines: Lines) -> None:
     assert desk.slot.numbers.accepted == 2, "it went round once"
     desk.await_end()
     desk.await_end()
-    assert not desk.registry._accepted and not desk.registry._opened
-
-
-@pytest.mark.parametrize(
-    ("number", "outcome"),
-    [
-        (errno.ECONNREFUSED, "connect-refused"),
-        (errno.ECONNRESET, "connect-refused"),
-        (errno.ETIMEDOUT, "connect-timeout"),
-        (errno.ENETUNREACH, "connect-unreachable"),
-        (errno.EHOSTUNREACH, "connect-unreachable"),
-        (errno.ENETDOWN, "connect-unreachable"),
-        (errno.EACCES, "connect-unreachable"),
-        (errno.EPERM, "connect-unreachable"),
-        (errno.EADDRNOTAVAIL, "no-local-port"),
-        (errno.EADDRINUSE, "no-local-port"),
-        (errno.EMFILE, "over-limit"),
-        (errno.ENOBUFS, "over-limit"),
-        (errno.ENOMEM, "over-limit"),
-        (errno.EBADF, "internal-error"),
-    ],
-)
-def test_every_error_of_connect_has_its_outcome(
-    desks: DeskMaker, lines: Lines, monkeypatch: pytest.MonkeyPatch, number: int, outcome: str
-) -> None:
-    def fail(*_args: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(sockets, "connect", fail)
-    desk = desks(Endpoint("127.0.0.1", 9))
-    with desk.dial() as client:
-        desk.start()
-        line = assert_refused(desk, client, lines, outcome, logging.WARNING)
-    assert line["error"] == os.strerror(number)
-
-
-def test_when_the_clients_port_is_taken_its_address_will_do(
-    desks: DeskMaker, server: socket.socket, lines: Lines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Endpoint] = []
-
-    def bind(_sock: socket.socket, source: Endpoint) -> None:
-        asked.append(source)
-        if source.port:
-            raise OSError(errno.EADDRINUSE, "Address already in use")
-
-    monkeypatch.setattr(policy, "sources", lambda *_args: (policy.FULL, policy.ADDRESS))
-    monkeypatch.setattr(sockets, "bind_foreign", bind)
-    desk = desks(target_of(server))
-    with desk.dial() as client:
-        me = endpoint.from_sockaddr(client.getsockname())
-        desk.start()
-        server.accept()[0].close()
-    assert lines.closed()[0]["source"] == "address"
-    assert asked == [me, me.with_port(0)]
-    desk.await_end()
-
-
-@pytest.mark.parametrize(
-    ("number", "tries"),
-    [(errno.EADDRNOTAVAIL, 2), (errno.EADDRINUSE, 2), (errno.ECONNREFUSED, 1), (errno.ETIMEDOUT, 1)],
-)
-def test_another_source_is_tried_only_for_want_of_a_port(
-    desks: DeskMaker, lines: Lines, monkeypatch: pytest.MonkeyPatch, number: int, tries: int
-) -> None:
-    asked: list[Endpoint] = []
-
-    def fail(*_args: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(policy, "sources", lambda *_args: (policy.FULL, policy.ADDRESS))
-    monkeypatch.setattr(sockets, "bind_foreign", lambda _sock, source: asked.append(source))
-    monkeypatch.setattr(sockets, "connect", fail)
-    desk = desks(Endpoint("127.0.0.1", 9))
-    with desk.dial():
-        desk.start()
-        lines.closed()
-    assert len(asked) == tries
-    desk.await_end()
+    assert not len(desk.registry.loops)
 
 
 def test_out_of_descriptors(desks: DeskMaker, server: socket.socket, lines: Lines) -> None:
@@ -594,8 +379,8 @@ def test_abort_while_connecting(desks: DeskMaker, lines: Lines, outcome: Outcome
         desk = desks(Endpoint(*address), connect_timeout=20.0)
         with desk.dial() as client:
             started = desk.start()
-            wait_until(lambda: started._upstream is not None and in_connect(started), "it connects")
-            assert started.snapshot()["state"] == "connecting"
+            wait_until(lambda: started.upstream_leg is not None and in_connect(started), "it connects")
+            assert snapshot.state(started) == "connecting"
             began = time.monotonic()
             started.abort(outcome)
             assert_refused(desk, client, lines, outcome.value, logging.INFO)
@@ -604,7 +389,7 @@ def test_abort_while_connecting(desks: DeskMaker, lines: Lines, outcome: Outcome
 
 def in_connect(connection: Connection) -> bool:
     """True once the SYN is out."""
-    leg = connection._upstream
+    leg = connection.upstream_leg
     return leg is not None and sockets.tcp_info(leg.sock).state == 2  # TCP_SYN_SENT
 
 
@@ -682,9 +467,9 @@ def test_abort_while_flushing(desks: DeskMaker, server: socket.socket, lines: Li
         started = desk.start()
         with server.accept()[0] as upstream:
             upstream.sendall(bytes(100_000))
-            wait_until(lambda: started.snapshot()["bytes_down"] == 100_000, "the relay has it")
+            wait_until(lambda: started.moved[1] == 100_000, "the relay has it")
             loopback.reset(upstream)
-        wait_until(lambda: started._relay is not None and started._relay._pumps == 0, "both pumps are done")
+        wait_until(lambda: started.relay is not None and started.relay._pumps == 0, "both pumps are done")
         assert not lines.of("connection closed")
         began = time.monotonic()
         started.abort(Outcome.ABORTED)
@@ -719,71 +504,15 @@ def test_abandon_records_what_is_stuck_and_its_thread_does_not_record_again(
             started.abandon()
             assert lines.outcomes() == ["aborted"]
             assert len(desk.registry) == 0
-    wait_until(lambda: started._relay is not None and started._relay._pumps == 0, "it ends after all")
+    wait_until(lambda: started.relay is not None and started.relay._pumps == 0, "it ends after all")
     assert lines.outcomes() == ["aborted"]
-    for leg in (started._client, started._upstream):
+    for leg in (started.client_leg, started.upstream_leg):
         if leg is not None:
             leg.sock.close()
     desk.threads.release(THREADS)
 
 
-# --- timeouts, seen from outside
-
-
-def test_idle_is_overdue_after_the_timeout_without_a_byte(desks: DeskMaker, server: socket.socket) -> None:
-    desk = desks(target_of(server), idle_timeout=10.0, half_close_timeout=5.0)
-    with desk.dial() as client:
-        started = desk.start()
-        with server.accept()[0] as upstream:
-            upstream.send(b"x")
-            client.recv(1)
-            wait_until(lambda: started.snapshot()["bytes_down"] == 1, "it is counted")
-            now = time.monotonic()
-            assert started.overdue(now) is None
-            assert started.overdue(now + 9) is None
-            assert started.overdue(now + 11) is Outcome.IDLE
-            client.shutdown(socket.SHUT_WR)
-            assert loopback.read_to_end(upstream) == (b"", FIN)
-            assert started.overdue(time.monotonic() + 4) is None
-            assert started.overdue(time.monotonic() + 6) is Outcome.HALF_CLOSE_TIMEOUT
-    desk.await_end()
-
-
-def test_nothing_is_overdue_without_timeouts_or_while_connecting(desks: DeskMaker, server: socket.socket) -> None:
-    desk = desks(target_of(server))
-    with desk.dial() as client:
-        started = desk.accept()
-        assert started.overdue(time.monotonic() + 1e6) is None
-        desk.threads.run(started.run)
-        with server.accept()[0] as upstream:
-            upstream.send(b"x")
-            client.recv(1)
-            client.shutdown(socket.SHUT_WR)
-            assert loopback.read_to_end(upstream) == (b"", FIN)
-            assert started.overdue(time.monotonic() + 1e6) is None
-    desk.await_end()
-
-
-def test_a_snapshot_shows_it_live(desks: DeskMaker, server: socket.socket) -> None:
-    desk = desks(target_of(server))
-    with desk.dial() as client:
-        started = desk.start()
-        with server.accept()[0] as upstream:
-            client.send(b"abc")
-            upstream.recv(3)
-            upstream.send(b"de")
-            client.recv(2)
-            wait_until(lambda: started.snapshot()["bytes_down"] == 2, "it is counted")
-            wait_until(lambda: started.snapshot()["bytes_up"] == 3, "it is counted")
-            shown = started.snapshot()
-            assert (shown["id"], shown["state"], shown["bytes_up"]) == ("c1", "open", 3)
-            assert shown["client"] == str(endpoint.from_sockaddr(client.getsockname()))
-            assert shown["upstream_local"] == str(endpoint.from_sockaddr(upstream.getpeername()))
-            assert 0 <= shown["idle_seconds"] <= shown["seconds"] < PATIENCE  # type: ignore[operator]
-            client.shutdown(socket.SHUT_WR)
-            assert loopback.read_to_end(upstream) == (b"", FIN)
-            assert started.snapshot()["state"] == "half-closed"
-    desk.await_end()
+# --- the end of a broken one
 
 
 def test_an_undelivered_flush_is_bounded(
@@ -795,7 +524,7 @@ def test_an_undelivered_flush_is_bounded(
         started = desk.start()
         with server.accept()[0] as upstream:
             upstream.sendall(bytes(100_000))
-            wait_until(lambda: started.snapshot()["bytes_down"] == 100_000, "the relay has it")
+            wait_until(lambda: started.moved[1] == 100_000, "the relay has it")
             loopback.reset(upstream)
         desk.await_end()
         wait_until(lambda: loopback.is_reset(client), "the client is reset")

@@ -7,7 +7,7 @@ import pytest
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.outcome import Outcome
 from tproxy_relay.relay import policy
-from tproxy_relay.relay.policy import Destinations, RefusedError
+from tproxy_relay.relay.policy import Policy, RefusedError
 from tproxy_relay.settings import Network, PortRange, Settings
 
 LOCAL, ELSEWHERE = "127.0.0.1", "192.0.2.1"
@@ -19,7 +19,7 @@ def choose(
 ) -> Endpoint | Outcome:
     """What two listeners, on 15002 and 15006, do with a connection that one of them accepted."""
     try:
-        return Destinations.of_settings(Settings(**settings), frozenset({15002, 15006}), target).choose(orig_dst, by)
+        return Policy.of_settings(Settings(**settings), frozenset({15002, 15006}), target).choose(orig_dst, by)
     except RefusedError as refusal:
         assert str(refusal)
         return refusal.outcome
@@ -101,7 +101,7 @@ def test_it_is_not_asked_for_each_connection_whether_an_address_is_local(monkeyp
         patch.setattr(policy, "_REMEMBERED", 3)
         for number in range(20):
             assert Endpoint(f"192.0.2.{number}", 1) not in local
-        assert len(local._known) <= 3
+        assert len(local) <= 3
 
 
 CLIENT, NEIGHBOUR = Endpoint("198.51.100.7", 4000), Endpoint(LOCAL, 4000)

@@ -14,7 +14,7 @@ from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefus
 from tproxy_relay.net import listeners
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.settings import HostPort, PortRange, Settings
 from tproxy_relay.supervisor import generation
 from tproxy_relay.supervisor.generation import prepare
@@ -142,7 +142,7 @@ def test_what_the_workers_will_need() -> None:
         assert prepared.spec.settings is prepared.settings is settings
         own_ports = frozenset({listener.endpoint.port})
         target = Endpoint("127.0.0.1", 80)
-        assert prepared.spec.destinations == Destinations.of_settings(settings, own_ports, target)
+        assert prepared.spec.policy == Policy.of_settings(settings, own_ports, target)
         assert (prepared.tuning.keepalive, prepared.tuning.user_timeout) == (7, 2.0)
         assert replace(prepared.worker_tuning, mark=prepared.tuning.mark) == prepared.tuning
         assert prepared.spec.tuning == prepared.worker_tuning

@@ -37,7 +37,7 @@ class Watch:
         """Hand on what the epoll reports, as the main thread does. How many that was."""
         events = self.epoll.poll(seconds)
         for fd, _events in events:
-            self.hangups.fired(fd)
+            self.hangups.on_readable(fd)
         self.hangups.settle()
         return len(events)
 
@@ -73,13 +73,13 @@ def test_what_is_discarded_is_not_reported(watch: Watch) -> None:
     watch.hangups.discard(watch.leg)
     loopback.reset(watch.client.far)
     assert watch.fire(0.1) == 0
-    watch.hangups.fired(watch.leg.sock.fileno())
+    watch.hangups.on_readable(watch.leg.sock.fileno())
     assert not watch.hangups.settle()
     assert watch.relay.failed is None
 
 
 def test_a_descriptor_that_nobody_watches_is_ignored(watch: Watch) -> None:
-    watch.hangups.fired(12345)
+    watch.hangups.on_readable(12345)
     assert not watch.hangups.settle()
 
 

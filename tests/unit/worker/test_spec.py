@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tproxy_relay.ipc import channel
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.policy import Policy
 from tproxy_relay.settings import HostPort, Network, PortRange, Settings
 from tproxy_relay.system.limits import Limits
 from tproxy_relay.worker import spec
@@ -26,7 +26,7 @@ def assigned(
     settings: Settings, tuning: Tuning, own_ports: frozenset[int], target: Endpoint | None, limits: Limits
 ) -> WorkerSpec:
     """What preparation.py makes of these."""
-    return WorkerSpec(settings, tuning, Destinations.of_settings(settings, own_ports, target), limits)
+    return WorkerSpec(settings, tuning, Policy.of_settings(settings, own_ports, target), limits)
 
 
 specs = st.builds(
@@ -48,7 +48,7 @@ def types(value: object) -> object:
 
 def all_types(order: WorkerSpec) -> object:
     """Those of everything in it."""
-    told = (order.settings, order.tuning, order.destinations)
+    told = (order.settings, order.tuning, order.policy)
     return [{field.name: types(getattr(part, field.name)) for field in fields(part)} for part in told]
 
 
@@ -78,8 +78,8 @@ RICH = Settings(
 
 def test_through_a_channel() -> None:
     one, other = channel.pair()
-    destinations = Destinations.of_settings(RICH, frozenset({1, 2}), Endpoint("fe80::1", 80, 3))
-    order = WorkerSpec(RICH, Tuning(60, 1.5, 4), destinations, Limits(10, 5))
+    policy = Policy.of_settings(RICH, frozenset({1, 2}), Endpoint("fe80::1", 80, 3))
+    order = WorkerSpec(RICH, Tuning(60, 1.5, 4), policy, Limits(10, 5))
     one.send(order.to_message(7, None))
     told = other.receive(1)
     assert told is not None
@@ -88,15 +88,15 @@ def test_through_a_channel() -> None:
     assert str(there.settings.target) == "server.example:80"
     assert [str(one) for one in there.settings.intercept_inbound] == ["80", "8000-8100"]
     assert list(map(str, there.settings.allow)) == ["192.0.2.0/24", "[2001:db8::/32]:80-81"]
-    assert str(there.destinations.target) == "[fe80::1%3]:80"
+    assert str(there.policy.target) == "[fe80::1%3]:80"
     one.close()
     other.close()
 
 
-@pytest.mark.parametrize("name", ["settings", "tuning", "destinations", "limits"])
+@pytest.mark.parametrize("name", ["settings", "tuning", "policy", "limits"])
 def test_nothing_of_it_is_left_to_a_default(name: str) -> None:
     """A worker of another version must not guess."""
-    message = WorkerSpec(RICH, Tuning(60, 0.0, 0), Destinations(frozenset(), None), Limits(1, 1)).to_message(0, None)
+    message = WorkerSpec(RICH, Tuning(60, 0.0, 0), Policy(frozenset(), None), Limits(1, 1)).to_message(0, None)
     del message[name]
     with pytest.raises(KeyError, match=name):
         spec.of_message(message)

@@ -1,5 +1,6 @@
-"""A worker in a thread, from its first order to its last. What it does about new clients: test_acceptor.py."""
+"""A worker in a thread, from its first order to its last. Whom it lets in: test_admission.py and test_balance.py."""
 
+import json
 import os
 import re
 import socket
@@ -19,8 +20,10 @@ from workers import Running
 from tproxy_relay.ipc import scoreboard
 from tproxy_relay.net import endpoint, orig_dst
 from tproxy_relay.relay.connection import THREADS, Connection
-from tproxy_relay.relay.policy import Destinations
+from tproxy_relay.relay.thread_pool import ThreadPool
+from tproxy_relay.worker import admission
 from tproxy_relay.worker import worker as worker_module
+from tproxy_relay.worker.messages import Abort, Leave, LogLive, Order, Stop
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -80,6 +83,7 @@ def test_one_source_gets_so_many_and_others_are_still_served() -> None:
         client.close()
         server.close()
         running.lines.closed(2)
+        wait_until(lambda: running.slot.live == 2, "it is counted out, too")
         running.connect()
 
 
@@ -113,8 +117,9 @@ def is_greeted(server: socket.socket) -> bool:
 # --- orders to end
 
 
-ENDS = ["stop", "end"]
+ENDS = [Stop(), None]
 """The order, and the end of the supervisor."""
+LEAVE = Leave(None, 0.0, 30.0)
 
 
 def is_refused_at_all(running: Running) -> bool:
@@ -157,7 +162,7 @@ def test_clients_whose_handshake_was_under_way_are_served_when_it_leaves(running
     client.close()
     server.close()
     wait_until(lambda: running.lines.outcomes() == ["completed"], "it is served to its end")
-    running.order("stop")
+    running.order(Stop())
     running.await_end(1)
 
 
@@ -173,7 +178,7 @@ def test_the_clients_of_some_listeners_are_its_own_to_the_last() -> None:
         for number in (0, 2):
             with pytest.raises(ConnectionRefusedError):
                 running.dial(number)
-        running.order("stop")
+        running.order(Stop())
 
 
 def test_what_waits_for_others_is_left_to_them() -> None:
@@ -182,7 +187,7 @@ def test_what_waits_for_others_is_left_to_them() -> None:
         waiting = running.dial()
         waiting.sendall(b"me")
         running.leave(listeners=[])
-        running.worker._leave = worker_module.leave_of({"listeners": [], "grace": 0.0, "timeout": None})
+        running.worker.leave(Leave((), 0.0, None))
         running.thread.start()
         running.await_end(1)
         assert running.slot.numbers.accepted == 0
@@ -198,8 +203,8 @@ def test_waiting_for_latecomers_ends_by_itself() -> None:
         assert 0.3 <= time.monotonic() - began < 1
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_the_end_ends_the_wait_for_latecomers(running: Running, end: str) -> None:
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_the_end_ends_the_wait_for_latecomers(running: Running, end: Order | None) -> None:
     running.connect()
     running.leave(grace=2 * PATIENCE)
     wait_until(lambda: running.leaving, "it leaves")
@@ -248,8 +253,8 @@ def test_a_later_order_may_bring_a_deadline(running: Running) -> None:
     assert running.lines.outcomes() == ["drained"]
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_the_end_ends_the_drain(running: Running, end: str) -> None:
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_the_end_ends_the_drain(running: Running, end: Order | None) -> None:
     client, server = running.connect()
     running.leave()
     wait_until(lambda: running.left, "it leaves")
@@ -257,17 +262,14 @@ def test_the_end_ends_the_drain(running: Running, end: str) -> None:
     running.await_end(2)
     assert running.lines.outcomes() == ["aborted"]
     assert loopback.read_to_end(client)[1] == loopback.read_to_end(server)[1] == RST
-    assert bool(running.lines.of("the supervisor is gone")) == (end == "end")
+    assert bool(running.lines.of("the supervisor is gone")) == (end is None)
 
 
-@pytest.mark.parametrize("orders", [("stop",), ("end",), ("leave", "stop"), ("stop", "leave"), ("leave", "end")])
-def test_the_end_does_not_drain_whatever_else_was_said(running: Running, orders: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("orders", [(Stop(),), (None,), (LEAVE, Stop()), (Stop(), LEAVE), (LEAVE, None)], ids=str)
+def test_the_end_does_not_drain_whatever_else_was_said(running: Running, orders: tuple[Order | None, ...]) -> None:
     running.connect()
     for order in orders:
-        if order == "leave":
-            running.leave()
-        else:
-            running.order(order)
+        running.order(order)
     running.await_end(2)
     assert running.lines.outcomes() == ["aborted"]
 
@@ -276,7 +278,7 @@ def test_showing_what_is_live_does_not_end_a_drain(running: Running) -> None:
     client, server = running.connect()
     running.leave()
     wait_until(lambda: running.left, "it leaves")
-    running.order("live")
+    running.order(LogLive())
     wait_until(lambda: running.lines.of("connection live"), "it obeys")
     client.send(b"x")
     assert server.recv(1) == b"x"
@@ -287,12 +289,13 @@ def test_showing_what_is_live_does_not_end_a_drain(running: Running) -> None:
 
 
 def test_a_connection_that_is_connecting_is_ended_too() -> None:
-    with loopback.full_backlog() as address, Running(connect_timeout=30.0) as running:
-        destinations = Destinations(frozenset(), endpoint.from_sockaddr(address))
-        object.__setattr__(running.worker._context, "destinations", destinations)
+    with (
+        loopback.full_backlog() as address,
+        Running(connect_timeout=30.0, target=endpoint.from_sockaddr(address)) as running,
+    ):
         client = running.dial()
-        wait_until(lambda: connecting(running.worker._registry.live()), "it connects")
-        running.order("stop")
+        wait_until(lambda: connecting(running.worker.live), "it connects")
+        running.order(Stop())
         running.await_end(2)
         assert running.lines.outcomes() == ["aborted"]
         assert loopback.read_to_end(client)[1] == RST
@@ -300,42 +303,47 @@ def test_a_connection_that_is_connecting_is_ended_too() -> None:
 
 def connecting(live: list[Connection]) -> bool:
     """True while the first of them waits for the answer to its SYN."""
-    return bool(live) and live[0]._upstream is not None
+    return bool(live) and live[0].upstream_leg is not None
 
 
 def test_a_connection_whose_send_is_stuck_is_ended_in_time(running: Running) -> None:
     client, _server = running.connect()
     loopback.fill(client)
     began = time.monotonic()
-    running.order("stop")
+    running.order(Stop())
     running.await_end(3)
     assert time.monotonic() - began < worker_module.ABORT_GRACE + 0.3
     assert running.lines.outcomes() == ["aborted"]
 
 
-def test_a_connection_whose_thread_never_returns_is_recorded_all_the_same(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_connection_whose_thread_never_returns_is_recorded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "ABORT_GRACE", 0.3)
     go = threading.Event()
+    pools: list[ThreadPool] = []
+
+    def pool(limit: int) -> ThreadPool:
+        pools.append(ThreadPool(limit))
+        return pools[-1]
 
     def hang(*_args: object) -> None:
         go.wait(20)
 
     monkeypatch.setattr(orig_dst, "original_destination", hang)
-    running.dial()
-    wait_until(lambda: len(running.worker._registry), "it is accepted")
-    (stuck,) = running.worker._registry.live()
-    running.order("stop")
-    running.await_end(2)
-    (line,) = running.lines.closed()
-    assert (line["outcome"], line["error"]) == ("aborted", "its threads did not end in time")
-    assert running.slot.numbers == (1, 0, {"aborted": 1})
-    go.set()
-    wait_until(lambda: stuck.destination, "it goes on")
-    running.worker._threads.release(THREADS)
-    wait_until(lambda: not any(one.name.startswith("relay") for one in threading.enumerate()), "its thread ends")
-    stuck._client.sock.close()  # what the end of the process does
+    monkeypatch.setattr(worker_module, "ThreadPool", pool)
+    with Running() as running:
+        running.dial()
+        wait_until(lambda: len(running.worker.live), "it is accepted")
+        (stuck,) = running.worker.live
+        running.order(Stop())
+        running.await_end(2)
+        (line,) = running.lines.closed()
+        assert (line["outcome"], line["error"]) == ("aborted", "its threads did not end in time")
+        assert running.slot.numbers == (1, 0, {"aborted": 1})
+        go.set()
+        wait_until(lambda: stuck.destination, "it goes on")
+        pools[0].release(THREADS)
+        wait_until(lambda: not any(one.name.startswith("relay") for one in threading.enumerate()), "its thread ends")
+        stuck.client_leg.sock.close()  # what the end of the process does
 
 
 # --- other orders, and the clock
@@ -345,17 +353,40 @@ def test_it_shows_what_is_live(running: Running) -> None:
     client, server = running.connect()
     client.send(b"abc")
     server.recv(3)
-    wait_until(lambda: running.worker._registry.live()[0].snapshot()["bytes_up"] == 3, "it is counted")
+    wait_until(lambda: running.worker.live[0].moved[0] == 3, "it is counted")
     done, other = running.connect()
     done.close()
     other.close()
     running.lines.closed()
-    running.order("live")
+    running.order(LogLive())
     wait_until(lambda: running.lines.of("connection live"), "they are said")
     (live,) = running.lines.of("connection live")
     assert fields(live)["client"] == str(endpoint.from_sockaddr(client.getsockname()))
     assert (fields(live)["state"], fields(live)["bytes_up"]) == ("open", 3)
     assert running.slot.numbers == (2, 1, {"completed": 1})
+
+
+def aborted(running: Running, number: str) -> object:
+    """The worker's answer to the order to abort the connection with that id."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            running.control.send(Abort(number, 1000).to_message(), [theirs.fileno()])
+        ours.settimeout(PATIENCE)
+        return json.loads(loopback.read_to_end(ours)[0])
+
+
+def test_one_connection_is_aborted_by_its_id(running: Running) -> None:
+    client, server = running.connect()
+    other, _ = running.connect()
+    first = running.worker.live[0].id
+    assert aborted(running, first) == {"aborted": True}
+    assert running.lines.outcomes() == ["aborted"]
+    assert loopback.read_to_end(client)[1] == loopback.read_to_end(server)[1] == RST
+    assert fields(running.lines.of("aborted by an operator")[0]) == {"id": first, "account": 1000}
+    wait_until(lambda: len(running.worker.live) == 1, "the other one is left")
+    assert aborted(running, first) == {"aborted": False}
+    other.send(b"x")
 
 
 @pytest.mark.parametrize("leaving", [False, True])
@@ -375,7 +406,7 @@ def test_it_shows_signs_of_life_as_long_as_it_lives(leaving: bool) -> None:
 def test_where_nobody_waits_for_them_there_are_no_signs_of_life() -> None:
     with Running(stall_timeout=0.0) as running:
         running.connect()
-        wait_until(lambda: not running.worker._trim_at or running.slot.scoreboard.silence(0) > 0.3, "it sleeps")
+        wait_until(lambda: not running.trimming or running.slot.scoreboard.silence(0) > 0.3, "it sleeps")
 
 
 def test_idle_connections_are_reset_and_busy_ones_are_not() -> None:
@@ -403,7 +434,7 @@ def test_half_closed_connections_have_their_own_timeout(seen: Seen) -> None:
         assert running.lines.outcomes() == ["half-close-timeout"]
         assert loopback.read_to_end(client)[1] == RST
         open_client.send(b"x")
-        wait_until(lambda: len(running.worker._registry) == 1, "the other one is left")
+        wait_until(lambda: len(running.worker.live) == 1, "the other one is left")
     seen("both reset, half-close-timeout")
 
 
@@ -436,7 +467,7 @@ def test_a_reset_that_nobody_reads_is_noticed_while_draining(running: Running) -
 
 
 def test_threads_that_nobody_needs_any_more_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "TRIM_INTERVAL", 0.1)
+    monkeypatch.setattr(admission, "TRIM_INTERVAL", 0.1)
 
     def pool() -> int:
         return sum(thread.name.startswith("relay") for thread in threading.enumerate())
@@ -450,7 +481,7 @@ def test_threads_that_nobody_needs_any_more_go(monkeypatch: pytest.MonkeyPatch) 
             server.close()
         running.lines.closed(40)
         wait_until(lambda: pool() <= at_rest + 2, "the pool shrinks")
-        wait_until(lambda: not running.worker._trim_at, "and the clock stops")
+        wait_until(lambda: not running.trimming, "and the clock stops")
         running.connect()
 
 
