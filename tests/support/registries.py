@@ -7,7 +7,7 @@ from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.relay.end_notifier import EndNotifier
 from tproxy_relay.relay.loops import Flow
-from tproxy_relay.relay.registry import NO_TRAFFIC, Registry, Traffic
+from tproxy_relay.relay.registry import NOTHING_CARRIED, ConnectionTraffic, Registry
 from tproxy_relay.system.wakeup import Wakeup
 
 
@@ -19,7 +19,7 @@ class Someone:
     client: Endpoint
     flows: list[Flow] = field(default_factory=list)
     moved: tuple[int, int] = (0, 0)
-    traffic: Traffic = NO_TRAFFIC
+    traffic: ConnectionTraffic = NOTHING_CARRIED
     born_at: float = field(default_factory=time.monotonic)
 
 

@@ -17,7 +17,7 @@ from loopback import RST
 
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.ipc.scoreboard import SLOTS, Numbers
-from tproxy_relay.relay.pumps import ESTABLISHED
+from tproxy_relay.relay.read_buffer import ESTABLISHED
 from tproxy_relay.supervisor import worker_process
 from tproxy_relay.supervisor.worker_process import Stage
 
