@@ -217,11 +217,11 @@ def test_keep_leaves_it_to_the_user_until_an_interrupt(stage: Stage) -> None:
 
 WITHOUT_RULES = """
 import sys
-from tproxy_relay.cli.main import main as cli
+from tproxy_relay.cli.main import main
 from tproxy_relay.lab import Lab
 start = Lab.relay_process
 Lab.relay_process = lambda lab, *options: start(lab, *options[2:])
-sys.exit(cli.main())
+sys.exit(main())
 """
 
 

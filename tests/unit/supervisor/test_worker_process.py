@@ -18,7 +18,6 @@ from loopback import RST
 from tproxy_relay.errors import ConfigError, RelayError, SystemRefusedError
 from tproxy_relay.ipc.scoreboard import SLOTS, Numbers
 from tproxy_relay.relay.read_buffer import ESTABLISHED
-from tproxy_relay.supervisor import worker_process
 from tproxy_relay.supervisor.worker_process import Stage
 
 
@@ -38,10 +37,12 @@ def test_it_runs_the_right_program_with_nothing_else(hands: Hands) -> None:
     assert os.fstat(listener.fileno()).st_ino == os.stat(f"/proc/{worker.pid}/fd/3").st_ino
 
 
-def test_the_service_manager_is_the_supervisors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_manager_is_the_supervisors(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "KEPT"):
         monkeypatch.setenv(name, "x")
-    environ = worker_process.environment()
+    (worker,) = hands.serving()
+    variables = Path(f"/proc/{worker.pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    environ = dict(one.split("=", 1) for one in variables if one)
     assert {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(environ) == set()
     assert environ["KEPT"] == "x"
     assert environ["PYTHONPATH"].split(os.pathsep)[0] == str(children.ROOT)
