@@ -116,7 +116,7 @@ def slowest_after_kill(lab: Lab, backend: str) -> float:
         slowest = max(probe.seconds() for probe in probes)
         for cell, flood in floods.items():
             assert "Reset" in (fault := flood.end()) or "BrokenPipe" in fault, f"{cell}: {fault}"
-        wait_until(lambda: not processes(lab, "tproxy_relay.guard"), "the guard has done its work")
+        wait_until(lambda: not processes(lab, "-m tproxy_relay.guard"), "the guard has done its work")
     return slowest
 
 

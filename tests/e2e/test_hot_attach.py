@@ -147,6 +147,6 @@ def test_nothing_is_reset_before_the_drain_timeout(lab: Lab, seen: Seen) -> None
                 assert time.monotonic() - began < 10
                 time.sleep(0.02)
             assert time.monotonic() - began > 1.8 and "ConnectionResetError" in fault
-        wait_until(lambda: not processes(lab, "tproxy_relay.guard"), "the guard ends too")
+        wait_until(lambda: not processes(lab, "-m tproxy_relay.guard"), "the guard ends too")
         assert relay.records()[0]["outcome"] == "drained"
     seen("as wanted")

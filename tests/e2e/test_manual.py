@@ -156,7 +156,8 @@ def test_files_and_variables_are_the_programs(text: dict[str, str]) -> None:
     assert len(files) == 4 and not [path for path in files if path not in known]
 
     read = {variable for option in OPTIONS.values() for variable in option.variables}
-    read |= set(re.findall(r'"([A-Z_]+)"', (ROOT / "tproxy_relay" / "system" / "systemd.py").read_text(encoding="utf-8")))
+    systemd = (ROOT / "tproxy_relay" / "system" / "systemd.py").read_text(encoding="utf-8")
+    read |= set(re.findall(r'"([A-Z_]+)"', systemd))
     named = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", section(text["tproxy-relay.8"], "ENVIRONMENT")))
     assert named - {f"{PREFIX}NAME"} <= read and "LISTEN_FDS" in named
 

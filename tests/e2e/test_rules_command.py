@@ -280,7 +280,7 @@ def test_a_relay_does_not_start_without_its_ruleset(lab: Lab, case: Broken, fold
             pass
     assert case.says in str(refusal.value)
     assert rulesets(lab) == before
-    assert not processes(lab, "tproxy_relay.guard")
+    assert not processes(lab, "-m tproxy_relay.guard")
 
 
 def without(folder: Path, *prefixes: str) -> list[str]:

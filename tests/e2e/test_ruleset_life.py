@@ -97,14 +97,14 @@ def test_killed_and_closed_all_is_refused_at_once(
         with lab.relay_process(*options) as relay:
             check_intercepted(lab, relay, 6)
             relay.kill()
-            wait_until(lambda: not processes(lab, "tproxy_relay.guard"), "the guard has done its work")
+            wait_until(lambda: not processes(lab, "-m tproxy_relay.guard"), "the guard has done its work")
         for way, (source, destination) in ways(lab).items():
             for name, family in FAMILIES.items():
                 assert refusal(lambda: attempt(source, destination, family)) < REFUSED, f"{way}, {name}"
         with lab.relay_process(*options) as relay:
             check_intercepted(lab, relay, 6)
             relay.kill()
-            wait_until(lambda: not processes(lab, "tproxy_relay.guard"), "the guard has done its work")
+            wait_until(lambda: not processes(lab, "-m tproxy_relay.guard"), "the guard has done its work")
         rules(lab, "remove")
         assert all_ways(lab) == []
         assert look(lab) == before
@@ -127,7 +127,7 @@ def test_everything_killed_nft_rules_are_gone_and_the_rest_harms_nobody(
     lab, before = furnished, look(furnished)
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS) as relay:
         check_intercepted(lab, relay, 6)
-        everything = [relay.pid, *processes(lab, "tproxy_relay.guard"), *processes(lab, "nft -i")]
+        everything = [relay.pid, *processes(lab, "-m tproxy_relay.guard"), *processes(lab, "nft -i")]
         assert len(everything) == 3
         for pid in everything:
             os.kill(pid, signal.SIGKILL)
@@ -154,7 +154,7 @@ def test_killed_while_draining_nothing_is_left_even_with_closed(furnished: Lab) 
 # --- the guard dies ---
 
 
-@pytest.mark.parametrize("victim", ["tproxy_relay.guard", "nft -i"])
+@pytest.mark.parametrize("victim", ["-m tproxy_relay.guard", "nft -i"])
 def test_a_killed_guard_is_replaced(furnished: Lab, victim: str) -> None:
     """Without rules for a moment, a relayed connection that is silent does not notice."""
     lab = furnished
@@ -176,7 +176,7 @@ def test_a_stop_beside_the_guards_death_still_stops_and_cleans_up(furnished: Lab
     lab, before = furnished, look(furnished)
     for pause in (0.0, 0.02, 0.2):
         with lab.relay_process(*BOTH_WAYS) as relay:
-            [guard] = processes(lab, "tproxy_relay.guard")
+            [guard] = processes(lab, "-m tproxy_relay.guard")
             os.kill(guard, signal.SIGKILL)
             time.sleep(pause)
             relay.signal(signal.SIGTERM)
@@ -187,11 +187,11 @@ def test_a_stop_beside_the_guards_death_still_stops_and_cleans_up(furnished: Lab
 def test_signals_for_the_whole_group_do_not_end_the_guard(furnished: Lab) -> None:
     lab = furnished
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS) as relay:
-        [guard] = processes(lab, "tproxy_relay.guard")
+        [guard] = processes(lab, "-m tproxy_relay.guard")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(guard, number)
         check_intercepted(lab, relay, 6)
-        assert processes(lab, "tproxy_relay.guard") == [guard]
+        assert processes(lab, "-m tproxy_relay.guard") == [guard]
         relay.stop()
 
 

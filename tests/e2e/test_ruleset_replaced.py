@@ -312,7 +312,7 @@ def test_on_failure_can_change_under_live_transfers(furnished: Lab, backend: str
             supervisor.replace(closed)
             transfers.finish()
             supervisor.kill()
-            wait_until(lambda: not processes(lab, "tproxy_relay.guard"), "the guard has done its work")
+            wait_until(lambda: not processes(lab, "-m tproxy_relay.guard"), "the guard has done its work")
         assert look(lab) != before
         relay.kill()
         for source, destination in ways(lab).values():
@@ -336,7 +336,7 @@ def test_a_guard_that_is_handed_over_belongs_to_the_second(furnished: Lab, backe
         supervising(lab, PLAN, backend, given=ends[0].fileno()) as first,
     ):
         transfers = Transfers(lab)
-        rules, guards = look(lab), processes(lab, "tproxy_relay.guard")
+        rules, guards = look(lab), processes(lab, "-m tproxy_relay.guard")
         ends[0].close()
         # It waits for the guard, so the first must hear of it before it is ready.
         handing = threading.Thread(target=first.order, args=("hand-over 4711",))
@@ -347,12 +347,12 @@ def test_a_guard_that_is_handed_over_belongs_to_the_second(furnished: Lab, backe
             for order in ("drain", "remove"):
                 assert first.order(order) == ""
             first.kill()
-            assert look(lab) == rules and processes(lab, "tproxy_relay.guard") == guards
+            assert look(lab) == rules and processes(lab, "-m tproxy_relay.guard") == guards
             transfers.go_on("when the first is dead")
             second.replace(MORE)
             transfers.go_on("with the plan of the second")
             check_new_ones(lab, relay, PORT, OTHER)
-            assert processes(lab, "tproxy_relay.guard") == guards
+            assert processes(lab, "-m tproxy_relay.guard") == guards
             transfers.finish()
             rules = look(lab)
             os.kill(guards[0], signal.SIGKILL)
@@ -361,4 +361,4 @@ def test_a_guard_that_is_handed_over_belongs_to_the_second(furnished: Lab, backe
             check_new_ones(lab, relay, PORT, OTHER)
             second.kill()
             wait_until(lambda: look(lab) == before, "on-failure is open")
-    wait_until(lambda: not processes(lab, "tproxy_relay.guard"), "the guard has ended")
+    wait_until(lambda: not processes(lab, "-m tproxy_relay.guard"), "the guard has ended")

@@ -253,7 +253,7 @@ def test_a_supervisor_of_root_keeps_what_it_has_a_use_for(lab: Lab, user: str | 
     options, wrapper = by_root(user, *BOTH_WAYS)
     with lab.relay_process(*options, wrapper=wrapper) as relay:
         expected = dict.fromkeys(("CapPrm", "CapEff", "CapBnd"), set_of(privileges.SUPERVISOR))
-        guards = processes(lab, "tproxy_relay.guard")
+        guards = processes(lab, "-m tproxy_relay.guard")
         assert guards
         for pid in (relay.pid, *guards):
             for status in status_of_threads(pid):
