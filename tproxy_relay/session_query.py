@@ -18,7 +18,7 @@ STATES = ("connecting", "open", "half-closed")
 SORTS = ("age", "idle", "rate", "bytes", "client", "destination")
 """The first is the usual one. Numbers begin with the largest."""
 TEXTS = frozenset({"client", "destination"})
-MOST = 1_000_000
+MAX_LIMIT = 1_000_000
 MAX_REFUSED = 20
 """Records of connections that were refused which are kept, and shown."""
 MAX_TEXT = 60
@@ -51,12 +51,12 @@ class Query:
     """Bytes a second, both ways together."""
     sort: str = SORTS[0]
     reverse: bool = False
-    limit: int = MOST
+    limit: int = MAX_LIMIT
 
     @property
     def chooses(self) -> bool:
         """True if there may be connections that do not match; order and number do not count."""
-        return replace(self, sort=SORTS[0], reverse=False, limit=MOST) != _EVERYTHING
+        return replace(self, sort=SORTS[0], reverse=False, limit=MAX_LIMIT) != _EVERYTHING
 
 
 _EVERYTHING = Query()
@@ -138,7 +138,7 @@ def _outcome(text: str) -> str:
 
 def _limit(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
-        raise ValueError(f"a number from 1 to {MOST - 1}")
+        raise ValueError(f"a number from 1 to {MAX_LIMIT - 1}")
     return int(text)
 
 

@@ -70,13 +70,13 @@ def test_who_asks_badly(fresh_lab: Lab, relay: RelayProcess, seen: Seen) -> None
             assert sent < 16 << 20, "it does not read on"
             took = ends(silent)
             assert took <= server.REQUEST_TIMEOUT + 0.5
-        many = [stack.enter_context(lab.relay.connect("127.0.0.1", ADMIN)) for _ in range(server.MOST)]
+        many = [stack.enter_context(lab.relay.connect("127.0.0.1", ADMIN)) for _ in range(server.MAX_CONVERSATIONS)]
         for one in many:
             one.sendall(b"GET /status HTTP/1.1\r\nHo")
         with_many = p99(client)
         assert with_many <= before + SLOWER
         seen(f"closed after {took:.1f} s, or {http.MAX_HEAD} bytes; p99 {1000 * (with_many - before):+.1f} ms", "H27")
-        half = [lab.relay.socket() for _ in range(500 - server.MOST)]
+        half = [lab.relay.socket() for _ in range(500 - server.MAX_CONVERSATIONS)]
         for one in half:
             stack.enter_context(one)
             one.setblocking(False)

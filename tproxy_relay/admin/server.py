@@ -16,7 +16,7 @@ from tproxy_relay.admin import http
 from tproxy_relay.admin.address import AdminSocket
 from tproxy_relay.admin.http import HttpError, Request, Response
 
-MOST = 32
+MAX_CONVERSATIONS = 32
 """Conversations at each socket at the same time."""
 REQUEST_TIMEOUT = 2.0
 """Seconds for a request to be there, from the first moment."""
@@ -160,7 +160,7 @@ class Server:
         return len(self._open)
 
     def _listen(self) -> None:
-        wanted = len(self._open) < MOST and time.monotonic() >= self._not_before
+        wanted = len(self._open) < MAX_CONVERSATIONS and time.monotonic() >= self._not_before
         if wanted and not self._listening:
             self.selector.register(self.admin.sock, selectors.EVENT_READ, self._on_connection)
         elif self._listening and not wanted:
@@ -199,7 +199,7 @@ class Server:
     def deadline(self) -> float | None:
         """When `tick` has something to do (time.monotonic()); None: not before something comes."""
         times = [conversation.until for conversation in self._open.values()]
-        if not self._listening and len(self._open) < MOST:
+        if not self._listening and len(self._open) < MAX_CONVERSATIONS:
             times.append(self._not_before)
         return min(times, default=None)
 

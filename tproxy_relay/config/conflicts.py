@@ -31,7 +31,7 @@ class Contradiction(NamedTuple):
 
 def refuse(settings: Settings, arguments: Mapping[str, Any], origins: Mapping[str, str]) -> None:
     """Raise the first contradiction: UsageError if one of the two stood on the command line, ConfigError if not."""
-    for options, sentence in _contradictions(settings, arguments):
+    for options, sentence in _conflicts(settings, arguments):
         where = ", ".join(f"{option}: {origins[option]}" for option in options)
         on_command_line = "command line" in (origins[option] for option in options)
         raise (UsageError if on_command_line else ConfigError)(f"{sentence} ({where})")
@@ -46,7 +46,7 @@ def warnings(settings: Settings) -> Iterator[str]:
         yield "user root: no connection of any program of root is intercepted; give the workers an account of their own"
 
 
-def _contradictions(settings: Settings, arguments: Mapping[str, Any]) -> Iterator[Contradiction]:
+def _conflicts(settings: Settings, arguments: Mapping[str, Any]) -> Iterator[Contradiction]:
     yield from _misplaced_words(arguments)
     yield from _aimless_rules(settings, arguments)
     yield from _interception(settings)

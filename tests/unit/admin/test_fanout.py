@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tproxy_relay.admin.fanout import Question, merged
-from tproxy_relay.session_query import MOST, Query
+from tproxy_relay.session_query import MAX_LIMIT, Query
 
 
 class Someone:
@@ -87,7 +87,7 @@ def answer(keys: list[int]) -> bytes:
     return "".join([f"{head}\n", *(f"{key}\t{key}\n" for key in keys)]).encode()
 
 
-@given(st.lists(st.lists(st.integers(0, 99))), st.booleans(), st.integers(1, 9) | st.just(MOST))
+@given(st.lists(st.lists(st.integers(0, 99))), st.booleans(), st.integers(1, 9) | st.just(MAX_LIMIT))
 def test_the_order_of_all_is_the_order_of_each(several: list[list[int]], reverse: bool, limit: int) -> None:
     answers = [answer(sorted(keys, reverse=not reverse)) for keys in several]
     matching, refused, rows = merged(answers, Query(reverse=reverse, limit=limit))

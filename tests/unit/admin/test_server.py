@@ -177,7 +177,7 @@ def test_who_takes_no_answer_is_left(desk: Desk, monkeypatch: pytest.MonkeyPatch
 
 
 def test_many_at_once_take_turns(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MOST", 4)
+    monkeypatch.setattr(server, "MAX_CONVERSATIONS", 4)
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(desk.dial()) for _ in range(12)]
         wait_until(lambda: desk.conversations == 4, "some are let in")
