@@ -56,15 +56,6 @@ def test_every_field_of_the_access_line_is_documented() -> None:
     assert set(table("access-log.rst", after="The access line")) == set(record.as_fields())
 
 
-def test_the_page_on_the_design_names_modules_that_exist() -> None:
-    text = (DOCS / "design.rst").read_text()
-    steps = re.findall(r"^    ([a-z_]+)  +\S", text[: text.index("Beside this path")], re.MULTILINE)
-    beside = re.findall(r"``([a-z_]+)``[ ,:]", text[text.index("Beside this path") : text.index("Imports point")])
-    assert len(steps) > 5 and len(beside) > 5
-    for module in {*steps, *beside} - {"kernel"}:
-        assert any((ROOT / "tproxy_relay").rglob(f"{module}.py")), module
-
-
 def test_the_page_on_the_design_names_files_of_packages_that_exist() -> None:
     files = set(re.findall(r"``([a-z_]+/[a-z_]+)``", (DOCS / "design.rst").read_text()))
     assert {"intercept/plan", "intercept/nft", "intercept/iptables", "intercept/routing"} <= files
