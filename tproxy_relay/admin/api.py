@@ -125,7 +125,7 @@ class Api:
             last = refused[: session_query.MAX_REFUSED]
             to.answer(http.document({**found, "last_refused": last, "silent": silent}))
 
-        self._fanout.ask("sessions", self._relay.askable, to, answered, query=None)
+        self._fanout.ask(lambda worker, fd: worker.list_sessions(fd, None), self._relay.askable, to, answered)
 
     def get_sessions(self, request: Request, to: Conversation) -> None:
         """Answer with the live connections that the query chooses, as JSON."""
@@ -140,7 +140,8 @@ class Api:
             body = b'%s,"sessions":[%s]}\n' % (head[:-1], b",\n".join(rows))
             to.answer(http.Response(HTTPStatus.OK, http.JSON, body))
 
-        self._fanout.ask("sessions", self._relay.askable, to, answered, query=session_query.written(query))
+        wanted = session_query.written(query)
+        self._fanout.ask(lambda worker, fd: worker.list_sessions(fd, wanted), self._relay.askable, to, answered)
 
     def get_metrics(self, _: Request, to: Conversation) -> None:
         """Answer with the numbers as Prometheus reads them. Raises HttpError without its library."""
@@ -184,7 +185,7 @@ class Api:
         pid = int(number.partition("-")[0], 16)
         account = unix_sockets.peer(to.sock).uid
         workers = [one for one in self._relay.askable if one.pid == pid]
-        self._fanout.ask("abort", workers, to, answered, id=number, account=account)
+        self._fanout.ask(lambda worker, fd: worker.abort_session(fd, number, account), workers, to, answered)
 
 
 class Endpoint(NamedTuple):

@@ -9,7 +9,7 @@ import logging
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from itertools import islice
 from typing import Protocol
@@ -37,10 +37,16 @@ class Worker(Protocol):
     def pid(self) -> int:
         """Its process id; the first part of the ids of its connections, in hexadecimal digits."""
 
-    def ask(self, order: str, fd: int, **what: object) -> None:
-        """Have it answer on that descriptor."""
+    def list_sessions(self, fd: int, query: Mapping[str, str] | None) -> None:
+        """Have it answer on that descriptor with its live connections (None: with their number only), and with what it
+        has refused."""
+
+    def abort_session(self, fd: int, number: str, account: int) -> None:
+        """Have it reset the connection with that id for this account (uid), and answer on that descriptor."""
 
 
+Order = Callable[[Worker, int], None]
+"""Asks a worker to answer on a descriptor, which stays the caller's."""
 Answered = Callable[[list[bytes], list[int]], None]
 """Gets the answers, and the process ids of workers that gave none. ValueError, KeyError, TypeError or RecursionError:
 they make no sense."""
@@ -58,13 +64,13 @@ class Fanout:
         """How many questions wait for answers."""
         return len(self._questions)
 
-    def ask(self, order: str, workers: Sequence[Worker], to: Conversation, then: Answered, **what: object) -> None:
+    def ask(self, order: Order, workers: Sequence[Worker], to: Conversation, then: Answered) -> None:
         """Give this order to these workers; `then` answers the conversation. Raises HttpError if too many wait."""
         if len(self._questions) >= MAX_QUESTIONS:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "too many ask at once", **{"Retry-After": "1"})
         question = Question(self._selector, lambda: self._finish(question, to, then))
         self._questions.append(question)
-        question.ask(order, workers, **what)
+        question.ask(order, workers)
 
     def _finish(self, question: "Question", to: Conversation, then: Answered) -> None:
         self._questions.remove(question)
@@ -103,7 +109,7 @@ class Question:
         self._then = then
         self._waiting: list[_Asked] = []
 
-    def ask(self, order: str, workers: Iterable[Worker], **what: object) -> None:
+    def ask(self, order: Order, workers: Iterable[Worker]) -> None:
         """Give the order to each of them, with a socket for its answer."""
         for worker in workers:
             try:
@@ -112,7 +118,7 @@ class Question:
                 self.silent.append(worker.pid)
                 continue
             with theirs:
-                worker.ask(order, theirs.fileno(), **what)
+                order(worker, theirs.fileno())
             ours.setblocking(False)
             asked = _Asked(self, worker.pid, ours)
             self._waiting.append(asked)

@@ -21,6 +21,8 @@ OTHER_THREADS = 64
 OTHER_MAPS = 2000
 MIN_PORTS = 1024
 """Fewer ports for outgoing connections than these are soon used up by one busy server."""
+UNPRIVILEGED = "net.ipv4.ip_unprivileged_port_start"
+"""The first port that takes no CAP_NET_BIND_SERVICE (ip-sysctl.rst)."""
 USUAL_PORTS = "32768 60999"
 """net.ipv4.ip_local_port_range as the kernel has it at first."""
 
@@ -237,12 +239,12 @@ def _about_refusal(case: Case, address: Endpoint, error: OSError) -> Iterator[Fi
             "the relay cannot listen there",
             case.command(interface=None),
         )
-    elif error.errno == errno.EACCES:
+    elif error.errno == errno.EACCES and address.port < (host.number(UNPRIVILEGED) or 0):
         yield problem(
             "ports",
             f"this account may not listen on port {address.port}",
-            f"ports below {host.sysctl('net.ipv4.ip_unprivileged_port_start')} take CAP_NET_BIND_SERVICE",
-            set_sysctl("net.ipv4.ip_unprivileged_port_start", address.port),
+            f"ports below {host.sysctl(UNPRIVILEGED)} take CAP_NET_BIND_SERVICE",
+            set_sysctl(UNPRIVILEGED, address.port),
         )
     else:
         yield problem("ports", f"cannot listen on {address} ({error.strerror})", "nor will the relay", case.command())

@@ -5,6 +5,7 @@ time. If whoever reads our log is stuck or gone, or the disk is full, the queue 
 counted: a log must not be able to stop traffic. How many were lost is logged as soon as lines get through again.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -124,7 +125,8 @@ class LogWriter:
             if self._unreported:
                 self._report_drops()
             if self._stopping.is_set() and self._records.empty():
-                self._sink.close()
+                with contextlib.suppress(OSError):  # of a file system that has gone
+                    self._sink.close()
                 return
             self._stopping.wait(GATHER)
 

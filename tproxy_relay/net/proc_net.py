@@ -1,5 +1,6 @@
 """What the kernel tells of this network namespace in /proc/net: its TCP sockets, and what its backlogs have lost."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,8 +22,10 @@ class TcpSocket(NamedTuple):
 def tcp_sockets() -> Iterator[TcpSocket]:
     """The TCP sockets of this network namespace (proc(5), /proc/net/tcp, tcp6); none of a family that is not here."""
     for table in ("tcp", "tcp6"):
-        for line in _lines(table)[1:]:
+        for line in _lines(table):
             fields = line.split()
+            if len(fields) < 10 or ":" not in fields[1]:
+                continue  # the title
             local, remote = (int(field.rsplit(":", 1)[1], 16) for field in fields[1:3])
             yield TcpSocket(local, remote, fields[3] == _LISTEN, fields[9])
 
@@ -42,9 +45,7 @@ def listen_overflows() -> int:
         return 0
 
 
-def _lines(table: str) -> list[str]:
-    try:
-        with open(f"/proc/net/{table}", encoding="ascii", errors="replace") as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
+def _lines(table: str) -> Iterator[str]:
+    """One after the other: a host may have hundreds of thousands of sockets. None where there is no such table."""
+    with contextlib.suppress(OSError), open(f"/proc/net/{table}", encoding="ascii", errors="replace") as lines:
+        yield from lines

@@ -118,8 +118,8 @@ def _carried(number: int) -> Iterator[int]:
     if top96 in _CARRIED_LOW and number > 1:
         yield low
     if number >> 80 == 0x0064FF9B0001:  # 64:ff9b:1::/48, RFC 8215: in the places of RFC 6052 for /48, or for /96
-        slots = (number >> 48 & 0xFFFF0000) | (number >> 40 & 0xFFFF), low
-        yield from (one for one in slots if one >> 24)  # in the other places are zeros
+        places = (number >> 48 & 0xFFFF0000) | (number >> 40 & 0xFFFF), low
+        yield from (one for one in places if one >> 24)  # in the other places are zeros
     if number >> 112 == 0x2002:  # 6to4, RFC 3056
         yield number >> 80 & 0xFFFFFFFF
     if number >> 96 == 0x20010000:  # Teredo, RFC 4380: the server, and the client with all bits turned over

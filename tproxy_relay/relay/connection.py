@@ -245,8 +245,9 @@ class Connection:
             self._write(record)
         finally:
             self._close(clean=False)  # nothing is left to close unless the lines above failed
-            self._context.threads.release(threads)
-            self._context.registry.remove(self, outcome.value)  # the last: somebody may wait for that
+            self._context.registry.remove(self, outcome.value)
+            self._context.threads.release(threads)  # not before: whoever starts threads meanwhile has this one wait
+            self._context.registry.notify_end()
 
     def abandon(self) -> None:
         """At the end of the process: record it though its threads are stuck. The kernel resets both peers

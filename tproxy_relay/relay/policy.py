@@ -97,9 +97,9 @@ class LocalAddresses:
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], tuple[float, bool]] = {}
 
-    def __len__(self) -> int:
-        """Addresses of which it is remembered whether they are this host's."""
-        return len(self._known)
+    def debug_state(self) -> dict[str, int]:
+        """For tests: of how many addresses it is remembered whether they are this host's."""
+        return {"known": len(self._known)}
 
     def __contains__(self, endpoint: Endpoint) -> bool:
         key, now = (endpoint.host, endpoint.scope_id), time.monotonic()

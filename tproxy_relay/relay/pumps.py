@@ -64,7 +64,7 @@ class Relay:
         "failed",
         "bug",
         "_watch",
-        "_processors",
+        "_cpu",
         "_lock",
         "_pumps",
         "_stopped",
@@ -72,14 +72,14 @@ class Relay:
         "_hangup_patience",
     )
 
-    def __init__(self, client: Leg, upstream: Leg, watch: HangupWatch, processors: CpuPlacement) -> None:
+    def __init__(self, client: Leg, upstream: Leg, watch: HangupWatch, cpu: CpuPlacement) -> None:
         self.client = client
         self.upstream = upstream
         upstream.moved_at = time.monotonic()  # connecting is no idle time
         self.failed: Leg | None = None
         self.bug: Exception | None = None
         self._watch = watch
-        self._processors = processors
+        self._cpu = cpu
         self._lock = threading.Lock()
         self._pumps = 2
         self._stopped = False
@@ -104,7 +104,7 @@ class Relay:
     def carry(self, src: Leg, dst: Leg) -> bool:
         """Pump one direction to its end and pass that end on. True for the last of the two to return."""
         try:
-            with ReadBuffer(src.sock, self._processors) as reader:
+            with ReadBuffer(src.sock, self._cpu) as reader:
                 pump(reader, src, dst, self._is_stopped)
             if not self._stopped:
                 self._pass_on(src, dst)

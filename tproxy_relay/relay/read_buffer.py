@@ -31,11 +31,11 @@ class ReadBuffer:
     For one thread, in a `with`: at its end the thread is again as it was.
     """
 
-    __slots__ = ("_sock", "_processors", "_size", "_bulk", "_small_reads", "_reads_left", "_waits")
+    __slots__ = ("_sock", "_cpu", "_size", "_bulk", "_small_reads", "_reads_left", "_waits")
 
-    def __init__(self, sock: socket.socket, processors: CpuPlacement) -> None:
+    def __init__(self, sock: socket.socket, cpu: CpuPlacement) -> None:
         self._sock = sock
-        self._processors = processors
+        self._cpu = cpu
         self._size = SMALL_READ
         self._bulk: memoryview | None = None
         self._small_reads = 0
@@ -47,9 +47,9 @@ class ReadBuffer:
 
     def __exit__(self, *_: object) -> None:
         if self._bulk is not None:
-            self._processors.stay()
+            self._cpu.stay()
         if self._waits:
-            self._processors.push_ahead()
+            self._cpu.push_ahead()
 
     def read(self) -> bytes | memoryview:
         """What recv gives, empty at the FIN; a view is good until the next call. BlockingIOError after
@@ -61,7 +61,7 @@ class ReadBuffer:
         if self._reads_left:
             self._reads_left -= 1
             if not self._reads_left:
-                self._waits = self._processors.wait_for_others()
+                self._waits = self._cpu.wait_for_others()
         if got == self._size:
             self._grow()
         elif got < SMALL_READ:
@@ -85,12 +85,12 @@ class ReadBuffer:
             return  # no room for a large buffer: the stream goes on with the small one
         self._bulk = memoryview(mapped)
         self._small_reads = 0
-        self._processors.roam()
+        self._cpu.roam()
         sockets.set_receive_timeout(self._sock, BULK_REST)
 
     def rest(self) -> None:
         """Give the bulk buffer back: it is unmapped with the last view of it."""
         self._bulk = None
         self._size = SMALL_READ
-        self._processors.stay()
+        self._cpu.stay()
         sockets.set_receive_timeout(self._sock, 0)

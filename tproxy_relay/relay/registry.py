@@ -103,7 +103,7 @@ class Registry(Generic[M]):
             return self._per_source[host] + self._slot.sources.elsewhere(key)
 
     def remove(self, connection: M, outcome: str) -> None:
-        """Count it out, and let those know who wait for an end; a second call for the same connection does nothing."""
+        """Count it out; a second call for the same connection does nothing."""
         with self._lock:
             if self._live.pop(connection.id, None) is None:
                 return
@@ -117,6 +117,9 @@ class Registry(Generic[M]):
             if not self._per_source[host]:
                 del self._per_source[host]
             self.loops.forget(connection.id, connection.flows)
+
+    def notify_end(self) -> None:
+        """Wake whoever waits for a connection to end: one was counted out, and has given everything back."""
         self._ends.notify()
 
     def connected(self, seconds: float) -> None:

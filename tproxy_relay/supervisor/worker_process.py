@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -137,10 +137,15 @@ class WorkerProcess:
         """Have it write its connections to the log."""
         self._order(messages.LogLive())
 
-    def ask(self, order: str, fd: int, **what: object) -> None:
-        """Have it answer on that descriptor, which stays the caller's; it is closed without an answer if the worker is
-        gone, or does not listen."""
-        self._channel.send(messages.order_of({"order": order, **what}).to_message(), [fd])
+    def list_sessions(self, fd: int, query: Mapping[str, str] | None) -> None:
+        """Have it answer on that descriptor, which stays the caller's, with its live connections (None: with their
+        number only) and with what it has refused. It is closed without an answer if the worker is gone, or does not
+        listen."""
+        self._channel.send(messages.ListSessions(query).to_message(), [fd])
+
+    def abort_session(self, fd: int, number: str, account: int) -> None:
+        """Have it reset the connection with that id for this account (uid), and answer in the same way."""
+        self._channel.send(messages.Abort(number, account).to_message(), [fd])
 
     def _order(self, order: Order) -> None:
         # One that is gone is noticed by the end of its channel; one that does not read, by its silence.
@@ -167,7 +172,7 @@ class WorkerProcess:
             self.kill()
         return True
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: Event | None) -> None:
         match event:
             case messages.Ready() if self.stage is Stage.STARTING:
                 self.stage = Stage.READY

@@ -6,12 +6,11 @@ What a child gets beside that (descriptors, session, folder) is said where it is
 import os
 import sys
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 OF_THE_MANAGER = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"})
 """sd_notify(3), sd_watchdog_enabled(3): variables for the process that a service manager has started, and no other."""
 
-_PACKAGE = str(Path(__file__).parents[2])
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 """The folder that this package is in."""
 
 

@@ -133,9 +133,9 @@ class Admission:
         """True if a connection has ended since clients wait."""
         return self._ends.room_came
 
-    def evict(self) -> bool:
-        """Make room, if a connection has rested for long enough. True if one ends."""
-        return self._eviction.make_room()
+    def evict(self) -> None:
+        """Make room, if a connection has rested for long enough."""
+        self._eviction.make_room()
 
     def retry(self) -> str | None:
         """Clients are to be taken again, as if there were room. Returns what they have waited for."""

@@ -114,9 +114,9 @@ _PLAIN_ORDERS: dict[str, Order] = {order.word: order for order in (Serve(), Stop
 _PLAIN_EVENTS: dict[str, Event] = {event.word: event for event in (Ready(), Left())}
 
 
-def order_of(message: Message) -> Order:
-    """The order in a message of the supervisor. Raises KeyError for one that lacks something, and ValueError for an
-    order that this version does not know."""
+def order_of(message: Message) -> Order | None:
+    """The order in a message of the supervisor; None for one that this version does not know. Raises KeyError for one
+    that lacks something."""
     word = message["order"]
     if word in _PLAIN_ORDERS:
         return _PLAIN_ORDERS[word]
@@ -127,15 +127,15 @@ def order_of(message: Message) -> Order:
         return ListSessions(message["query"])
     if word == Abort.word:
         return Abort(message["id"], message["account"])
-    raise ValueError(f"there is no order {word!r}")
+    return None
 
 
-def event_of(message: Message) -> Event:
-    """The event in a message of a worker, which somebody may have taken over: raises KeyError, TypeError, ValueError or
-    OverflowError for what no worker says."""
+def event_of(message: Message) -> Event | None:
+    """The event in a message of a worker, which somebody may have taken over; None for one that this version does not
+    know. Raises KeyError, TypeError, ValueError or OverflowError for what no worker says."""
     word = message["event"]
     if word in _PLAIN_EVENTS:
         return _PLAIN_EVENTS[word]
     if word == Failed.word:
         return Failed(str(message["message"]), int(message["exit_code"]))
-    raise ValueError(f"there is no event {word!r}")
+    return None

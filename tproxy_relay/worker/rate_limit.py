@@ -18,9 +18,9 @@ class RateLimit:
         self._slot = slot
         self._seconds: defaultdict[int, Counter[str]] = defaultdict(Counter)
 
-    def __len__(self) -> int:
-        """Seconds of which it remembers something."""
-        return len(self._seconds)
+    def debug_state(self) -> dict[str, int]:
+        """For tests: of how many seconds it remembers something."""
+        return {"seconds": len(self._seconds)}
 
     def admit(self, host: str, most: int) -> bool:
         """Count one more, unless `most` have come within a second already. At the scoreboard's turn, or two workers may

@@ -34,8 +34,8 @@ class WorkerSpec:
 
 
 def of_message(message: Message) -> WorkerSpec:
-    """The specification in the first message of a supervisor. Raises KeyError for one that lacks something, and
-    TypeError for one that has more: it is of another version."""
+    """The specification in the first message of a supervisor. Raises KeyError for one that lacks something,
+    and TypeError for one with a setting that this version does not know."""
     settings = Settings.from_json(message["settings"])
     return WorkerSpec(
         settings,

@@ -7,7 +7,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 from deadlines import PATIENCE, wait_until
@@ -28,8 +28,14 @@ class Someone:
         self.orders: list[dict[str, object]] = []
         self.kept: list[int] = []
 
-    def ask(self, order: str, fd: int, **what: object) -> None:
-        self.orders.append({"order": order, **what})
+    def list_sessions(self, fd: int, query: Mapping[str, str] | None) -> None:
+        self.answer({"order": "sessions", "query": query}, fd)
+
+    def abort_session(self, fd: int, number: str, account: int) -> None:
+        self.answer({"order": "abort", "id": number, "account": account}, fd)
+
+    def answer(self, order: dict[str, object], fd: int) -> None:
+        self.orders.append(order)
         answer = self.answers[0]
         if answer is None:
             self.kept.append(os.dup(fd))

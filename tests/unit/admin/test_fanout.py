@@ -4,13 +4,13 @@ import json
 import os
 import selectors
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tproxy_relay.admin.fanout import Question, merged
+from tproxy_relay.admin.fanout import Question, Worker, merged
 from tproxy_relay.session_query import MAX_LIMIT, Query
 
 
@@ -22,9 +22,12 @@ class Someone:
         self.orders: list[dict[str, object]] = []
         self.sock: socket.socket | None = None
 
-    def ask(self, order: str, fd: int, **what: object) -> None:
-        self.orders.append({"order": order, **what})
+    def list_sessions(self, fd: int, query: Mapping[str, str] | None) -> None:
+        self.orders.append({"order": "sessions", "query": query})
         self.sock = socket.socket(fileno=os.dup(fd))
+
+    def abort_session(self, fd: int, number: str, account: int) -> None:
+        raise AssertionError("nobody wants that here")
 
     def say(self, answer: bytes, *, and_hang_up: bool = True) -> None:
         assert self.sock is not None
@@ -39,6 +42,11 @@ def selector() -> Iterator[selectors.BaseSelector]:
         yield made
 
 
+def order(worker: Worker, fd: int) -> None:
+    """A question to one."""
+    worker.list_sessions(fd, None)
+
+
 def turn(selector: selectors.BaseSelector) -> None:
     """As the loop of the supervisor."""
     for key, _ in selector.select(0):
@@ -49,7 +57,7 @@ def test_answers_come_in_any_order_and_in_pieces(selector: selectors.BaseSelecto
     calls: list[str] = []
     one, other = Someone(1), Someone(2)
     question = Question(selector, lambda: calls.append("over"))
-    question.ask("sessions", [one, other], query=None)
+    question.ask(order, [one, other])
     assert one.orders == other.orders == [{"order": "sessions", "query": None}]
     other.say(b"an", and_hang_up=False)
     turn(selector)
@@ -66,7 +74,7 @@ def test_answers_come_in_any_order_and_in_pieces(selector: selectors.BaseSelecto
 
 def test_it_is_over_at_once_with_nobody_to_ask(selector: selectors.BaseSelector) -> None:
     calls: list[str] = []
-    Question(selector, lambda: calls.append("over")).ask("sessions", [])
+    Question(selector, lambda: calls.append("over")).ask(order, [])
     assert calls == ["over"]
 
 
@@ -74,7 +82,7 @@ def test_who_answers_in_the_moment_of_the_end_is_too_late(selector: selectors.Ba
     calls: list[str] = []
     one = Someone(1)
     question = Question(selector, lambda: calls.append("over"))
-    question.ask("sessions", [one])
+    question.ask(order, [one])
     one.say(b"answer\n")
     (ready,) = (key for key, _ in selector.select(0))
     question.finish()
