@@ -3,7 +3,7 @@
     python tests/faults/endings.py [--keep]
 
 Prints the table of what each end saw. --keep writes docs/endings.csv, which the manual shows. The conversations are
-those of tests/exchanges.py, and some that have no two ends: a server that refuses, and a relay that is killed.
+those of tests/support/exchanges.py, and some that have no two ends: a server that refuses, and a relay that is killed.
 """
 
 import contextlib

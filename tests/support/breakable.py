@@ -1,4 +1,4 @@
-"""A relay whose workers cannot boot, once a test says so; and whether a relay listens."""
+"""A relay whose workers cannot boot, or take their time, once a test says so; and whether a relay listens."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,21 @@ import children
 import loopback
 
 BROKEN = """
-import os, sys
-if "tproxy_relay.worker" in sys.orig_argv and os.path.exists(os.path.join(os.path.dirname(__file__), "broken")):
-    print("no use", file=sys.stderr, flush=True)
-    os._exit(3)
+import os, sys, time
+def is_there(name):
+    return os.path.exists(os.path.join(os.path.dirname(__file__), name))
+if "tproxy_relay.worker" in sys.orig_argv:
+    while is_there("held"):
+        time.sleep(0.01)
+    if is_there("broken"):
+        print("no use", file=sys.stderr, flush=True)
+        os._exit(3)
 """
 
 
 def breakable(folder: Path) -> tuple[str, ...]:
-    """A command that becomes a relay whose workers cannot start once the file `broken` is in that folder."""
+    """A command that becomes a relay whose workers cannot start once the file `broken` is in that folder, and do not
+    while the file `held` is."""
     (folder / "sitecustomize.py").write_text(BROKEN, encoding="utf-8")  # site: loaded by each Python that finds it
     path = os.pathsep.join((str(folder), str(children.ROOT)))
     return ("env", f"PYTHONPATH={path}")

@@ -76,10 +76,9 @@ class Api:
         """Where it answers beside the relay's own socket; None: nowhere."""
         return next((where for where in self._servers if where is not None), None)
 
-    @property
-    def questions(self) -> int:
-        """How many questions wait for answers of the workers."""
-        return self._fanout.questions
+    def debug_state(self) -> dict[str, int]:
+        """For tests: `questions` that wait for answers of the workers."""
+        return self._fanout.debug_state()
 
     @property
     def deadline(self) -> float | None:

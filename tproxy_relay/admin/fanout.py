@@ -59,10 +59,9 @@ class Fanout:
         self._selector = selector
         self._questions: list[Question] = []
 
-    @property
-    def questions(self) -> int:
-        """How many questions wait for answers."""
-        return len(self._questions)
+    def debug_state(self) -> dict[str, int]:
+        """For tests: `questions` that wait for answers."""
+        return {"questions": len(self._questions)}
 
     def ask(self, order: Order, workers: Sequence[Worker], to: Conversation, then: Answered) -> None:
         """Give this order to these workers; `then` answers the conversation. Raises HttpError if too many wait."""

@@ -154,10 +154,9 @@ class Server:
         self._not_before = 0.0
         self._listen()
 
-    @property
-    def conversations(self) -> int:
-        """How many conversations are open."""
-        return len(self._open)
+    def debug_state(self) -> dict[str, int]:
+        """For tests: `conversations` that are open."""
+        return {"conversations": len(self._open)}
 
     def _listen(self) -> None:
         wanted = len(self._open) < MAX_CONVERSATIONS and time.monotonic() >= self._not_before

@@ -75,8 +75,8 @@ Probe = Callable[[Case], Iterable[Finding]]
 """A question to the host. RelayError comes out where the host refuses to answer."""
 
 
-_NAMES = ("tproxy-relay", "tproxy_relay", "tproxy_relay.worker")
-"""Its command, its module as in `python -m`, and that of its workers."""
+_NAMES = ("tproxy-relay", "tproxy_relay", "tproxy_relay.worker", "tproxy_relay.worker_process")
+"""Its command, its module as in `python -m`, and that of its workers, now and in version 0.1.0.dev0 before the move."""
 
 
 def is_relay(process: tuple[int, str] | None) -> bool:

@@ -16,7 +16,7 @@ from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import generation
 from tproxy_relay.supervisor.supervisor import Supervisor
-from tproxy_relay.system import privileges, proc_title
+from tproxy_relay.system import privileges, proc_title, reaper
 from tproxy_relay.system.wakeup import Wakeup
 
 LOG_FLUSH = 1.0
@@ -39,6 +39,8 @@ def run(
     proc_title.become(proc_title.SUPERVISOR)
     wakeup = Wakeup()
     wakeup.catch((*SIGNALS, *((signal.SIGCHLD,) if os.getpid() == 1 else ())))
+    if os.getpid() == 1:
+        reaper.reap_orphans(())  # of those that ended before, no signal will tell
     # sys.stderr is None when we were started without one, and descriptor 2 is somebody else's then.
     writer = LogWriter(settings, sys.stderr.fileno() if sys.stderr else None)
     writer.start()

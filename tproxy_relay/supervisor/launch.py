@@ -21,7 +21,7 @@ thread-local storage that may be loaded later. None is, and without that two pag
 touched. (tests/bench, an idle connection: 49.1 KiB, 45.3 with this.)"""
 
 
-def slot(descriptors: list[int]) -> None:
+def renumber(descriptors: list[int]) -> None:
     """Move them to 3, 4, 5 ... in this order, and close what they were."""
     end = FIRST + len(descriptors)
     copies = [fcntl.fcntl(fd, fcntl.F_DUPFD, end) for fd in descriptors]  # out of the way of each other
@@ -35,7 +35,7 @@ def slot(descriptors: list[int]) -> None:
 def main() -> None:
     """Become the command, with the descriptors of the first argument."""
     descriptors = [int(fd) for fd in sys.argv[1].split(",") if fd]
-    slot(descriptors)
+    renumber(descriptors)
     os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(descriptors)))
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), SMALL_STACKS)))
     os.execvp(sys.argv[2], sys.argv[2:])

@@ -82,6 +82,6 @@ class Respawn:
             log.error("%s", error)
             self._due.append(time.monotonic() + RETRY_INTERVAL)
 
-    def close(self) -> None:
+    def cancel(self) -> None:
         """Start none of those that are due: the generation in force is complete, or the relay takes no more clients."""
         self._due.clear()

@@ -121,12 +121,13 @@ class Rollout:
             self._change_ruleset(generation)
         else:
             self._state.interception = takeover_client.take_over(offer, generation)
+            offer.close()
             generation.tune()  # not before: they are the other one's as well
             self._offer = None
         for worker in fresh:
             worker.serve()
         self._state.current, self._rising = generation, None
-        self._respawn.close()  # it is complete
+        self._respawn.cancel()  # it is complete
         if before is None:
             self._state.phase = Phase.RUNNING
         else:

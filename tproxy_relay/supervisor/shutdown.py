@@ -66,7 +66,7 @@ class Shutdown:
     def _begin(self) -> float:
         """Returns the seconds for which clients may still come that were intercepted before."""
         self._state.phase = Phase.DRAINING
-        self._respawn.close()
+        self._respawn.cancel()
         systemd.notify("STOPPING=1", self._state.environ)
         grace = 0.0
         if self._state.interception is not None and not self._refuses_when_failed:
@@ -96,7 +96,7 @@ class Shutdown:
         listeners.close_all(list(ours))
         self._status.close_public()  # that is the other one's now
         state.phase = Phase.HANDED_OVER
-        self._respawn.close()
+        self._respawn.cancel()
         log.info("handed over", extra={"pid": commit.pid, "live": state.workers.numbers.live})
         self._takeover_server.close()
 

@@ -26,7 +26,8 @@ class Phase(Enum):
 
 
 class RelayState:
-    """Written by the managers, each its own part; read by all of them."""
+    """Read by the supervisor and its managers. The phase is changed by whoever begins or ends it: rollout, shutdown, and
+    a signal before there is anything to shut down."""
 
     workers: Workers
     """Set before the first of them is started."""

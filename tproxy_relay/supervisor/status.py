@@ -158,7 +158,7 @@ class Status:
             "worker_deaths": state.workers.deaths,
             "reloads": state.reloads,
             "reloads_refused": state.reloads_refused,
-            "log_dropped": traffic.log_dropped + self._writer.dropped,
+            "log_dropped": self.log_dropped,
             "ruleset": None if health is None else health._asdict(),
             "last_problems": self.problems.last,
         }

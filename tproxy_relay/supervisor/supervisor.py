@@ -64,7 +64,7 @@ class Heartbeat:
         self._status.sample()
         self._status.follow_settings()
         systemd.notify("WATCHDOG=1", self._state.environ)
-        self._state.workers.kill_stalled(time.monotonic())
+        self._state.workers.kill_stalled(now)
 
 
 class Supervisor:
@@ -217,7 +217,8 @@ class Supervisor:
             self._shutdown.stop(at_once=number == signal.SIGINT or self._state.phase is Phase.DRAINING)
 
     def _show_live(self) -> None:
-        for worker in self._state.workers:
+        # Not those that still boot: they take their first order for the one to serve, or to end.
+        for worker in self._status.askable:
             worker.show_live()
         log.info("connections", extra=self._state.workers.numbers._asdict())
 

@@ -177,7 +177,7 @@ def test_only_some_ask_at_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> N
         for _ in range(fanout.MAX_QUESTIONS):
             sock = stack.enter_context(address.dial(os.getpid(), PATIENCE))
             sock.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n")
-        wait_until(lambda: desk.api.questions == fanout.MAX_QUESTIONS, "they wait")
+        wait_until(lambda: desk.api.debug_state()["questions"] == fanout.MAX_QUESTIONS, "they wait")
         with pytest.raises(SystemRefusedError, match="too many ask at once"):
             desk.client.get("/sessions")
         assert desk.client.get("/history")["at"] == [], "what is known here is told"

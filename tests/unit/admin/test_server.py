@@ -76,7 +76,7 @@ class Desk:
 
     @property
     def conversations(self) -> int:
-        return self.server.conversations
+        return self.server.debug_state()["conversations"]
 
 
 def read_all(sock: socket.socket) -> bytes:

@@ -228,11 +228,18 @@ def test_a_relay_that_dies_resets_both_sides(tmp_path: Path, number: signal.Sign
 
 
 @pytest.mark.row("H24", "as process 1", "TERM ends it; children are reaped")
-def test_as_pid_1_it_obeys_and_reaps(tmp_path: Path, require_or_skip: Callable[[str], NoReturn], seen: Seen) -> None:
+@pytest.mark.parametrize(("seconds", "early"), [(0.7, False), (0, True)], ids=["ends later", "has ended before"])
+def test_as_pid_1_it_obeys_and_reaps(
+    tmp_path: Path, require_or_skip: Callable[[str], NoReturn], seen: Seen, seconds: float, early: bool
+) -> None:
     """A process ignores the signals that it has no handler for when it is PID 1, and inherits everybody's children."""
     prefix = children.need(("unshare", "-Ur", "--pid", "--fork", "--kill-child", "--mount-proc"), require_or_skip)
-    orphan = 'import subprocess\nsubprocess.run(["sh", "-c", "sleep 0.7 >/dev/null 2>&1 &"])\n'
-    with serving(tmp_path, prefix, orphan) as relay:
+    before = f"""
+import os, subprocess
+subprocess.run(["sh", "-c", "sleep {seconds} >/dev/null 2>&1 &"])
+os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | (0 if {early} else os.WNOHANG))
+"""
+    with serving(tmp_path, prefix, before) as relay:
         pid = int(Path(f"/proc/{relay.child.pid}/task/{relay.child.pid}/children").read_text().split()[0])
         children_of = Path(f"/proc/{pid}/task/{pid}/children")
         wait_until(lambda: len(children_of.read_text().split()) == 1, "only its worker is left")

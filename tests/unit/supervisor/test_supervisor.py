@@ -26,6 +26,23 @@ def test_a_worker_that_cannot_boot_is_the_end_of_the_start(tmp_path: Path) -> No
     assert not any(is_alive(line["pid"]) for line in relay.process.lines() if line["message"] == "worker started")
 
 
+def test_workers_that_still_boot_are_not_asked_what_is_live(tmp_path: Path) -> None:
+    with Relay(tmp_path, wrapper=breakable(tmp_path)) as relay:
+        client, server = relay.connect()
+        (tmp_path / "held").touch()
+        relay.reload()
+        relay.said("worker started", 2)
+        relay.process.signal(signal.SIGUSR1)
+        assert relay.said("connections")[0]["live"] == 1
+        (tmp_path / "held").unlink()
+        assert relay.said("reloaded")[0]["generation"] == 2
+        assert [line["client"] for line in relay.said("connection live")] == ["{}:{}".format(*client.getsockname())]
+        relay.connect()  # served by the worker that was started, not by one that had to be started for it
+        assert len(relay.said("worker started")) == 2 and "worker ended" not in relay.process.log
+        client.sendall(b"still")
+        assert loopback.read_exactly(server, 5) == b"still"
+
+
 @pytest.mark.slow
 def test_a_stalled_worker_is_replaced(tmp_path: Path) -> None:
     with Relay(tmp_path, stall_timeout=1) as relay:

@@ -25,7 +25,7 @@ st.register_type_strategy(float, finite)
 def assigned(
     settings: Settings, tuning: Tuning, own_ports: frozenset[int], target: Endpoint | None, limits: Limits
 ) -> WorkerSpec:
-    """What preparation.py makes of these."""
+    """What supervisor/generation.py makes of these."""
     return WorkerSpec(settings, tuning, Policy.of_settings(settings, own_ports, target), limits)
 
 
