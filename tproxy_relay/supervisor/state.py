@@ -26,8 +26,8 @@ class Phase(Enum):
 
 
 class RelayState:
-    """Read by the supervisor and its managers. The phase is changed by whoever begins or ends it: rollout, shutdown, and
-    a signal before there is anything to shut down."""
+    """Read by the supervisor and its managers. The phase is changed by whoever begins or ends it: rollout, shutdown,
+    and a signal before there is anything to shut down."""
 
     workers: Workers
     """Set before the first of them is started."""
