@@ -46,8 +46,9 @@ class RelayState:
 
     @property
     def generation(self) -> Generation:
-        """The generation in force, and with it the settings: only once there is one."""
-        assert self.current is not None
+        """The generation in force, and with it the settings. Raises RuntimeError before there is one."""
+        if self.current is None:
+            raise RuntimeError("no generation is in force yet")
         return self.current
 
     @property

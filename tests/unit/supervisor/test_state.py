@@ -26,5 +26,5 @@ def test_the_words_of_the_status() -> None:
 
 
 def test_there_are_no_settings_before_the_first_generation() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(RuntimeError):
         print(RelayState({}).generation)
