@@ -98,3 +98,10 @@ def remotes(*of: Slot) -> Iterator[list[Remote]]:
         for remote in made:
             remote.does("pass")
         yield made
+
+
+def claimed(scoreboard: Scoreboard) -> int:
+    """The number of a slot that nobody had."""
+    number = scoreboard.claim()
+    assert number is not None
+    return number

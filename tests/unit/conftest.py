@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import networks
@@ -11,6 +12,8 @@ import pytest
 from deadlines import wait_until
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
+
+from tproxy_relay.intercept import programs
 
 # A machine that is busy is no reason to fail, and what CI tries must be the same at every run.
 _PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -62,3 +65,17 @@ def ipv6_loopback() -> None:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no IPv6 on loopback: {error}")
+
+
+@pytest.fixture
+def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """only(nft='exit 1', ...): these programs are on this host, as shell scripts, and no others."""
+
+    def install(**scripts: str) -> None:
+        for name, script in scripts.items():
+            path = tmp_path / name.replace("_", "-")
+            path.write_text(f"#!/bin/sh\n{script}\n")
+            path.chmod(0o755)
+        monkeypatch.setattr(programs, "search_path", lambda: str(tmp_path))
+
+    return install

@@ -1,29 +1,12 @@
 """What is tried in a throw-away namespace, for root and for others."""
 
-from collections.abc import Callable
-from typing import NoReturn
-
 import pytest
-from doctor import case, levels
+from doctor import USERS, case, levels
 from plans import PLAN
 
 from tproxy_relay.check import kernel
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.intercept import backends
-from tproxy_relay.lab import LabError, needs
-
-USERS = [
-    pytest.param(False, id="root", marks=pytest.mark.skipif(not needs.privileged(), reason="not root")),
-    pytest.param(True, id="user namespace"),
-]
-
-
-@pytest.fixture
-def possible(require_or_skip: Callable[[str], NoReturn]) -> None:
-    try:
-        needs.require_tools()
-    except LabError as error:
-        require_or_skip(str(error))
 
 
 @pytest.mark.parametrize("user", USERS)

@@ -2,27 +2,12 @@
 
 import os
 import socket
-from collections.abc import Callable
-from typing import NoReturn
 
 import pytest
+from doctor import USERS
 
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
-from tproxy_relay.lab import LabError, needs
-
-USERS = [
-    pytest.param(False, id="root", marks=pytest.mark.skipif(not needs.privileged(), reason="not root")),
-    pytest.param(True, id="user namespace"),
-]
-
-
-@pytest.fixture
-def possible(require_or_skip: Callable[[str], NoReturn]) -> None:
-    try:
-        needs.require_tools()
-    except LabError as error:
-        require_or_skip(str(error))
 
 
 @pytest.mark.parametrize("user", USERS)

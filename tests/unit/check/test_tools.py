@@ -1,30 +1,14 @@
 """The programs that the ruleset is made with: those of this host, and some that are shell scripts."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from doctor import case, levels
 
 from tproxy_relay.check import tools
-from tproxy_relay.intercept import programs
 from tproxy_relay.system import privileges
 
 NET_ADMIN, NET_RAW = (1 << privileges.NUMBERS[name] for name in ("net_admin", "net_raw"))
-
-
-@pytest.fixture
-def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """only(nft='exit 1', ...): these programs are on this host, as shell scripts, and no others."""
-
-    def install(**scripts: str) -> None:
-        for name, script in scripts.items():
-            path = tmp_path / name.replace("_", "-")
-            path.write_text(f"#!/bin/sh\n{script}\n")
-            path.chmod(0o755)
-        monkeypatch.setattr(programs, "search_path", lambda: str(tmp_path))
-
-    return install
 
 
 @pytest.mark.parametrize(

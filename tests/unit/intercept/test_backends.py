@@ -1,31 +1,15 @@
 """Which backend is chosen, and which have something of ours."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from plans import PLAN
 
 from tproxy_relay.errors import CapabilityMissingError
-from tproxy_relay.intercept import backends, programs
+from tproxy_relay.intercept import backends
 from tproxy_relay.intercept.backend_iptables import Iptables
 from tproxy_relay.intercept.backend_nft import Nft
 from tproxy_relay.intercept.programs import ProgramError
-
-
-@pytest.fixture
-def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """only(nft='exit 1', ...): these programs are on this host, as shell scripts, and no others."""
-
-    def install(**scripts: str) -> None:
-        for name, script in scripts.items():
-            path = tmp_path / name.replace("_", "-")
-            path.write_text(f"#!/bin/sh\n{script}\n")
-            path.chmod(0o755)
-        monkeypatch.setattr(programs, "search_path", lambda: str(tmp_path))
-
-    return install
-
 
 # --- choosing
 

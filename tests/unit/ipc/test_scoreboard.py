@@ -6,13 +6,12 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 from deadlines import PATIENCE, wait_until
-from slots import LEAVE, TAKE, remotes, slots
+from slots import LEAVE, TAKE, claimed, remotes, slots
 
 from tproxy_relay.ipc.scoreboard import (
     ABSENT,
@@ -29,19 +28,6 @@ from tproxy_relay.outcome import Outcome
 from tproxy_relay.system import limits
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
-
-
-@pytest.fixture
-def scoreboard() -> Iterator[Scoreboard]:
-    made = Scoreboard.create(100)
-    yield made
-    made.close()
-
-
-def claimed(scoreboard: Scoreboard) -> int:
-    number = scoreboard.claim()
-    assert number is not None
-    return number
 
 
 # --- slots

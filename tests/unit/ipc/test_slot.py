@@ -1,30 +1,16 @@
 """What a worker writes into its slot and sees of the others, and how many they let in together."""
 
 import os
-from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
-from slots import TAKE, remotes, slots
+from slots import TAKE, claimed, remotes, slots
 
 from tproxy_relay.ipc.scoreboard import ABSENT, RESTING, WAITING, WATCHING, Numbers, Scoreboard
 from tproxy_relay.ipc.slot import Slot
 from tproxy_relay.outcome import Outcome
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
-
-
-@pytest.fixture
-def scoreboard() -> Iterator[Scoreboard]:
-    made = Scoreboard.create(100)
-    yield made
-    made.close()
-
-
-def claimed(scoreboard: Scoreboard) -> int:
-    number = scoreboard.claim()
-    assert number is not None
-    return number
 
 
 # --- counts
