@@ -15,6 +15,8 @@ from loopback import RST
 from workers import SERVED_BY_A_WAKE_UP, Running, Several, median
 
 from tproxy_relay.ipc import scoreboard
+from tproxy_relay.net.endpoint import from_sockaddr
+from tproxy_relay.relay import snapshot
 from tproxy_relay.relay.connection import THREADS
 from tproxy_relay.relay.thread_pool import ThreadPool
 from tproxy_relay.worker import eviction
@@ -94,9 +96,16 @@ def test_when_full_evict_resets_the_one_that_has_rested_longest() -> None:
     with Running(max_connections=3, when_full="evict") as running:
         served = [running.connect() for _ in range(3)]
         idlest = served[1]
-        for client, server in (served[0], served[2]):
-            client.sendall(b"busy")
-            assert loopback.read_exactly(server, 4) == b"busy"
+
+        def rests_longest() -> bool:
+            """A thread notes that a byte has moved after it has sent it: on a busy machine, much later."""
+            for client, server in (served[0], served[2]):
+                client.sendall(b"busy")
+                assert loopback.read_exactly(server, 4) == b"busy"
+            oldest = min(running.worker.live, key=snapshot.moved_at)
+            return oldest.client == from_sockaddr(idlest[0].getsockname())
+
+        wait_until(rests_longest, "the one that nobody uses has rested longest")
         fresh, _ = running.connect()  # it waits until somebody has rested for long enough
         assert loopback.read_to_end(idlest[0]) == loopback.read_to_end(idlest[1]) == (b"", RST)
         (line,) = running.lines.closed()
