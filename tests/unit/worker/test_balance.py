@@ -72,12 +72,21 @@ def test_alone_a_worker_need_not_poll(workers: int) -> None:
 
 
 def settled(several: Several) -> bool:
-    """True if no worker rests that has clearly fewer than the busiest: they have been rung for, and need their turn."""
-    most = max(several.live)
-    clearly_fewer = most - math.isqrt(most - 1)
+    """True if no worker rests that has clearly fewer than the busiest: those were rung for, and need their turn. But
+    for such as leave the next clients to one that has still fewer."""
+    live, states = several.live, several.states
+    watching = [count for count, state in zip(live, states) if state == scoreboard.WATCHING]
     return not any(
-        state == scoreboard.RESTING and live < clearly_fewer for state, live in zip(several.states, several.live)
+        state == scoreboard.RESTING
+        and is_clearly_fewer(count, max(live))
+        and not any(is_clearly_fewer(one, count) for one in watching)
+        for count, state in zip(live, states)
     )
+
+
+def is_clearly_fewer(count: int, than: int) -> bool:
+    """As Slot.fewer_elsewhere has it."""
+    return bool(than) and count < than - math.isqrt(than - 1)
 
 
 def bring_to_rest(several: Several) -> None:
