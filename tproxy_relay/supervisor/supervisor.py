@@ -112,10 +112,11 @@ class Supervisor:
         except BaseException:
             self._give_up_start()
             raise
-        self._takeover_server.open()
         self._status.open()
-        _log_listening(first)
-        self._rollout.notify_ready(forgotten)
+        if not self._state.ending:  # told to stop in the very moment: it drains already
+            self._takeover_server.open()
+            _log_listening(first)
+            self._rollout.notify_ready(forgotten)
         return True
 
     def _prepare(self, settings: Settings, take_over: bool) -> tuple[Generation, Offer | None, Sequence[str]]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,37 @@ def test_a_worker_that_cannot_boot_is_the_end_of_the_start(tmp_path: Path) -> No
     assert "Traceback" not in relay.process.log
     assert not accepts(relay.port)
     assert not any(is_alive(line["pid"]) for line in relay.process.lines() if line["message"] == "worker started")
+
+
+def waits_for_an_order(worker: int) -> bool:
+    """It has said that it is ready (proc(5), wchan: the function of the kernel in which it sleeps)."""
+    return "skb" in Path(f"/proc/{worker}/wchan").read_text(encoding="ascii")
+
+
+def test_told_to_stop_in_the_moment_in_which_it_gets_ready(tmp_path: Path) -> None:
+    (tmp_path / "held").touch()
+    relay = Relay(tmp_path, wrapper=breakable(tmp_path))
+    failed: list[str] = []
+
+    def start() -> None:
+        try:
+            relay.process.__enter__()
+        except LabError as error:
+            failed.append(str(error))
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    (started,) = relay.said("worker started")
+    os.kill(relay.process.pid, signal.SIGSTOP)
+    (tmp_path / "held").unlink()
+    wait_until(lambda: waits_for_an_order(started["pid"]), "its worker is ready")
+    os.kill(relay.process.pid, signal.SIGTERM)
+    os.kill(relay.process.pid, signal.SIGCONT)
+    starting.join()
+    relay.__exit__(None, None, None)
+    messages = [line["message"] for line in relay.process.lines()]
+    assert failed and failed[0].startswith("the relay exited with 0 before it was ready"), messages
+    assert "draining" in messages and "listening" not in messages and messages[-1] == "stopped"
 
 
 def test_workers_that_still_boot_are_not_asked_what_is_live(tmp_path: Path) -> None:
