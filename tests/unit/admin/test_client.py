@@ -14,6 +14,9 @@ from tproxy_relay.admin.client import Client, NoRelayError
 from tproxy_relay.errors import CapabilityMissingError, SystemRefusedError
 from tproxy_relay.settings import HostPort, Settings
 
+# Relays are found by their names in this network, and other tests have some, too.
+pytestmark = pytest.mark.usefixtures("network")
+
 
 @contextmanager
 def answering(answer: bytes) -> Iterator[list[bytes]]:
