@@ -109,9 +109,10 @@ def tune(listener: Listener, tuning: Tuning) -> None:
 
 
 def close_all(listeners: list[Listener]) -> None:
-    """Close every listener, and empty the list."""
-    while listeners:
-        listeners.pop().close()
+    """Close every listener, and empty the list: what is still on it may be open, what is not is closed."""
+    for listener in listeners:
+        listener.close()
+    listeners.clear()
 
 
 def overlap(one: Endpoint, other: Endpoint) -> bool:
