@@ -41,6 +41,8 @@ from tproxy_relay.lab import Host, Lab
 from tproxy_relay.relay import read_buffer
 from tproxy_relay.supervisor import shutdown, workers
 
+pytestmark = pytest.mark.slow
+
 Need = Callable[[str], NoReturn]
 INBOUND, OUTBOUND = 8080, 443
 EACH = pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)

@@ -149,6 +149,7 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> str:
     raise AssertionError(f"the demo ended before {text!r}:\n{read}{process.stderr.read()}")
 
 
+@pytest.mark.slow
 def test_it_shows_what_it_promises_and_leaves_nothing(stage: Stage) -> None:
     with stage.started() as process:
         output, errors = process.communicate(timeout=PATIENCE)
@@ -179,6 +180,7 @@ def test_a_signal_ends_it_at_any_moment(stage: Stage, number: int, moment: str, 
     assert not stage.leftovers()
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_nothing_either(stage: Stage) -> None:
     with stage.started() as process:
         read_until(process, "4. How fast")
@@ -187,6 +189,7 @@ def test_kill_9_leaves_nothing_either(stage: Stage) -> None:
     assert not stage.leftovers()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_it_quietly(stage: Stage) -> None:
     with stage.started() as process:
         assert process.stdout is not None and process.stderr is not None

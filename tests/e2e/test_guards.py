@@ -80,6 +80,7 @@ def test_a_destination_elsewhere_with_the_same_port_is_no_self_call(lab: Lab, fa
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("origin", ["client", "relay"])
+@pytest.mark.slow
 def test_a_direct_connection_goes_to_the_target(lab: Lab, family: int, origin: str) -> None:
     target = str(from_sockaddr((lab.server.address(family), 7000)))
     host: Host = getattr(lab, origin)
@@ -107,6 +108,7 @@ UNKNOWN_TO_THE_RULES = {
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.row("S5", "the relay's own connection comes back", "seen at the first round, reset, the rule named")
+@pytest.mark.slow
 def test_the_relays_own_connection_coming_back_is_a_loop(
     lab: Lab, family: int, workers: int, options: Sequence[str], seen: Seen
 ) -> None:

@@ -49,6 +49,7 @@ def test_connections_come_move_and_go(lab: Lab, relay: RelayProcess, server: soc
     assert found["pid"] == relay.pid and {one["pid"] for one in found["workers"]} == set(relay.workers)
 
 
+@pytest.mark.slow
 def test_the_rate_of_a_stream(lab: Lab, relay: RelayProcess, server: socket.socket) -> None:
     client, served = connect(lab, server)
     with client, served:
@@ -64,6 +65,7 @@ def test_the_rate_of_a_stream(lab: Lab, relay: RelayProcess, server: socket.sock
         wait_until(lambda: status(lab)["rates"]["bytes_down"] > 0, "the whole relay's follows")
 
 
+@pytest.mark.slow
 def test_filters_and_order(lab: Lab, relay: RelayProcess, server: socket.socket) -> None:
     lab.client.run(["ip", "address", "replace", "10.81.1.7/24", "dev", "cr"])
     with contextlib.ExitStack() as stack:
@@ -89,6 +91,7 @@ def test_filters_and_order(lab: Lab, relay: RelayProcess, server: socket.socket)
         assert [one["id"]] == [found["id"] for found in sessions(lab, f"id={one['id']}")]
 
 
+@pytest.mark.slow
 def test_one_is_aborted(lab: Lab, relay: RelayProcess, server: socket.socket) -> None:
     (client, served), (other, other_served) = connect(lab, server), connect(lab, server)
     with client, served, other, other_served:
@@ -116,6 +119,7 @@ def test_why_something_was_refused(lab: Lab, relay: RelayProcess) -> None:
     assert f"{refused['client']} to {lab.server.ipv4}:{PORT}: connect-refused: " in program(lab, "status")
 
 
+@pytest.mark.slow
 def test_numbers_outlive_workers_and_reloads(lab: Lab, relay: RelayProcess, server: socket.socket) -> None:
     def check() -> None:
         counts = status(lab, code=degraded)["connections"]
@@ -184,6 +188,7 @@ def test_a_reload_moves_the_admin_interface(lab: Lab, tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_prometheus_reads_the_same(lab: Lab, relay: RelayProcess, server: socket.socket) -> None:
     client, served = connect(lab, server)
     with client, served:
@@ -202,6 +207,7 @@ def test_prometheus_reads_the_same(lab: Lab, relay: RelayProcess, server: socket
 
 
 @pytest.mark.parametrize("kind", ["port", "path"])
+@pytest.mark.slow
 def test_the_next_relay_takes_it_over(lab: Lab, tmp_path: Path, kind: str) -> None:
     where = str(tmp_path / "admin.sock") if kind == "path" else f"127.0.0.1:{ADMIN}"
     options = ["--unix-socket", where] if kind == "path" else []
@@ -213,6 +219,7 @@ def test_the_next_relay_takes_it_over(lab: Lab, tmp_path: Path, kind: str) -> No
             after.stop()
 
 
+@pytest.mark.slow
 def test_the_history_is_one_sample_a_second(lab: Lab, relay: RelayProcess, server: socket.socket) -> None:
     client, served = connect(lab, server)
     client.close()
@@ -232,6 +239,7 @@ def test_nobody_is_there(lab: Lab) -> None:
     assert "no relay with ports 15002, 15006 runs in this network namespace" in program(lab, "status", code=3)
 
 
+@pytest.mark.slow
 def test_two_relays_are_told_apart_by_their_ports(lab: Lab, relay: RelayProcess) -> None:
     with lab.relay_process("--ports", "7001") as other:
         assert status(lab)["pid"] == relay.pid

@@ -16,6 +16,8 @@ from relay_fixtures import intercepting_relay
 
 from tproxy_relay.lab import Lab, RelayProcess
 
+pytestmark = pytest.mark.slow
+
 PICTURES = os.environ.get("PICTURES")
 """A folder for pictures of the page, for people to look at."""
 

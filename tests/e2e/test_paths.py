@@ -36,6 +36,7 @@ def another_congestion(lab: Lab) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("side", ["client", "upstream"])
+@pytest.mark.slow
 def test_each_path_has_its_own(lab: Lab, side: str, family: int) -> None:
     name = another_congestion(lab)
     options = (f"--{side}-congestion", name, f"--{side}-pacing", str(RATE), "--intercept-inbound", str(PORT))

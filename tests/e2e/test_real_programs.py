@@ -285,6 +285,7 @@ def test_curl(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools:
         check_browsed(directly_and_relayed(lab, relay, family, port, work, connections=5))
 
 
+@pytest.mark.slow
 def test_curl_over_tls(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]) -> None:
     tools("curl", "openssl")
     port = 8443
@@ -405,6 +406,7 @@ def test_redis(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools
 # --- rsync
 
 
+@pytest.mark.slow
 def test_rsync(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]) -> None:
     tools("rsync")
     port = 8873
@@ -465,6 +467,7 @@ def test_rsync(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools
 # --- git
 
 
+@pytest.mark.slow
 def test_git(lab: Lab, relay: RelayProcess, family: int, tmp_path: Path, tools: Callable[..., None]) -> None:
     tools("git")
     port = 8418

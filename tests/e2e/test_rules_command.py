@@ -254,6 +254,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.slow
 def test_what_fails_leaves_nothing_behind(lab: Lab, case: Broken, folder: Path) -> None:
     before = rulesets(lab)
     done = rules(lab, "apply", "--backend", case.backend, path=folder)
@@ -263,6 +264,7 @@ def test_what_fails_leaves_nothing_behind(lab: Lab, case: Broken, folder: Path) 
 
 
 @pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.slow
 def test_what_fails_leaves_the_former_rules_as_they_were(lab: Lab, case: Broken, folder: Path) -> None:
     former = applied(lab, "--backend", case.backend, "--route-table", "7100")
     done = rules(lab, "apply", "--backend", case.backend, "--intercept-inbound", "9000", path=folder)
@@ -340,6 +342,7 @@ def test_auto_takes_iptables_where_there_is_no_nft(lab: Lab, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("action", ["apply", "remove", "status"])
 @pytest.mark.row("B14", "rules without CAP_NET_ADMIN", "exit code 77")
+@pytest.mark.slow
 def test_without_the_right_to_it(lab: Lab, action: str, seen: Seen) -> None:
     there = applied(lab)
     options = ("--intercept-inbound", "9000") if action == "apply" else ()
@@ -381,6 +384,7 @@ def test_status_finds_every_damage_and_apply_mends_it(lab: Lab, backend: str) ->
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.slow
 def test_status_tells_what_there_is(lab: Lab, backend: str) -> None:
     assert (status(lab)[0], status(lab)[1]["state"], status(lab)[1]["backend"]) == (1, "absent", None)
     applied(lab, "--backend", backend)

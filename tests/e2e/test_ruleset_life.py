@@ -139,6 +139,7 @@ def test_everything_killed_nft_rules_are_gone_and_the_rest_harms_nobody(
         assert look(lab) == before
 
 
+@pytest.mark.slow
 def test_killed_while_draining_nothing_is_left_even_with_closed(furnished: Lab) -> None:
     lab, before = furnished, look(furnished)
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS, "--on-failure", "closed") as relay:
@@ -172,6 +173,7 @@ def test_a_killed_guard_is_replaced(furnished: Lab, victim: str) -> None:
         relay.stop()
 
 
+@pytest.mark.slow
 def test_a_stop_beside_the_guards_death_still_stops_and_cleans_up(furnished: Lab) -> None:
     lab, before = furnished, look(furnished)
     for pause in (0.0, 0.02, 0.2):
@@ -184,6 +186,7 @@ def test_a_stop_beside_the_guards_death_still_stops_and_cleans_up(furnished: Lab
         wait_until(lambda: look(lab) == before, f"all gone, with {pause} s between")
 
 
+@pytest.mark.slow
 def test_signals_for_the_whole_group_do_not_end_the_guard(furnished: Lab) -> None:
     lab = furnished
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS) as relay:
@@ -210,6 +213,7 @@ INTERFERENCE = {
 
 @pytest.mark.parametrize("backend", some_backends())
 @pytest.mark.row("H11", "the ruleset is flushed under a live relay", "put back, one warning")
+@pytest.mark.slow
 def test_what_somebody_takes_away_comes_back_with_one_warning_each(fresh_lab: Lab, backend: str, seen: Seen) -> None:
     lab = fresh_lab
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS, "--backend", backend) as relay:
@@ -244,6 +248,7 @@ def test_a_held_table_is_immune_to_a_flush(fresh_lab: Lab) -> None:
         relay.stop()
 
 
+@pytest.mark.slow
 def test_a_second_relay_is_refused_and_disturbs_nothing(furnished: Lab, rules: Callable[..., str]) -> None:
     lab = furnished
     with echo_servers(lab), lab.relay_process(*BOTH_WAYS) as relay:

@@ -19,6 +19,8 @@ from terminal import Terminal
 
 from tproxy_relay.lab import Lab, RelayProcess
 
+pytestmark = pytest.mark.slow
+
 CONNECTIONS = 12
 SIZES = {"80x24": (80, 24), "200x50": (200, 50)}
 

@@ -27,6 +27,8 @@ from tproxy_relay.net import listeners
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import workers
 
+pytestmark = pytest.mark.slow
+
 ETC = Path(__file__).parents[2] / "etc"
 UNITS = ETC / "systemd"
 MOST_EXPOSED = "20"

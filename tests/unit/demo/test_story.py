@@ -17,6 +17,7 @@ def test_a_promise_is_kept_or_broken() -> None:
     assert caught.value.exit_code == 1
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_the_way_is_a_broken_promise(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise ConnectionRefusedError("nobody is there")

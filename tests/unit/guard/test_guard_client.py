@@ -203,6 +203,7 @@ def test_a_plan_that_is_too_long_for_a_message() -> None:
 
 
 @in_network
+@pytest.mark.slow
 def test_trouble_is_known_until_it_is_over(said: Lines) -> None:
     interception = Interception(CLOSED, "nft")
     interception.install()
@@ -268,6 +269,7 @@ def test_the_guard_lets_go_of_the_first_ones_standard_error() -> None:
 
 
 @in_network
+@pytest.mark.slow
 def test_a_guard_that_dies_after_it_was_handed_over_is_replaced_by_the_second(said: Lines) -> None:
     one = Interception(PLAN, "nft")
     one.install()

@@ -180,6 +180,7 @@ def test_patience_is_renewed_by_progress(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
+@pytest.mark.slow
 def test_a_reset_is_noticed_though_the_other_side_never_reads(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pump of the side that resets is stuck in send(), and nobody reads that side."""
     monkeypatch.setattr(relay_module, "FLUSH_TIMEOUT", 0.5)
@@ -465,6 +466,7 @@ def test_a_large_echo_both_ways_at_once(rig: Rig) -> None:
     assert (relay.upstream.sent, relay.client.sent) == (len(data), len(data))
 
 
+@pytest.mark.slow
 def test_a_reader_that_rests_holds_the_sender_back_and_loses_nothing(rig: Rig) -> None:
     """Longer than one SEND_TICK: the pump's send() returns with nothing or with a part, and goes on."""
     sent = loopback.fill(rig.client)

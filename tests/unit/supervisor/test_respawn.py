@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import loopback
+import pytest
 from breakable import accepts, breakable
 from deadlines import wait_until
 from hypothesis import given
@@ -65,6 +66,7 @@ def test_a_dead_worker_is_replaced_at_once(tmp_path: Path) -> None:
         assert stopped["closed"]["aborted"] >= 1
 
 
+@pytest.mark.slow
 def test_five_deaths_end_the_relay(tmp_path: Path) -> None:
     """Each is made good later than the one before; the connections of other workers are finished at the end."""
     with Relay(tmp_path, workers=2, drain_timeout=20) as relay:

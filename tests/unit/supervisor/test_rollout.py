@@ -105,6 +105,7 @@ def test_at_a_reload_it_only_refuses_that(tmp_path: Path) -> None:
         relay.connect()
 
 
+@pytest.mark.slow
 def test_many_reloads_become_a_few_and_the_last_one_counts(tmp_path: Path) -> None:
     with Relay(tmp_path) as relay:
         for seconds in range(1, 201):

@@ -184,6 +184,7 @@ def test_or_the_scheduler_decides(hands: Hands) -> None:
 
 
 @pytest.mark.skipif(len(ALL) < 2, reason="with one processor there is nowhere to go")
+@pytest.mark.slow
 def test_a_stream_runs_anywhere_and_its_threads_come_home(hands: Hands) -> None:
     (worker,) = hands.serving(1, cpus=HOMES[:1])
     cpu = {worker.cpu}

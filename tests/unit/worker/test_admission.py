@@ -132,6 +132,7 @@ def test_when_full_evict_leaves_busy_connections_alone() -> None:
         assert [line["outcome"] for line in running.lines.closed()] == ["evicted"]
 
 
+@pytest.mark.slow
 def test_nobody_is_evicted_for_nobody() -> None:
     with Running(max_connections=2, when_full="evict") as running:
         served = [running.connect() for _ in range(2)]
