@@ -180,6 +180,15 @@ def test_what_was_there_of_an_older_plan_goes_in_the_same_transaction(plan: Plan
         assert set(re.findall(r"^-X (\S+)$", text, re.M)) == {name for _, name in old.chains} - kept
 
 
+@pytest.mark.parametrize("name", ["full", "beside nat"])
+def test_what_was_there_is_led_to_in_the_same_order(name: str) -> None:
+    former = installed(VARIANTS[name], "active", 4)
+    for section in iptables.again(former, NOTHING).split("COMMIT\n")[:-1]:
+        table = section.split("\n")[0].removeprefix("*")
+        jumps = re.findall(r"^-I (\w+) 1 (.*)$", section, re.M)
+        assert [f"-A {hook} {rest}" for hook, rest in reversed(jumps)] == former.jumps_in(table)
+
+
 @pytest.mark.parametrize(
     "name, chain, expected",
     [
