@@ -155,6 +155,7 @@ WAYS = (
         "reserved-ports",
         level="warning",
     ),
+    Bad("paths are not probed", ("sysctl -w net.ipv4.tcp_mtu_probing=0",), "path-mtu", level="warning"),
     Bad("small backlog", ("sysctl -w net.core.somaxconn=128",), "somaxconn", level="warning"),
     Bad("abort on overflow", ("sysctl -w net.ipv4.tcp_abort_on_overflow=1",), "abort-on-overflow", level="warning"),
     Bad(
@@ -197,6 +198,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def doctor(fresh_lab: Lab, command: Path) -> "Doctor":
+    fresh_lab.relay.set_sysctl("net.ipv4.tcp_mtu_probing", 1)  # as etc/sysctl.d has it
     return Doctor(fresh_lab.relay, command)
 
 

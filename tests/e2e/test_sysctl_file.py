@@ -94,6 +94,7 @@ def remedies(lab: Lab) -> dict[str, str]:
 
 
 SPOILT = {
+    "net.ipv4.tcp_mtu_probing": 0,
     "net.core.somaxconn": 128,
     "net.ipv4.ip_forward": 0,
     "net.ipv6.conf.all.forwarding": 0,

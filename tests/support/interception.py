@@ -58,9 +58,9 @@ def look(lab: Lab) -> str:
 class EchoServer:
     """Sends back what it gets, on one host, both families; `peers` are those who have connected."""
 
-    def __init__(self, host: Host, port: int = PORT) -> None:
+    def __init__(self, host: Host, port: int = PORT, *, backlog: int = 128) -> None:
         self.peers: list[str] = []
-        self._listeners = [host.listen(port, family) for family in FAMILIES.values()]
+        self._listeners = [host.listen(port, family, backlog) for family in FAMILIES.values()]
         self._live: set[socket.socket] = set()
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()

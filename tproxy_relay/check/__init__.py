@@ -34,6 +34,7 @@ PROBES: tuple[Probe, ...] = (
     limits.probe_conntrack,
     sysctls.probe_harmless,
     sysctls.probe_nonlocal_bind,
+    sysctls.probe_path_mtu,
     sysctls.probe_loopback,
     sysctls.probe_interface,
     sysctls.probe_forwarding,

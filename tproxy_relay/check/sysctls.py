@@ -33,6 +33,16 @@ def probe_nonlocal_bind(case: Case) -> Iterator[Finding]:
         yield problem("nonlocal-bind", f"{name} is 1", why, set_sysctl(name, 0))
 
 
+def probe_path_mtu(_: Case) -> Iterator[Finding]:
+    """Both sides of each connection end here: this host must find out how long packets may be, where nobody says so."""
+    name = "net.ipv4.tcp_mtu_probing"  # of IPv6, too (tcp_timer.c)
+    if number(name) == 0:
+        why = "where a narrow path swallows long packets, and the ICMP errors that say so, large transfers hang"
+        yield warning("path-mtu", f"{name} is 0", why, set_sysctl(name, 1))
+    else:
+        yield ok("path-mtu", "paths that swallow long packets are found out")
+
+
 def probe_loopback(case: Case) -> Iterator[Finding]:
     """Intercepted packets are routed to lo, which must be up, for each family."""
     if not (case.intercepts and case.plan.needs_routing):

@@ -19,6 +19,11 @@ from tproxy_relay.settings import PortRange
 _TCP = "-p tcp"
 _SYN = "-p tcp -m tcp --syn"
 _NOT_SYN = "-p tcp -m tcp ! --syn"
+_SYN_ACK = "-p tcp -m tcp --tcp-flags SYN,ACK SYN,ACK"
+_ACK = "-p tcp -m tcp --tcp-flags SYN,RST,ACK ACK"
+_ICMP: dict[Family, str] = {4: "icmp", 6: "icmpv6"}
+_ERRORS: dict[Family, str] = {4: "-p icmp -m icmp ! --icmp-type redirect", 6: "-p icmpv6"}
+"""The socket match looks at no others but errors and, of IPv4, redirects (nf_socket_ipv4.c, nf_socket_ipv6.c)."""
 
 
 class Rule(NamedTuple):
@@ -41,12 +46,13 @@ _TRACKED = Rule("-m conntrack --ctstate INVALID", "-j RETURN", "keeps connection
 
 
 class Chain(NamedTuple):
-    """A chain of ours in a table; `hook` is the built-in chain that leads there, '' for none."""
+    """A chain of ours in a table; `hook` is the built-in chain that leads there, '' for none, for one protocol."""
 
     table: str
     name: str
     hook: str
     rules: tuple[Rule, ...]
+    protocol: str = "tcp"
 
 
 def chains(plan: Plan, state: State, family: Family) -> list[Chain]:
@@ -98,7 +104,8 @@ def again(former: Saved, now: Saved) -> str:
             lines += [f"*{table}", *(f":{name} - [0:0]" for name in names)]
             lines += [line.replace("-A ", "-D ", 1) for line in now.jumps_in(table)]
             lines += [rule.text for rule in former.rules if rule.chain in former.chains_in(table)]
-            lines += [re.sub(r"^-A (\S+)", r"-I \1 1", line) for line in former.jumps_in(table)]
+            # The last one first, for each comes before those that are there.
+            lines += [re.sub(r"^-A (\S+)", r"-I \1 1", line) for line in reversed(former.jumps_in(table))]
             lines += [f"-X {name}" for name in names if name not in former.chains_in(table)]
             lines.append("COMMIT")
     return "\n".join([*lines, ""])
@@ -116,7 +123,8 @@ def _jump(plan: Plan, state: State, chain: Chain, made: str) -> str:
     """First in its chain: what comes before could take packets away. The comment remembers the built-in chains that
     did not exist (iptables-nft makes them when they are first used), so that they can go with us."""
     note = f" made={made}" if made else ""
-    return f'-I {chain.hook} 1 -p tcp -m comment --comment "plan {plan.digest} {state}{note}" -j {PREFIX}{chain.name}'
+    comment = f'-m comment --comment "plan {plan.digest} {state}{note}"'
+    return f"-I {chain.hook} 1 -p {chain.protocol} {comment} -j {PREFIX}{chain.name}"
 
 
 def _all_chains(plan: Plan, state: State, family: Family) -> Iterator[Chain]:
@@ -136,8 +144,13 @@ def _all_chains(plan: Plan, state: State, family: Family) -> Iterator[Chain]:
         )
         yield Chain("mangle", "DIVERT", "", divert)
         yield Chain("mangle", "LO", "", tuple(_from_lo(plan, family)))
+        if tproxy and plan.inbound:
+            yield Chain("mangle", "ANSWERED", "", tuple(_answered(plan, family)))
         yield Chain("mangle", "PRE", "PREROUTING", tuple(_prerouting(plan, state, family)))
-    if (tproxy and plan.outbound) or (plan.inbound and plan.keeps_source):
+    if plan.imitates:
+        yield Chain("mangle", "ERRORS", "PREROUTING", tuple(_errors(family)), _ICMP[family])
+        yield Chain("mangle", "OWN_ERRORS", "OUTPUT", tuple(_own_errors(plan, family)), _ICMP[family])
+    if plan.imitates or (tproxy and plan.outbound):
         yield Chain("mangle", "OUT", "OUTPUT", tuple(_output(plan, state, family)))
     if plan.beside_nat:
         ours = Rule(f"-m mark --mark {_bits(plan, plan.marks.inbound)}", "-j ACCEPT", "keeps its address")
@@ -152,12 +165,44 @@ def _prerouting(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
     yield Rule("-i lo", f"-g {PREFIX}LO", "sent by this host to itself")
     ours = f"{_NOT_SYN} -m socket --transparent"
     yield Rule(ours, f"-j {PREFIX}DIVERT", "packets of relayed connections")
-    if plan.mode != "tproxy" or not plan.inbound or state != "active":
+    if plan.mode != "tproxy" or not plan.inbound:
         return
-    yield from _never(family)
+    answered = f"{_TCP} {_marked(plan, plan.marks.inbound, 'ORIGINAL')}"
+    yield Rule(answered, f"-j {PREFIX}ANSWERED", "from clients that the relay has answered")
+    if state == "active":
+        yield from _never(family)
+        yield from _by_ports(f"{_arrives(plan)} {_SYN}", plan.inbound, _to_listener(plan, family), "inbound")
+
+
+def _answered(plan: Plan, family: Family) -> Iterator[Rule]:
+    """What clients send without a socket being there, whose SYN was answered: the listener knows the cookie."""
+    yield Rule(_ACK, _to_listener(plan, family), "to the listener")
+    # The client did not hear the answer, and this SYN may be left to go direct.
+    yield Rule(_SYN, f"-j CONNMARK --set-xmark {_bits(plan, 0)}", "has not heard it, and sends its SYN again")
+
+
+def _to_listener(plan: Plan, family: Family) -> str:
     target = f"-j TPROXY --on-port {plan.inbound_port}{_on_ip(plan, family)}"
-    target += f" --tproxy-mark {_bits(plan, plan.marks.inbound)}"
-    yield from _by_ports(f"{_arrives(plan)} {_SYN}", plan.inbound, target, "inbound")
+    return f"{target} --tproxy-mark {_bits(plan, plan.marks.inbound)}"
+
+
+def _errors(family: Family) -> Iterator[Rule]:
+    match = f"! -i lo {_ERRORS[family]} -m socket --transparent"
+    yield Rule(match, f"-j {PREFIX}DIVERT", "errors about packets of the relay")
+
+
+def _own_errors(plan: Plan, family: Family) -> Iterator[Rule]:
+    """This host's own, about what the relay sends in the name of others: a neighbour that does not answer, a tunnel."""
+    label, divert = "errors about packets of the relay", f"-j MARK --set-xmark {_bits(plan, plan.marks.outbound)}"
+    related = f"! -o lo -p {_ICMP[family]} -m conntrack --ctstate RELATED"
+    if plan.mode == "tproxy":
+        # Both sides of a connection that keeps its port have the same four numbers.
+        direction = "" if plan.preserve_source == "full" else " --ctdir ORIGINAL"
+        ours = f"-m connmark --mark {_bits(plan, plan.marks.inbound)}"
+        yield Rule(f"{related}{direction} {ours}", divert, f"{label} to clients")
+    if plan.keeps_source:
+        ours = f"-m connmark --mark {_bits(plan, plan.marks.relay)}"
+        yield Rule(f"{related} --ctdir REPLY {ours}", divert, f"{label} to servers")
 
 
 def _from_lo(plan: Plan, family: Family) -> Iterator[Rule]:
@@ -184,6 +229,15 @@ def _output(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
         answers = f"{_TCP} -m conntrack --ctdir REPLY -m connmark --mark {_bits(plan, plan.marks.relay)}"
         yield Rule(answers, divert, "answers of servers here to the address of a client")
         yield Rule(answers, "-j RETURN", "answers of servers here to the address of a client")
+        # Not where both sides share an entry: this would be the client's mark then.
+        unmarked = f"-m connmark --mark {_bits(plan, 0)} -m addrtype ! --src-type LOCAL"
+        remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.relay)}"
+        ours = f"{_SYN} -m mark --mark {_bits(plan, plan.marks.relay)} {unmarked}"
+        yield Rule(ours, remember, "the relay in the name of a client")
+    if plan.mode == "tproxy" and plan.inbound:
+        answer = f"! -o lo {_SYN_ACK} -m mark --mark {_bits(plan, plan.marks.relay)}"
+        remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.inbound)}"
+        yield Rule(answer, remember, "the relay answers a client")
     if plan.mode != "tproxy" or not plan.outbound:
         return
     yield from _exempt(plan, family)
@@ -221,8 +275,11 @@ def _nat_output(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
 
 def _closed_inbound(plan: Plan, family: Family) -> Iterator[Rule]:
     if plan.inbound:
-        yield from _never(family)
         reject = "-j REJECT --reject-with tcp-reset"
+        if plan.mode == "tproxy":
+            answered = f"{_ACK} {_marked(plan, plan.marks.inbound, 'ORIGINAL')}"
+            yield Rule(answered, reject, "answered by a relay that is gone")
+        yield from _never(family)
         yield from _by_ports(f"{_arrives(plan)} {_SYN}", plan.inbound, reject, "inbound without a relay")
 
 
@@ -274,6 +331,11 @@ def _on_ip(plan: Plan, family: Family) -> str:
 
 def _arrives(plan: Plan) -> str:
     return f"-i {plan.interface}" if plan.interface else "! -i lo"
+
+
+def _marked(plan: Plan, bits: int, direction: str) -> str:
+    """Of a connection with that mark, in that direction."""
+    return f"-m connmark --mark {_bits(plan, bits)} -m conntrack --ctdir {direction}"
 
 
 def _bits(plan: Plan, bits: int) -> str:

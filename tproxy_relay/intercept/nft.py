@@ -4,6 +4,14 @@ Only bare SYNs are taken, so connections older than the rules live on. Other pac
 transparent socket, or by a connection mark. Bare SYNs must not be known that way: they would find an old
 connection in TIME_WAIT, and the client would have to try again.
 
+A handshake that was answered with a SYN cookie (tcp(7), tcp_syncookies) has no socket until it ends: the listener
+alone can read the client's ACK. So a listener's SYN-ACK marks the connection in conntrack, and what the client sends
+in such a one is offered to its socket or else to the listener. Not the SYN: one that finds the backlog full is sent
+again, and may go direct by then. Where nothing is tracked (raw notrack) packets are known by their socket.
+
+ICMP errors about our packets are addressed to whom the relay imitates. They have no socket of their own, and the
+kernel's socket match looks up that of the packet which they quote.
+
 TPROXY exists in prerouting only (nft_tproxy.c). So what programs here send is marked in output, which routes it to
 lo (routing.py), and meets TPROXY when it comes in from there.
 """
@@ -19,6 +27,13 @@ TABLE = "tproxy_relay"
 _SYN = "tcp flags & (fin | syn | rst | ack) == syn"
 _NOT_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
 _NAMES: dict[Family, str] = {4: "ip", 6: "ip6"}
+_SYN_ACK = "tcp flags & (syn | ack) == (syn | ack)"
+_ACK = "tcp flags & (syn | rst | ack) == ack"
+_ERRORS: dict[Family, str] = {
+    4: "icmp type { destination-unreachable, time-exceeded, parameter-problem }",
+    6: "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem }",
+}
+"""What a router or host says of a packet that it did not pass on (RFC 792, RFC 4443). No redirects."""
 
 
 class Rule(NamedTuple):
@@ -81,17 +96,22 @@ def _table(plan: Plan, state: State, held: bool) -> str:
 
 def _all_chains(plan: Plan, state: State) -> Iterator[Chain]:
     tproxy = plan.mode == "tproxy"
-    first = Rule("meta l4proto != tcp return", f"plan {plan.digest} {state}: TCP only")
+    plan_is = f"plan {plan.digest} {state}: TCP only"
+    first = Rule("meta l4proto != tcp return", plan_is)
     if plan.preserve_source == "full" and plan.inbound:
         yield Chain("zone_prerouting", "filter hook prerouting priority raw", tuple(_zone_in(plan)))
         yield Chain("zone_output", "filter hook output priority raw", tuple(_zone_out(plan)))
     if plan.needs_routing:
         # Before the chain that goes there: nft takes names in the order of the text.
         yield Chain("from_lo", "", tuple(_from_lo(plan)))
-        prerouting = (first, *_prerouting(plan, state))
+        yield Chain("errors", "", tuple(_errors(plan)))
+        yield Chain("answered", "", tuple(_answered(plan, state)))
+        prerouting = (_but_errors(plan, "errors", plan_is), *_prerouting(plan, state))
         yield Chain("prerouting", "filter hook prerouting priority mangle", prerouting)
-    if (tproxy and plan.outbound) or (plan.inbound and plan.keeps_source):
-        yield Chain("output", "route hook output priority mangle", (first, *_output(plan, state)))
+    if plan.imitates or (tproxy and plan.outbound):
+        yield Chain("own_errors", "", tuple(_own_errors(plan)))
+        output = (_but_errors(plan, "own_errors", plan_is), *_output(plan, state))
+        yield Chain("output", "route hook output priority mangle", output)
     if plan.beside_nat:
         yield Chain("nat_keep", "nat hook prerouting priority -101", (first, *_nat_keep(plan)))
     if not tproxy and plan.inbound:
@@ -103,18 +123,69 @@ def _all_chains(plan: Plan, state: State) -> Iterator[Chain]:
 def _prerouting(plan: Plan, state: State) -> Iterator[Rule]:
     take_in = _set(plan, "meta mark", plan.marks.inbound)
     yield Rule('iifname "lo" goto from_lo', "sent by this host to itself")
+    takes = plan.mode == "tproxy" and plan.imitates
+    if takes:
+        # Before the rule that finds listeners of others: a server here has one for the port that the client asks for.
+        ours = f"{_is(plan, 'ct mark', plan.marks.inbound)} ct direction original"
+        yield Rule(f"{ours} jump answered", "from clients that the relay has answered")
     yield from _not_for_listeners(plan)
     yield Rule(f"{_NOT_SYN} socket transparent 1 {take_in} counter accept", "packets of relayed connections")
-    if plan.mode != "tproxy" or not plan.inbound or state != "active":
+    if not takes or state != "active":
         return
     for family in plan.families:
-        to = f"tproxy {_NAMES[family]} to {_listener(plan, family)}:{plan.inbound_port}"
         match = f"{_arrives(plan)}meta nfproto ipv{family} {_SYN} tcp dport {_ports(plan.inbound)}"
         yield Rule(f"{_arrives(plan)}{_never(family)} return", f"never intercepted, IPv{family}")
-        yield Rule(f"{match} {to} {take_in} counter accept", f"inbound, IPv{family}")
+        yield Rule(f"{match} {_to(plan, family)} {take_in} counter accept", f"inbound, IPv{family}")
         if plan.on_failure == "closed":
             # Reached only while nothing listens: tproxy without a listener lets the packet go on.
             yield Rule(f"{match} counter reject with tcp reset", f"inbound without a relay, IPv{family}")
+
+
+def _answered(plan: Plan, state: State) -> Iterator[Rule]:
+    """What clients send whose SYN was answered: one look finds the socket or else the listener, for a cookie."""
+    if plan.mode != "tproxy" or not plan.imitates:
+        return
+    take_in = _set(plan, "meta mark", plan.marks.inbound)
+    for family in plan.families:
+        match = f"meta nfproto ipv{family} {_ACK}"
+        yield Rule(f"{match} {_to(plan, family)} {take_in} counter accept", f"to its socket or listener, IPv{family}")
+        if plan.on_failure == "closed" and state == "active":
+            yield Rule(f"{match} counter reject with tcp reset", f"answered by a relay that is gone, IPv{family}")
+    # The client did not hear the answer, and this SYN may be left to go direct.
+    yield Rule(f"{_SYN} {_set(plan, 'ct mark', 0)}", "has not heard it, and sends its SYN again")
+
+
+def _to(plan: Plan, family: Family) -> str:
+    return f"tproxy {_NAMES[family]} to {_listener(plan, family)}:{plan.inbound_port}"
+
+
+def _but_errors(plan: Plan, chain: str, label: str) -> Rule:
+    """The first rule of a chain that is for TCP, and of the rest for errors at most."""
+    return Rule(f"meta l4proto != tcp {f'goto {chain}' if plan.imitates else 'return'}", label)
+
+
+def _errors(plan: Plan) -> Iterator[Rule]:
+    for family in plan.families if plan.imitates else ():
+        take_in = _set(plan, "meta mark", plan.marks.inbound)
+        match = f'iifname != "lo" {_ERRORS[family]} socket transparent 1'
+        yield Rule(f"{match} {take_in} counter accept", f"errors about packets of the relay, IPv{family}")
+
+
+def _own_errors(plan: Plan) -> Iterator[Rule]:
+    """This host's own, about what the relay sends in the name of others: a neighbour that does not answer, a tunnel."""
+    if not plan.imitates:
+        return
+    divert = _set(plan, "meta mark", plan.marks.outbound)
+    label = "errors about packets of the relay"
+    related = 'oifname != "lo" ct state related'
+    if plan.mode == "tproxy":
+        ours = _is(plan, "ct mark", plan.marks.inbound)
+        # Both sides of a connection that keeps its port have the same four numbers.
+        direction = "" if plan.preserve_source == "full" else "ct direction original "
+        yield Rule(f"{related} {ours} {direction}{divert} counter accept", f"{label} to clients")
+    if plan.keeps_source:
+        ours = _is(plan, "ct mark", plan.marks.relay)
+        yield Rule(f"{related} {ours} ct direction reply {divert} counter accept", f"{label} to servers")
 
 
 def _from_lo(plan: Plan) -> Iterator[Rule]:
@@ -136,10 +207,17 @@ def _from_lo(plan: Plan) -> Iterator[Rule]:
 
 def _output(plan: Plan, state: State) -> Iterator[Rule]:
     divert = _set(plan, "meta mark", plan.marks.outbound)
-    if plan.inbound and plan.keeps_source:
+    if plan.imitates and plan.keeps_source:
         # First, because with tcp_fwmark_accept=1 the answers of a server here carry the relay's mark too.
         answers = f"ct direction reply {_is(plan, 'ct mark', plan.marks.relay)}"
         yield Rule(f"{answers} {divert} counter accept", "answers of servers here to the address of a client")
+        # Not where both sides share an entry: this would be the client's mark then.
+        unmarked = _is(plan, "ct mark", 0)
+        ours = f"{_is(plan, 'meta mark', plan.marks.relay)} {_SYN} {unmarked} fib saddr type != local"
+        yield Rule(f"{ours} {_set(plan, 'ct mark', plan.marks.relay)}", "the relay in the name of a client")
+    if plan.mode == "tproxy" and plan.imitates:
+        answer = f'oifname != "lo" {_is(plan, "meta mark", plan.marks.relay)} {_SYN_ACK}'
+        yield Rule(f"{answer} {_set(plan, 'ct mark', plan.marks.inbound)}", "the relay answers a client")
     if plan.mode != "tproxy" or not plan.outbound:
         return
     yield from _exempt(plan)
@@ -232,7 +310,8 @@ def _never(family: Family) -> str:
 
 
 def _set(plan: Plan, what: str, bits: int) -> str:
-    return f"{what} set {what} & {0xFFFFFFFF & ~plan.mark_mask:#010x} | {bits:#010x}"
+    others = f"{what} set {what} & {0xFFFFFFFF & ~plan.mark_mask:#010x}"
+    return f"{others} | {bits:#010x}" if bits else others
 
 
 def _is(plan: Plan, what: str, bits: int) -> str:

@@ -137,6 +137,11 @@ class Plan:
         return self.preserve_source != "no"
 
     @property
+    def imitates(self) -> bool:
+        """True if the relay sends packets in the name of others over the network: errors about them go to those."""
+        return bool(self.inbound and self.listen) and (self.mode == "tproxy" or self.keeps_source)
+
+    @property
     def needs_routing(self) -> bool:
         """False only where the kernel rewrites addresses and nobody borrows one."""
         return self.mode == "tproxy" or self.keeps_source

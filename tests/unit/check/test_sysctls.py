@@ -48,6 +48,16 @@ def test_nonlocal_bind() -> None:
     assert not [*sysctls.probe_nonlocal_bind(case())]
 
 
+def test_paths_are_probed() -> None:
+    set_sysctl("ipv4.tcp_mtu_probing", 0)
+    (found,) = sysctls.probe_path_mtu(case())
+    assert (found.name, found.level) == ("path-mtu", "warning")
+    mend(found.remedy)
+    assert levels([*sysctls.probe_path_mtu(case())]) == [("path-mtu", "ok")]
+    set_sysctl("ipv4.tcp_mtu_probing", 2)
+    assert levels([*sysctls.probe_path_mtu(case())]) == [("path-mtu", "ok")]
+
+
 def test_lo_must_be_up_and_have_ipv6() -> None:
     assert levels([*sysctls.probe_loopback(case())]) == [("lo", "ok")]
     one = case()

@@ -94,5 +94,7 @@ def test_things_can_be_put_back_as_they_were(where: Backend, former: str | None)
 
 def test_only_iptables_needs_other_rules_to_refuse() -> None:
     assert Nft().refuses_without_listener and not Iptables("-nft").refuses_without_listener
-    assert set(Nft().expected(PLAN, "active")) == {"inet from_lo", "inet prerouting", "inet output"}
+    assert set(Nft().expected(PLAN, "active")) == {
+        f"inet {chain}" for chain in ("from_lo", "errors", "answered", "prerouting", "own_errors", "output")
+    }
     assert f"6 {PREFIX}PRE" in Iptables("-nft").expected(PLAN, "active")

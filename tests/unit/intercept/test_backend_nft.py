@@ -75,8 +75,6 @@ def test_counters_are_read() -> None:
     where.install(PLAN, "active")
     counts = where.counts()
     assert {(one.family, one.chain) for one in counts} == {
-        ("inet", "from_lo"),
-        ("inet", "prerouting"),
-        ("inet", "output"),
+        ("inet", chain) for chain in ("from_lo", "errors", "answered", "prerouting", "own_errors", "output")
     }
     assert any(one.packets == one.bytes == 0 for one in counts)

@@ -56,13 +56,46 @@ def test_every_rule_says_what_it_is_for(plan: Plan, state: State) -> None:
 @every_plan
 def test_tproxy_is_for_prerouting(plan: Plan, state: State) -> None:
     """xt_TPROXY has no other hook; LO is led to from there only."""
-    assert {chain.name for chain, rule in rules(plan, state) if "TPROXY --" in rule.then} <= {"PRE", "LO"}
-    assert not any(f"{PREFIX}LO" in rule.then for chain, rule in rules(plan, state) if chain.name != "PRE")
+    assert {chain.name for chain, rule in rules(plan, state) if "TPROXY --" in rule.then} <= {"PRE", "LO", "ANSWERED"}
+    for name in "LO", "ANSWERED":
+        assert not any(f"{PREFIX}{name}" in rule.then for chain, rule in rules(plan, state) if chain.name != "PRE")
 
 
 @every_plan
 def test_a_bare_syn_never_matches_an_old_socket(plan: Plan, state: State) -> None:
-    assert all("! --syn" in rule.match for _, rule in rules(plan, state) if "-m socket --transparent" in rule.match)
+    for chain, rule in rules(plan, state):
+        asks = "-m socket --transparent" in rule.match
+        assert not asks or "! --syn" in rule.match or chain.name == "ERRORS" and "-p icmp" in rule.match
+        assert chain.name != "ANSWERED" or "TPROXY --" not in rule.then or "SYN,RST,ACK ACK" in rule.match
+
+
+@every_plan
+def test_only_what_the_relay_has_answered_is_offered_to_its_listener(plan: Plan, state: State) -> None:
+    ours, relay = (f"{bits:#x}/{plan.mark_mask:#x}" for bits in (plan.marks.inbound, plan.marks.relay))
+    takes = plan.mode == "tproxy" and bool(plan.inbound) and state != "closed"
+    for family in plan.families:
+        there = {chain.name: chain for chain in iptables.chains(plan, state, family)}
+        all_rules = [rule for chain in there.values() for rule in chain.rules]
+        marking = [rule for rule in all_rules if f"CONNMARK --set-xmark {ours}" in rule.then]
+        assert all(f"--tcp-flags SYN,ACK SYN,ACK -m mark --mark {relay}" in rule.match for rule in marking)
+        assert bool(marking) == takes == ("ANSWERED" in there)
+        if takes:
+            (jump,) = (rule for rule in there["PRE"].rules if rule.then == f"-j {PREFIX}ANSWERED")
+            assert f"--mark {ours} -m conntrack --ctdir ORIGINAL" in jump.match
+            assert there["PRE"].rules.index(jump) == 2, "after what has a socket"
+
+
+@every_plan
+def test_errors_come_to_relays_that_speak_in_the_name_of_others(plan: Plan, state: State) -> None:
+    """By a jump of their own: the other one is for TCP."""
+    for family in plan.families:
+        there = {chain.name: chain for chain in iptables.chains(plan, state, family)}
+        wanted = plan.imitates and state != "closed"
+        assert ("ERRORS" in there) == ("OWN_ERRORS" in there) == wanted
+        text = iptables.restore(plan, state, family, NOTHING)
+        for name, hook in (("ERRORS", "PREROUTING"), ("OWN_ERRORS", "OUTPUT")) if wanted else ():
+            icmp = "icmp" if family == 4 else "icmpv6"
+            assert re.search(rf'^-I {hook} 1 -p {icmp} -m comment --comment "[^"]*" -j {PREFIX}{name}$', text, re.M)
 
 
 @every_plan
@@ -70,7 +103,8 @@ def test_foreign_bits_of_marks_survive(plan: Plan, state: State) -> None:
     for _, rule in rules(plan, state):
         for value in re.findall(r"--(?:set-xmark|tproxy-mark|mark) (\S+)", rule.text):
             bits, mask = (int(part, 16) for part in value.split("/"))
-            assert bits in plan.marks and mask == plan.mark_mask
+            assert bits in plan.marks or not bits and " --syn" in rule.match
+            assert mask == plan.mark_mask
         assert not re.search(r"--(set-mark|or-mark|and-mark|restore-mark|save-mark)", rule.text)
 
 
@@ -92,7 +126,11 @@ def test_draining_takes_nothing(plan: Plan, state: State) -> None:
     names = {chain.name for chain, _ in active} - {chain.name for chain, _ in draining}
     texts = {(chain.name, rule.text) for chain, rule in draining}
     assert texts <= {(chain.name, rule.text) for chain, rule in active}
-    assert not any(rule.match.startswith("-p tcp -m tcp --syn") for chain, rule in draining if chain.name != "ZONE_OUT")
+    # A bare SYN may lose a mark, and one in the name of a client is the relay's own.
+    left = [rule.match for chain, rule in draining if " --syn" in rule.match and "! --syn" not in rule.match]
+    own = f"-p tcp -m tcp --syn -m mark --mark {plan.marks.relay:#x}/"
+    answered = [rule.match for chain, rule in draining if chain.name == "ANSWERED"]
+    assert all(match.startswith(own) or match in answered for match in left)
     assert not names or plan.mode == "redirect"
 
 
@@ -140,6 +178,15 @@ def test_what_was_there_of_an_older_plan_goes_in_the_same_transaction(plan: Plan
         assert re.findall(r"^-D PREROUTING .*-j TPROXY_RELAY_PRE$", text, re.M)
         kept = {PREFIX + chain.name for chain in iptables.chains(plan, state, family)}
         assert set(re.findall(r"^-X (\S+)$", text, re.M)) == {name for _, name in old.chains} - kept
+
+
+@pytest.mark.parametrize("name", ["full", "beside nat"])
+def test_what_was_there_is_led_to_in_the_same_order(name: str) -> None:
+    former = installed(VARIANTS[name], "active", 4)
+    for section in iptables.again(former, NOTHING).split("COMMIT\n")[:-1]:
+        table = section.split("\n")[0].removeprefix("*")
+        jumps = re.findall(r"^-I (\w+) 1 (.*)$", section, re.M)
+        assert [f"-A {hook} {rest}" for hook, rest in reversed(jumps)] == former.jumps_in(table)
 
 
 @pytest.mark.parametrize(

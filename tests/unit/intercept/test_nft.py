@@ -13,6 +13,7 @@ from tproxy_relay.intercept.nft import Chain, Rule
 from tproxy_relay.intercept.plan import Plan, State
 
 SYN, NOT_SYN = "tcp flags & (fin | syn | rst | ack) == syn", "tcp flags & (fin | syn | rst | ack) != syn"
+SYN_ACK, ACK = "tcp flags & (syn | ack) == (syn | ack)", "tcp flags & (syn | rst | ack) == ack"
 
 
 def rules(plan: Plan, state: State) -> list[tuple[Chain, Rule]]:
@@ -61,27 +62,69 @@ def test_tproxy_is_for_prerouting(plan: Plan, state: State) -> None:
 
 @every_plan
 def test_a_bare_syn_never_matches_an_old_socket(plan: Plan, state: State) -> None:
-    assert all(NOT_SYN in rule.text for _, rule in rules(plan, state) if "socket transparent" in rule.text)
+    for chain, rule in rules(plan, state):
+        assert "socket transparent" not in rule.text or NOT_SYN in rule.text or "icmp" in rule.text
+        assert chain.name != "answered" or not re.search(r"\btproxy\b", rule.text) or ACK in rule.text
 
 
 @every_plan
 def test_only_bare_syns_are_taken(plan: Plan, state: State) -> None:
     for chain, rule in rules(plan, state):
         takes = re.search(r"\b(tproxy|redirect|dnat)\b", rule.text) or "ct mark set" in rule.text
-        assert not takes or SYN in rule.text or chain.name in ("from_lo", "nat_keep")
+        answer = chain.name == "output" and SYN_ACK in rule.text or chain.name == "answered" and ACK in rule.text
+        assert not takes or SYN in rule.text or answer or chain.name in ("from_lo", "nat_keep")
+
+
+@every_plan
+def test_only_what_the_relay_has_answered_is_offered_to_its_listener(plan: Plan, state: State) -> None:
+    """A mark from the SYN would be that of one, too, which finds the backlog full and goes direct in the end."""
+    mark = f"ct mark set {own(plan, plan.marks.inbound)}"
+    marks = [rule.text for _, rule in rules(plan, state) if mark in rule.text]
+    assert all(f"meta mark & {plan.mark_mask:#010x} == {plan.marks.relay:#010x} {SYN_ACK}" in text for text in marks)
+    there = {chain.name: [one.text for one in chain.rules] for chain in nft.chains(plan, state)}
+    takes = plan.mode == "tproxy" and plan.imitates
+    assert bool(marks) == takes
+    if takes:
+        jump = next(number for number, text in enumerate(there["prerouting"]) if text.endswith("jump answered"))
+        assert f"ct mark & {plan.mark_mask:#010x} == {plan.marks.inbound:#010x} ct direction original" in (
+            there["prerouting"][jump]
+        )
+        assert not any("socket" in text for text in there["prerouting"][:jump]), "it finds a server's listener"
+        assert there["answered"][-1] == f"{SYN} ct mark set ct mark & {0xFFFFFFFF ^ plan.mark_mask:#010x}"
+
+
+def own(plan: Plan, bits: int) -> str:
+    return f"ct mark & {0xFFFFFFFF ^ plan.mark_mask:#010x} | {bits:#010x}"
+
+
+@every_plan
+def test_errors_come_to_relays_that_speak_in_the_name_of_others(plan: Plan, state: State) -> None:
+    """And to nobody else's packets; what is on lo has the mark that leads it here already."""
+    for chain in nft.chains(plan, state):
+        if chain.name in ("prerouting", "output"):
+            to = {"prerouting": "errors", "output": "own_errors"}[chain.name]
+            assert chain.rules[0].text == f"meta l4proto != tcp {f'goto {to}' if plan.imitates else 'return'}"
+        if chain.name == "errors":
+            assert len(chain.rules) == len(plan.families)
+            assert all('iifname != "lo" icmp' in rule.text for rule in chain.rules)
+            assert not any("redirect" in rule.text or "echo" in rule.text for rule in chain.rules)
+        if chain.name == "own_errors":
+            assert all('oifname != "lo" ct state related ct mark' in rule.text for rule in chain.rules)
 
 
 @every_plan
 def test_foreign_bits_of_marks_survive(plan: Plan, state: State) -> None:
     for _, rule in rules(plan, state):
-        writes = re.findall(r"(meta|ct) mark set (meta|ct) mark & (0x\w+) \| (0x\w+)", rule.text)
+        writes = re.findall(r"(meta|ct) mark set (meta|ct) mark & (0x\w+)(?: \| (0x\w+))?", rule.text)
         assert len(writes) == rule.text.count("mark set")
         for to, of, kept, added in writes:
-            assert to == of and int(kept, 16) == 0xFFFFFFFF ^ plan.mark_mask and int(added, 16) in plan.marks
+            assert to == of and int(kept, 16) == 0xFFFFFFFF ^ plan.mark_mask
+            assert int(added, 16) in plan.marks if added else SYN in rule.text and to == "ct"
         reads = re.findall(r"mark & (0x\w+) == (0x\w+)", rule.text)
         assert len(reads) == rule.text.count("mark &") - len(writes)
         for mask, value in reads:
-            assert int(mask, 16) == plan.mark_mask and int(value, 16) in plan.marks
+            assert int(mask, 16) == plan.mark_mask
+            assert int(value, 16) in plan.marks or not int(value, 16) and SYN in rule.text
 
 
 @every_plan
@@ -99,10 +142,17 @@ def test_draining_is_active_without_what_takes_new_connections(plan: Plan, state
     active, draining = ([(chain.name, rule.text) for chain, rule in rules(plan, one)] for one in ("active", "draining"))
     left_out = [rule for rule in active if rule not in draining]
     assert [rule for rule in active if rule in draining] == draining
-    assert not any(SYN in text for _, text in draining)
-    # What is left out beside those only kept something from them.
-    assert all(SYN in text or text.endswith(" return") for _, text in left_out)
+    # A bare SYN may lose a mark, and one in the name of a client is the relay's own.
+    kept = [text for name, text in draining if SYN in text and name != "answered"]
+    assert all(text.startswith(own_packets(plan)) and "meta mark set" not in text for text in kept)
+    assert len(kept) == (plan.keeps_source and plan.imitates)
+    # What is left out beside those only kept something from them, or refused what a relay that is gone had.
+    assert all(SYN in text or text.endswith((" return", "with tcp reset")) for _, text in left_out)
     assert {name for name, _ in active} == {name for name, _ in draining}, "its hooks stay"
+
+
+def own_packets(plan: Plan) -> str:
+    return f"meta mark & {plan.mark_mask:#010x} == {plan.marks.relay:#010x}"
 
 
 @every_plan
@@ -140,10 +190,15 @@ def test_what_a_setting_becomes(name: str, chain: str, expected: str) -> None:
 
 def test_closed_refuses_what_has_no_listener_right_after_it_was_offered() -> None:
     def prerouting(plan: Plan) -> list[str]:
-        return [re.sub(r", IPv[46]$", "", label) for label in labels(plan, "prerouting")[4:]]
+        return [re.sub(r", IPv[46]$", "", label) for label in labels(plan, "prerouting")[5:]]
 
     assert prerouting(VARIANTS["tproxy"]) == ["never intercepted", "inbound"] * 2
     assert prerouting(VARIANTS["closed"]) == ["never intercepted", "inbound", "inbound without a relay"] * 2
+    answered = labels(VARIANTS["closed"], "answered")
+    assert [label.partition(",")[0] for label in answered[:-1]] == [
+        "to its socket or listener",
+        "answered by a relay that is gone",
+    ] * 2
 
 
 def test_listeners_on_all_addresses_are_passed_over_and_others_are_not_found() -> None:
@@ -161,11 +216,16 @@ def test_no_chain_without_a_purpose() -> None:
     def names(name: str) -> list[str]:
         return [chain.name for chain in nft.chains(VARIANTS[name], "active")]
 
-    assert names("tproxy") == ["from_lo", "prerouting", "output"]
-    assert names("inbound") == ["from_lo", "prerouting"]
+    imitating = ["from_lo", "errors", "answered", "prerouting", "own_errors", "output"]
+    assert names("tproxy") == names("inbound") == imitating
+    assert names("outbound") == ["from_lo", "prerouting", "output"]
     assert names("redirect") == ["nat_prerouting", "nat_output"]
     assert names("redirect outbound") == ["nat_output"]
-    assert names("full") == ["zone_prerouting", "zone_output", "from_lo", "prerouting", "output"]
+    assert names("redirect full") == [
+        *("zone_prerouting", "zone_output", "from_lo", "errors", "prerouting", "own_errors", "output"),
+        *("nat_prerouting", "nat_output"),
+    ]
+    assert names("full") == ["zone_prerouting", "zone_output", *imitating]
     assert "IPv6" not in nft.script(VARIANTS["IPv4"], "active") and "IPv4" not in nft.script(VARIANTS["IPv6"], "active")
 
 

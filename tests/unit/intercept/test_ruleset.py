@@ -283,7 +283,8 @@ def test_status_when_all_is_well(state: State) -> None:
     status = ruleset.status(PLAN)
     assert (status.state, status.backend, status.problems) == (state, "nft", [])
     assert len(status.routing) == 10
-    assert {count.chain for count in status.counts} == {"from_lo", "prerouting", "output"}
+    chains = {"from_lo", "errors", "answered", "prerouting", "own_errors", "output"}
+    assert {count.chain for count in status.counts} == chains
     assert any(count.packets == 0 for count in status.counts) and any(count.packets is None for count in status.counts)
 
 
