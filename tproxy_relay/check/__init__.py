@@ -5,6 +5,7 @@ context.py  host.py                 what is examined, and the facts about it
 tools.py  limits.py  sysctls.py     the programs, the limits, the settings of the kernel
 firewall.py  firewall_*.py          other people's rules, in one form, whether nft or iptables made them
 foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
+plan_differences.py                 what a ruleset that is there was made for
 journeys.py  foreign_packets.py     the ways of relayed packets, and what others do to them there
 kernel.py  selfprobe.py  namespace.py  trying it out: the ruleset, and a connection through it
 """
