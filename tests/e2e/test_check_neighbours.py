@@ -10,7 +10,7 @@ from deadlines import wait_until
 from doctors import Doctor
 from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, opened
 from neighbour_cases import BY_NFT, FIREWALLD, HARMLESS, by_iptables
-from neighbour_trials import RELAYED, Neighbour, seen, spoil
+from neighbour_trials import ANSWERED, LOST, RELAYED, Neighbour, seen, spoil
 
 from tproxy_relay.lab import Lab, RelayProcess
 
@@ -119,3 +119,25 @@ def test_a_reverse_path_filter_is_fine_where_nothing_outbound_is_intercepted(fre
     with servers(fresh_lab, ("gateway",)), fresh_lab.relay_process(*inbound) as relay:
         all_relayed(fresh_lab, relay, ("gateway",))
         assert [one for one in doctor.check(*inbound).findings if one["level"] != "ok"] == []
+
+
+UNNUMBERED = (
+    "ip addr flush dev rc scope global",
+    "ip addr add 10.81.1.1/32 dev rs",
+    "ip route add 10.81.1.0/24 dev rc src 10.81.1.1",
+)
+
+
+def test_redirect_on_an_interface_without_an_address_is_told_and_mended(fresh_lab: Lab, doctor: Doctor) -> None:
+    spoil(fresh_lab, UNNUMBERED)
+    options = ("--intercept-inbound", str(PORT), "--bind", "0.0.0.0")
+    with servers(fresh_lab, ("gateway",)):
+        assert seen(fresh_lab, "gateway", "v4") == ANSWERED, "without a relay"
+        with fresh_lab.relay_process(*options, "--mode", "redirect"):
+            assert seen(fresh_lab, "gateway", "v4") == LOST
+            (found,) = doctor.check(*options, "--mode", "redirect").ills
+        assert found["name"] == "redirect-ipv4" and "rc" in found["what"]
+        said = doctor.shell(found["remedy"])
+        assert "problem:" not in said
+        with fresh_lab.relay_process(*options, "--mode", "tproxy"):
+            assert seen(fresh_lab, "gateway", "v4") == RELAYED

@@ -159,7 +159,12 @@ def test_another_proxy_of_what_the_relay_sends() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["tcp dport 22 redirect to :1", "meta skuid 5 redirect to :1", "fib daddr type local tcp dport 8000 redirect"]
+    "rule",
+    [
+        "tcp dport 22 redirect to :1",
+        "meta skuid 5 tcp dport 8000 redirect to :1",
+        "fib daddr type local tcp dport 8000 redirect to :1",
+    ],
 )
 def test_redirects_of_others_are_left_alone(rule: str) -> None:
     shell(chain("nat hook output priority -100", rule))
