@@ -169,6 +169,8 @@ def _losers(case: Case, journey: Journey) -> Iterator[tuple[str, Rule, str]]:
                 if order is None:
                     continue
                 for rule, certain in firewall.met(chain, table, packet):
+                    if any(value & mask & packet.mask for value, mask in rule.marks):
+                        continue  # it means these very bits: others are to be chosen (foreign_rules.probe_marks)
                     for change in rule.changes if certain else ():
                         if change.what == what and _loses(change, packet, wanted, journey.fatal):
                             yield what, rule, order
