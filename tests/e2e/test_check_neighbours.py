@@ -57,7 +57,8 @@ def found_and_mended(lab: Lab, doctor: Doctor, neighbour: Neighbour, *more: str)
                 assert seen(lab, way, family, SHORT if LOST in neighbour.sees else PATIENCE) in neighbour.sees
         for _ in range(TURNS):
             ills = doctor.check(*options).ills
-            assert {(one["name"], one["level"]) for one in ills} <= {(neighbour.finding, neighbour.level)}
+            levels = {neighbour.level, *(["warning"] if neighbour.floods else [])}
+            assert {(one["name"], one["level"]) for one in ills} <= {(neighbour.finding, level) for level in levels}
             if not ills:
                 break
             assert all(one["what"] and one["why"] for one in ills)

@@ -131,6 +131,7 @@ BY_NFT = (
         "tracking",
         keeps=f"{STAYS}notrack",
         sees=(RESET,),
+        floods=True,
     ),
     Neighbour(
         "no tracking to a server here, source kept",
@@ -147,6 +148,7 @@ BY_NFT = (
         "tracking",
         ("--intercept-inbound", "8000", *KEEPS_SOURCE),
         f"{STAYS}notrack",
+        floods=True,
     ),
     Neighbour(
         "no tracking, redirect",

@@ -34,6 +34,8 @@ class Neighbour:
     keeps: str = ""
     """A command that shows that the neighbour's rule is still there after the remedy."""
     level: str = "problem"
+    floods: bool = False
+    """True if clients that come in are harmed, too, but in a flood only, of which there is a warning."""
     by_order: bool = False
     """True if it takes the right order of two chains, where the relay's rules are made with iptables."""
     sees: tuple[str, ...] = (LOST,)
