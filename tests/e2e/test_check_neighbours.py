@@ -11,7 +11,7 @@ from deadlines import PATIENCE, wait_until
 from doctors import Doctor
 from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, opened
 from neighbour_cases import BY_NFT, FIREWALLD, HARMLESS, by_iptables
-from neighbour_trials import ANSWERED, LOST, RELAYED, SHORT, Neighbour, seen, spoil
+from neighbour_trials import ANSWERED, LOST, RELAYED, RESET, SHORT, Neighbour, chain, seen, spoil
 
 from tproxy_relay.lab import Lab, RelayProcess
 
@@ -145,3 +145,38 @@ def test_redirect_on_an_interface_without_an_address_is_told_and_mended(fresh_la
         assert "problem:" not in said
         with fresh_lab.relay_process(*options, "--mode", "tproxy"):
             assert seen(fresh_lab, "gateway", "v4") == RELAYED
+
+
+NOBODY = {"v4": "10.81.2.9", "v6": "fd81:2::9"}
+
+
+def published(lab: Lab, program: str) -> list[str]:
+    """The commands that send the server's port to another address, as Docker's do for a container."""
+    made = []
+    for family, kind in FAMILIES.items():
+        server, six = lab.server.address(kind), family == "v6"
+        if program == "nft":
+            name = "ip6" if six else "ip"
+            rule = f"{name} daddr {server} tcp dport {PORT} dnat to {NOBODY[family]}"
+            made.append(chain("nat hook prerouting priority dstnat", rule, family=name))
+        else:
+            named = program.replace("iptables", "ip6tables") if six else program
+            match = f"-t nat -A PREROUTING -d {server} -p tcp --dport {PORT}"
+            made.append(f"{named} {match} -j DNAT --to-destination {NOBODY[family]}")
+    return made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_port_that_is_published_later_is_named_and_mended(fresh_lab: Lab, doctor: Doctor, backend: str) -> None:
+    """With rules that were made by hand: a relay's own are planned again by itself."""
+    options = (*BOTH_WAYS, "--backend", backend)
+    doctor.shell(f"tproxy-relay rules apply --config /dev/null {' '.join(options)}")
+    with servers(fresh_lab, ("gateway",)), fresh_lab.relay_process() as relay:
+        all_relayed(fresh_lab, relay, ("gateway",))
+        spoil(fresh_lab, published(fresh_lab, backend))
+        assert {seen(fresh_lab, "gateway", family, SHORT) for family in FAMILIES} <= {LOST, RESET}
+        (found,) = doctor.check(*options).ills
+        assert found["name"] == "ruleset" and "somebody rewrites destinations since" in found["what"]
+        doctor.shell(found["remedy"])
+        all_relayed(fresh_lab, relay, ("gateway",))
+        assert not doctor.check(*options).ills
