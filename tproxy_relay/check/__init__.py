@@ -1,17 +1,29 @@
 """`tproxy-relay check`, the doctor: what this host lacks, one line each, with the command that mends it.
 
 finding.py                          what a line says
-context.py  host.py                 what is examined, and the facts about it
+context.py  host.py  interfaces.py  what is examined, and the facts about it
 tools.py  limits.py  sysctls.py     the programs, the limits, the settings of the kernel
 firewall.py  firewall_*.py          other people's rules, in one form, whether nft or iptables made them
 foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
+plan_differences.py                 what a ruleset that is there was made for
+journeys.py  foreign_packets.py     the ways of relayed packets, and what others do to them there
 kernel.py  selfprobe.py  namespace.py  trying it out: the ruleset, and a connection through it
 """
 
 import json
 from collections.abc import Iterator
 
-from tproxy_relay.check import foreign_rules, kernel, limits, ruleset, selfprobe, sysctls, tools
+from tproxy_relay.check import (
+    foreign_packets,
+    foreign_rules,
+    interfaces,
+    kernel,
+    limits,
+    ruleset,
+    selfprobe,
+    sysctls,
+    tools,
+)
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
 from tproxy_relay.errors import RelayError
@@ -37,6 +49,7 @@ PROBES: tuple[Probe, ...] = (
     sysctls.probe_path_mtu,
     sysctls.probe_loopback,
     sysctls.probe_interface,
+    interfaces.probe_redirect_addresses,
     sysctls.probe_forwarding,
     sysctls.probe_bridges,
     sysctls.probe_vrf,
@@ -44,7 +57,10 @@ PROBES: tuple[Probe, ...] = (
     foreign_rules.probe_rule_priority,
     foreign_rules.probe_marks,
     foreign_rules.probe_other_proxies,
-    foreign_rules.probe_filters,
+    foreign_packets.probe_redirects,
+    foreign_packets.probe_filters,
+    foreign_packets.probe_lost_marks,
+    foreign_packets.probe_tracking,
     foreign_rules.probe_masquerade,
     ruleset.probe_ruleset,
     selfprobe.probe_connections,
@@ -71,10 +87,11 @@ def examine(settings: Settings) -> Iterator[Finding]:
     for probe in PROBES:
         try:
             yield from probe(case)
-        except RelayError as error:
+        except (RelayError, OSError, ValueError) as error:
             yield _not_examined(probe, error)
 
 
-def _not_examined(probe: Probe, error: RelayError) -> Finding:
+def _not_examined(probe: Probe, error: Exception) -> Finding:
+    """Whatever a host refuses, and whatever a program answers that nobody has foreseen, is one line of the answer."""
     name = probe.__name__.removeprefix("probe_").replace("_", "-")
-    return warning(name, f"could not be looked at ({str(error)[:200]})", "what is wrong there stays unknown")
+    return warning(name, f"{name} could not be tried ({str(error)[:200]})", "what is wrong there stays unknown")

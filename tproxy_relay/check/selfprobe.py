@@ -95,6 +95,8 @@ def attempt(
     """Connect and see what becomes of it; without a client's namespace, from this host."""
     kind = _FAMILIES[family]
     with server.socket(kind) as listener, client.socket(kind) if client else socket.socket(kind) as sock:
+        # Both directions may begin with the same port, and what came there before is still closing.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((destination, port))
         listener.listen(1)
         for each in (listener, sock):
