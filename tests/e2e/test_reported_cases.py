@@ -64,11 +64,11 @@ def relayed(lab: Lab, trial: Trial, *options: str, connections: int = len(FAMILI
 # --- others' rules of routing
 
 
-def remedies(lab: Lab, *options: str) -> list[str]:
-    """What `check` says about rules of routing that come before ours: the options that it would have."""
+def findings(lab: Lab, *options: str) -> list[dict[str, str]]:
+    """What `check` says on the relay's host."""
     command = [sys.executable, "-m", "tproxy_relay", "check", "--json", "--config", os.devnull, *options]
-    findings = json.loads(lab.relay.run(command, check=False).stdout)["findings"]
-    return [one["remedy"] for one in findings if one["level"] != "ok" and "comes before" in one["what"]]
+    answer: list[dict[str, str]] = json.loads(lab.relay.run(command, check=False).stdout)["findings"]
+    return answer
 
 
 @pytest.mark.parametrize("backend", BACKEND_OPTIONS, ids=str)
@@ -78,7 +78,8 @@ def test_rules_of_routing_that_come_first(lab: Lab, prepare: Prepare, backend: t
     prepare(lab)
     assert seen(lab, gateway) == ["served"]
     options = (*INBOUND, *backend)
-    (words,) = {tuple(remedy.split()[-2:]) for remedy in remedies(lab, *options)}
+    named = [one for one in findings(lab, *options) if "comes before" in one["what"]]
+    (words,) = {tuple(one["remedy"].split()[-2:]) for one in named}
     assert words[0] == "--route-priority"
     assert relayed(lab, gateway, *options, *words) == ["served"]
 
@@ -123,8 +124,11 @@ def test_redirects(lab: Lab) -> None:
 
 
 def test_no_redirects(lab: Lab) -> None:
-    """The remedy."""
-    trials.with_one_arm_and_no_redirects(lab)
+    """`check` has the remedy."""
+    trials.with_one_arm(lab)
+    (found,) = [one for one in findings(lab, *INBOUND) if one["name"] == "redirects"]
+    assert found["level"] == "warning"
+    lab.relay.run(["sh", "-c", found["remedy"]])
     with lab.relay_process(*INBOUND) as relay:
         assert trials.after_some_datagrams(lab) == "served"
         relay.wait_for_record(lambda record: True)

@@ -188,12 +188,6 @@ def with_one_arm(lab: Lab) -> None:
     )
 
 
-def with_one_arm_and_no_redirects(lab: Lab) -> None:
-    """The same, and the remedy: the kernel takes the greater of both settings (ip-sysctl.rst, send_redirects)."""
-    with_one_arm(lab)
-    _do(lab.relay, "sysctl -qw net.ipv4.conf.all.send_redirects=0 net.ipv4.conf.br0.send_redirects=0")
-
-
 def across_one_arm(lab: Lab) -> str:
     """To the server in the same network, by way of the relay's host."""
     return exchanged(lab.client, _ONE_ARM[socket.AF_INET])

@@ -3,6 +3,7 @@
 finding.py                          what a line says
 context.py  host.py                 what is examined, and the facts about it
 tools.py  limits.py  sysctls.py     the programs, the limits, the settings of the kernel
+redirects.py                        whether clients are told of a way around the relay
 firewall.py  firewall_*.py          other people's rules, in one form, whether nft or iptables made them
 foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
 kernel.py  selfprobe.py  namespace.py  trying it out: the ruleset, and a connection through it
@@ -11,7 +12,7 @@ kernel.py  selfprobe.py  namespace.py  trying it out: the ruleset, and a connect
 import json
 from collections.abc import Iterator
 
-from tproxy_relay.check import foreign_rules, kernel, limits, ruleset, selfprobe, sysctls, tools
+from tproxy_relay.check import foreign_rules, kernel, limits, redirects, ruleset, selfprobe, sysctls, tools
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
 from tproxy_relay.errors import RelayError
@@ -39,6 +40,7 @@ PROBES: tuple[Probe, ...] = (
     sysctls.probe_forwarding,
     sysctls.probe_bridges,
     sysctls.probe_vrf,
+    redirects.probe_redirects,
     foreign_rules.probe_routing_table,
     foreign_rules.probe_rule_priority,
     foreign_rules.probe_marks,
