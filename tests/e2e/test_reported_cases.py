@@ -16,6 +16,7 @@ import pytest
 import reported_trials as trials
 from deadlines import wait_until
 from interception import BACKENDS, FAMILIES, PORT, EchoServer
+from recipes import block
 from reported_trials import Prepare, Trial, gateway, to_the_host
 
 from tproxy_relay.lab import Lab, LabError
@@ -96,6 +97,16 @@ def test_a_client_with_a_way_of_its_own(lab: Lab) -> None:
 # --- a router's
 
 
+def twin(lab: Lab, tool: str, ours: str, theirs: str) -> None:
+    """As the manual has it, for these addresses."""
+    words = {"iptables": tool, "203.0.113.1": ours, "10.0.0.2": theirs, "8080": str(PORT)}
+    command = block("interception.rst", "forward-twin")
+    for written, meant in words.items():
+        assert written in command
+        command = command.replace(written, meant)
+    lab.relay.run(["sh", "-c", command])
+
+
 @pytest.mark.parametrize("options", variants((), REDIRECT), ids=str)
 def test_a_port_forward(lab: Lab, options: tuple[str, ...]) -> None:
     """The relay connects to the address that the client asked for, from the router itself, and a rule in prerouting
@@ -104,7 +115,8 @@ def test_a_port_forward(lab: Lab, options: tuple[str, ...]) -> None:
     assert seen(lab, to_the_host) == ["served"]
     with lab.relay_process(*INBOUND, *options) as relay:
         assert seen(lab, to_the_host) == ["reset"]
-        trials.with_its_twin(lab)
+        twin(lab, "iptables-nft", lab.relay.ipv4, lab.server.ipv4)
+        twin(lab, "ip6tables-nft", lab.relay.ipv6, lab.server.ipv6)
         assert seen(lab, to_the_host) == ["served"]
         wait_until(lambda: len(relay.records()) == 4, "all were relayed")
 
@@ -123,12 +135,14 @@ def test_redirects(lab: Lab) -> None:
         assert len(relay.records()) == 1
 
 
-def test_no_redirects(lab: Lab) -> None:
-    """`check` has the remedy."""
+@pytest.mark.parametrize("said_by", ["check", pytest.param("manual", marks=pytest.mark.slow)])
+def test_no_redirects(lab: Lab, said_by: str) -> None:
+    """The remedy."""
     trials.with_one_arm(lab)
     (found,) = [one for one in findings(lab, *INBOUND) if one["name"] == "redirects"]
     assert found["level"] == "warning"
-    lab.relay.run(["sh", "-c", found["remedy"]])
+    manual = block("interception.rst", "no-redirects").replace("eth0", "br0")
+    lab.relay.run(["sh", "-c", found["remedy"] if said_by == "check" else manual])
     with lab.relay_process(*INBOUND) as relay:
         assert trials.after_some_datagrams(lab) == "served"
         relay.wait_for_record(lambda record: True)

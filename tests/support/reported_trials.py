@@ -151,20 +151,10 @@ def with_a_way_of_its_own(lab: Lab) -> None:
 # --- a router's port forward
 
 
-def _forwards(chain: str) -> tuple[str, str]:
-    rule = f"-t nat -A {chain} -p tcp -d {{ours}} --dport 8000 -j DNAT --to-destination {{server}}"
-    four, six = _both(rule)
-    return f"iptables-nft {four}", f"ip6tables-nft {six}"
-
-
 def with_port_forward(lab: Lab) -> None:
     """Who connects to the router's own address, from outside, is sent to the server."""
-    _do(lab.relay, *_forwards("PREROUTING"))
-
-
-def with_its_twin(lab: Lab) -> None:
-    """And so is who does it on the router itself."""
-    _do(lab.relay, *_forwards("OUTPUT"))
+    four, six = _both("-t nat -A PREROUTING -p tcp -d {ours} --dport 8000 -j DNAT --to-destination {server}")
+    _do(lab.relay, f"iptables-nft {four}", f"ip6tables-nft {six}")
 
 
 # --- a router in the same network as its clients and their way out
