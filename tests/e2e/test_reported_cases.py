@@ -234,6 +234,19 @@ def test_fast_open(lab: Lab, backend: tuple[str, ...]) -> None:
                 assert relay.wait_for_record(lambda record: True)["outcome"] == "completed"
 
 
+def test_the_same_port_over_udp(lab: Lab) -> None:
+    """It goes direct, and is not touched."""
+    assert seen(lab, trials.over_udp) == ["answered to the client"]
+    assert relayed(lab, trials.over_udp, *INBOUND, connections=0) == ["answered to the client"]
+
+
+def test_signed_segments(lab: Lab) -> None:
+    """The relay has no key, and the kernel drops a SYN that is signed with one it does not know."""
+    assert seen(lab, trials.signed) == ["connected"]
+    assert relayed(lab, trials.signed, *INBOUND, connections=0) == ["no answer"]
+    assert relayed(lab, trials.signed, "--intercept-inbound", str(PORT), connections=0) == ["connected"]
+
+
 # --- who the client is
 
 

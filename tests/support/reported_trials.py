@@ -7,6 +7,7 @@ The address of each report is REPORTS[name].
 import contextlib
 import errno
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ REPORTS = {
     "reserved addresses": "https://github.com/SukkaW/Surge/pull/38",
     "synproxy": "https://github.com/firehol/firehol/issues/454",
     "hop limit": "https://github.com/tracebox/tracebox/issues/59",
+    "the same port over UDP": "https://github.com/mitmproxy/mitmproxy/issues/4170",
     "fast open": "https://github.com/shadowsocks/shadowsocks-libev/issues/1376",
     "address on lo": "https://github.com/acassen/keepalived/issues/1827",
     "low port": "https://github.com/n1nj4sec/pupy/issues/439",
@@ -49,6 +51,8 @@ _ONE_ARM = {socket.AF_INET: "10.81.1.3", socket.AF_INET6: "fd81:1::3"}
 _RESERVED = {socket.AF_INET: "240.1.2.3", socket.AF_INET6: "64:ff9b::f001:203"}
 """The second is the first behind NAT64 (RFC 6052)."""
 _FASTOPEN_QUEUE = 16
+_TCP_MD5SIG = 14
+"""linux/tcp.h."""
 _TCPI_OPT_SYN_DATA = 32
 """Of tcpi_options: the data in the SYN was acknowledged with it (linux/tcp.h)."""
 OTHER = PORT + 1
@@ -330,6 +334,44 @@ def in_the_syn(lab: Lab, family: int) -> str:
         options = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[5]
     how = "served at once" if options & _TCPI_OPT_SYN_DATA else "served"
     return how if got == sent else "other bytes"
+
+
+def over_udp(lab: Lab, family: int) -> str:
+    """A question over UDP to the same port, as QUIC does it."""
+    with lab.server.socket(family, socket.SOCK_DGRAM) as server, lab.client.socket(family, socket.SOCK_DGRAM) as client:
+        server.bind((lab.server.address(family), PORT))
+        for sock in (server, client):
+            sock.settimeout(PATIENCE)
+        try:
+            client.sendto(b"?", (lab.server.address(family), PORT))
+            asked = server.recvfrom(1)[1]
+            server.sendto(b"!", asked)
+            client.recv(1)
+        except OSError as error:
+            return word(error)
+    return "answered to the client" if asked[0] == lab.client.address(family) else "answered to another"
+
+
+def signed(lab: Lab, family: int) -> str:
+    """Both ends sign their segments with a key (RFC 2385), as routers do between themselves. Not reported, but so."""
+    with lab.server.listen(OTHER, family) as listener, lab.client.socket(family) as sock:
+        _sign(listener, lab.client.address(family))
+        _sign(sock, lab.server.address(family))
+        sock.settimeout(PATIENCE)
+        try:
+            sock.connect((lab.server.address(family), OTHER))
+        except OSError as error:
+            return word(error)
+    return "connected"
+
+
+def _sign(sock: socket.socket, peer: str) -> None:
+    """linux/tcp.h, struct tcp_md5sig: a sockaddr_storage, flags, the length of the key, the key."""
+    raw = socket.inet_pton(sock.family, peer)
+    head = struct.pack("=HH", sock.family, 0) + (raw if sock.family == socket.AF_INET else bytes(4) + raw)
+    key = b"secret"
+    text = head.ljust(128, b"\0") + struct.pack("=BBHi", 0, 0, len(key), 0) + key.ljust(80, b"\0")
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_MD5SIG, text)
 
 
 # --- who the client is
