@@ -3,6 +3,7 @@
 finding.py                          what a line says
 context.py  host.py  interfaces.py  what is examined, and the facts about it
 tools.py  limits.py  sysctls.py     the programs, the limits, the settings of the kernel
+redirects.py                        whether clients are told of a way around the relay
 firewall.py  firewall_*.py          other people's rules, in one form, whether nft or iptables made them
 foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
 plan_differences.py                 what a ruleset that is there was made for
@@ -19,6 +20,7 @@ from tproxy_relay.check import (
     interfaces,
     kernel,
     limits,
+    redirects,
     ruleset,
     selfprobe,
     sysctls,
@@ -53,6 +55,7 @@ PROBES: tuple[Probe, ...] = (
     sysctls.probe_forwarding,
     sysctls.probe_bridges,
     sysctls.probe_vrf,
+    redirects.probe_redirects,
     foreign_rules.probe_routing_table,
     foreign_rules.probe_rule_priority,
     foreign_rules.probe_marks,

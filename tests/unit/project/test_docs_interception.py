@@ -82,7 +82,8 @@ def test_rules_for_listeners_on_loopback_are_as_quoted() -> None:
 
 
 def test_every_block_is_run_by_a_test() -> None:
-    tests = "".join((ROOT / "tests" / "e2e" / f"test_{name}.py").read_text() for name in ("cookbook", "usual_recipe"))
+    files = ("cookbook", "usual_recipe", "reported_cases")
+    tests = "".join((ROOT / "tests" / "e2e" / f"test_{name}.py").read_text() for name in files)
     for name, _ in blocks():
         assert re.search(rf"""["']{name}["']""", tests), name
 
