@@ -6,16 +6,17 @@ tools.py  limits.py  sysctls.py     the programs, the limits, the settings of th
 firewall.py  firewall_*.py          other people's rules, in one form, whether nft or iptables made them
 foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
 kernel.py  selfprobe.py  namespace.py  trying it out: the ruleset, and a connection through it
+background.py  __main__.py          the same for a running relay, in a process of its own
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tproxy_relay.check import foreign_rules, kernel, limits, ruleset, selfprobe, sysctls, tools
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
 from tproxy_relay.errors import RelayError
-from tproxy_relay.intercept import foreign_nat, plan
+from tproxy_relay.intercept import planning
 from tproxy_relay.settings import Settings
 
 PROBES: tuple[Probe, ...] = (
@@ -64,12 +65,20 @@ def run(settings: Settings, *, as_json: bool) -> int:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """All findings. Raises ConfigError if `user` is not an account."""
-    case = Case(settings, plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations()))
+    case = Case(settings, planning.for_host(settings))
     if not case.intercepts:
         yield ok("intercept", "nothing is to be intercepted: intercept-inbound and intercept-outbound are not set")
-    for probe in PROBES:
+    yield from ask(case, PROBES)
+
+
+def ask(case: Case, probes: Iterable[Probe]) -> Iterator[Finding]:
+    """What these find, one after the other. What the self-probe meets is explained by what was found before."""
+    cause = None
+    for probe in probes:
         try:
-            yield from probe(case)
+            for found in probe(case):
+                yield selfprobe.explained(found, cause)
+                cause = cause or (found if found.level == PROBLEM and found.name != selfprobe.NAME else None)
         except RelayError as error:
             yield _not_examined(probe, error)
 

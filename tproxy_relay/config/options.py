@@ -245,6 +245,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "SECONDS",
             "Kill and replace a worker whose accept loop has shown no sign of life for this long.",
         ),
+        Option(
+            "self-probe",
+            option_types.seconds("never"),
+            "SECONDS",
+            "Try a connection through the relay this often, and when something is suspicious, between two network "
+            "namespaces that live for a moment; status says what has come of it. Its records have self_probe.",
+        ),
     ),
     "Connecting upstream": (
         Option(

@@ -21,6 +21,7 @@ from tproxy_relay import errors
 from tproxy_relay.errors import RelayError
 from tproxy_relay.guard import guard_process, messages
 from tproxy_relay.guard.messages import Event, Refused, Replaced
+from tproxy_relay.guard.reports import Reports
 from tproxy_relay.intercept import ruleset
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.ipc.channel import Channel
@@ -49,7 +50,10 @@ class Health(NamedTuple):
     """What could not be done, until it can."""
 
 
-_AFTER_TROUBLE = (messages.Trouble, messages.Failed, messages.Warned)
+_AFTER_TROUBLE = (
+    *(messages.Trouble, messages.Failed, messages.Warned),
+    *(messages.HostChanged, messages.Counted),  # which say nothing of the rules
+)
 """Events after which there may be trouble; after any other one there is none."""
 
 
@@ -68,8 +72,8 @@ class Interception:
         self._answer: Replaced | Refused | None = None
         self._chosen: str | None = None
         self._trouble: str | None = None
-        self._ending = False
-        self._handed_over = self._orphaned = False
+        self.reports = Reports()
+        self._ending = self._handed_over = self._orphaned = False
         self._stderr = [2] if talk and sys.__stderr__ else []
         """For the guard, in the place of the other relay's."""
         self._started_at = time.monotonic()
@@ -87,6 +91,7 @@ class Interception:
             messages.Serving: self._on_serving,
             messages.Orphaned: lambda _: None,  # no matter of a relay that has not handed over
             messages.Warned: lambda event: log.warning(event.message),
+            **dict.fromkeys((messages.HostChanged, messages.Counted), self.reports.take),
             messages.Unknown: self._on_unknown,
         }
         self._talk = talk or self._start_guard()

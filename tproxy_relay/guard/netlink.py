@@ -23,6 +23,10 @@ _RTM_PROTOCOL = _HEADER.size + 5
 """linux/rtnetlink.h, struct rtmsg: where in a message about a route it says whose route it is."""
 
 
+PROBE_LINKS = "tprchk"
+"""What the names of the links begin with that the self-probe makes for a moment (check/selfprobe.py)."""
+
+
 class Changes:
     """Hears of changes to rules of nftables or of routing, to links or to routes."""
 
@@ -78,7 +82,9 @@ def _split(datagram: bytes) -> Iterator[bytes]:
 
 
 def _concerns_us(message: bytes) -> bool:
-    """Routes of others come and go all the time on a router."""
+    """Routes of others come and go all the time on a router, and the self-probe's links with each probe."""
+    if PROBE_LINKS.encode() in message:
+        return False
     if len(message) <= _RTM_PROTOCOL or _HEADER.unpack_from(message)[1] not in (_RTM_NEWROUTE, _RTM_DELROUTE):
         return True
     return message[_RTM_PROTOCOL] == PROTOCOL

@@ -96,7 +96,7 @@ def listing() -> list[str]:
 
 def foreign_routes(plan: Plan, family: Family) -> list[str]:
     """Destinations of the routes of somebody else in our table."""
-    routes = _ask(family, "route", "show", "table", str(plan.route_table))
+    routes = ask(family, "route", "show", "table", str(plan.route_table))
     return [str(one.get("dst")) for one in routes if one.get("protocol") != str(PROTOCOL)]
 
 
@@ -110,9 +110,9 @@ def _wanted(plan: Plan, family: Family) -> list[str]:
 
 def _there(family: Family) -> list[str]:
     """What of ours the kernel has, as the lines that would add it."""
-    routes = _ask(family, "route", "show", "table", "all", "proto", str(PROTOCOL))
+    routes = ask(family, "route", "show", "table", "all", "proto", str(PROTOCOL))
     found = [f"route add {route(one['table'])}" for one in routes if "table" in one]
-    ours = (one for one in _ask(family, "rule", "show") if one.get("protocol") == str(PROTOCOL))
+    ours = (one for one in ask(family, "rule", "show") if one.get("protocol") == str(PROTOCOL))
     return found + [f"rule add {_words(one)}" for one in ours]
 
 
@@ -139,8 +139,9 @@ def _words(one: dict[str, Any]) -> str:
     return " ".join([*words, f"protocol {PROTOCOL}"])
 
 
-def _ask(family: Family, *words: str) -> list[dict[str, Any]]:
-    """What `ip -json` answers, with numbers for names; nothing for a family or table that the kernel does not have."""
+def ask(family: Family, *words: str) -> list[dict[str, Any]]:
+    """What `ip -json` answers, with numbers for names; nothing for a family or table that the kernel does not have.
+    Raises ProgramError if `ip` cannot be run."""
     done = programs.run(["ip", "-N", "-json", f"-{family}", *words], check=False)
     try:
         answer = json.loads(done.stdout or "[]")

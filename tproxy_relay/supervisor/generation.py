@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
-from tproxy_relay.intercept import foreign_nat, plan
+from tproxy_relay.intercept import planning
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.net import endpoint, listeners, sockets
 from tproxy_relay.net.endpoint import Endpoint
@@ -146,7 +146,7 @@ def wanted_plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Pla
     at all), and its listeners have these ports. None if nothing is to be intercepted. Raises RelayError."""
     if not (settings.intercept_inbound or settings.intercept_outbound):
         return None
-    wanted = plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations())
+    wanted = planning.for_host(settings)
     for port in wanted.listener_ports - own_ports:
         raise ConfigError(f"none of the inherited sockets listens on port {port}, where interception leads")
     if settings.intercept_outbound and not mark and wanted.exempt_uid is None:
