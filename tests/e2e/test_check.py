@@ -1,23 +1,20 @@
 """`tproxy-relay check` on hosts made bad one way at a time: it finds it, and what it prints mends it."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
-import stat
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, for_all_accounts
+from doctors import Doctor
 from rows import Seen
 
 import tproxy_relay
-from tproxy_relay.lab import Host, Lab, LabError, RelayProcess
+from tproxy_relay.lab import Lab, LabError, RelayProcess
 
 pytestmark = pytest.mark.slow
 
@@ -184,54 +181,6 @@ FINE = (
     "nft add rule ip p pre tcp dport { 80, 443 } tproxy to :3128 accept",
 )
 """What is there on many hosts, and in nobody's way."""
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the program `tproxy-relay`, for remedies."""
-    program = tmp_path_factory.mktemp("bin") / "tproxy-relay"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tproxy_relay "$@"\n')
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return program.parent
-
-
-@pytest.fixture
-def doctor(fresh_lab: Lab, command: Path) -> "Doctor":
-    return Doctor(fresh_lab.relay, command)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What `check --json` said."""
-
-    code: int
-    findings: list[dict[str, str]]
-
-    def named(self, name: str) -> list[dict[str, str]]:
-        return [one for one in self.findings if one["name"] == name and one["level"] != "ok"]
-
-    @property
-    def problems(self) -> list[dict[str, str]]:
-        return [one for one in self.findings if one["level"] == "problem"]
-
-
-class Doctor:
-    """Runs the program in the relay's host."""
-
-    def __init__(self, host: Host, command: Path) -> None:
-        self.host = host
-        self._path = f"{command}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-
-    def check(self, *options: str, wrapper: Sequence[str] = ()) -> Answer:
-        argv = [*wrapper, sys.executable, "-m", "tproxy_relay", "check", "--config", "/dev/null", "--json", *options]
-        done = self.host.run(argv, check=False)
-        assert not done.stderr, done.stderr
-        said: dict[str, Any] = json.loads(done.stdout)
-        assert said["ok"] == (done.returncode == 0)
-        return Answer(done.returncode, said["findings"])
-
-    def shell(self, line: str) -> str:
-        return self.host.run(["env", f"PATH={self._path}", "sh", "-c", line]).stdout
 
 
 @pytest.mark.parametrize("bad", WAYS, ids=lambda bad: bad.name)
@@ -402,6 +351,15 @@ def test_working_interception_is_seen_to_work(fresh_lab: Lab, doctor: Doctor, op
             relay.wait_for_line(lambda line: line.get("message") == "connection closed")
         assert [record["outcome"] for record in relay.records()] == ["completed"] * len(probes)
         relay.stop()
+
+
+@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+def test_both_directions_may_begin_with_the_same_port(fresh_lab: Lab, doctor: Doctor, mode: str) -> None:
+    options = ("--intercept-inbound", "8000", "--intercept-outbound", "8000", "--mode", mode)
+    with fresh_lab.relay_process(*options):
+        answer = doctor.check(*options)
+        assert not answer.problems
+        assert [one["level"] for one in answer.findings if one["name"] == "self-probe"] == ["ok"] * 4
 
 
 @pytest.fixture

@@ -79,10 +79,11 @@ def ask(case: Case, probes: Iterable[Probe]) -> Iterator[Finding]:
             for found in probe(case):
                 yield selfprobe.explained(found, cause)
                 cause = cause or (found if found.level == PROBLEM and found.name != selfprobe.NAME else None)
-        except RelayError as error:
+        except (RelayError, OSError, ValueError) as error:
             yield _not_examined(probe, error)
 
 
-def _not_examined(probe: Probe, error: RelayError) -> Finding:
+def _not_examined(probe: Probe, error: Exception) -> Finding:
+    """Whatever a host refuses, and whatever a program answers that nobody has foreseen, is one line of the answer."""
     name = probe.__name__.removeprefix("probe_").replace("_", "-")
-    return warning(name, f"could not be looked at ({str(error)[:200]})", "what is wrong there stays unknown")
+    return warning(name, f"{name} could not be tried ({str(error)[:200]})", "what is wrong there stays unknown")

@@ -70,7 +70,7 @@ def try_connections(case: Case) -> Iterator[Finding]:
         with Namespace(user=user) as client, Namespace(user=user) as server:
             with _wired(case, client, server) as families:
                 yield from _try_all(case, client, server, families)
-    except RelayError as error:
+    except (RelayError, OSError) as error:
         yield warning(NAME, f"no connection was tried ({error})", "so nobody knows whether they are relayed")
 
 
@@ -119,6 +119,8 @@ def attempt(
     """Connect and see what becomes of it; without a client's namespace, from this host."""
     kind = _FAMILIES[family]
     with server.socket(kind) as listener, client.socket(kind) if client else socket.socket(kind) as sock:
+        # Both directions may begin with the same port, and what came there before is still closing.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((destination, port))
         listener.listen(1)
         for each in (listener, sock):

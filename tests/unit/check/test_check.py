@@ -1,12 +1,15 @@
 """The doctor as a whole: all probes, and what is printed."""
 
+import errno
+import functools
 import json
+from collections.abc import Iterator
 
 import pytest
 from doctor import PORT
 
 from tproxy_relay import check
-from tproxy_relay.check.context import Case
+from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import Finding, ok, problem
 from tproxy_relay.errors import CapabilityMissingError
 from tproxy_relay.settings import Settings
@@ -31,11 +34,31 @@ def test_what_is_printed_and_the_exit_code(monkeypatch: pytest.MonkeyPatch, caps
     assert check.run(SETTINGS, as_json=False) == 0
     assert capsys.readouterr().out.splitlines() == [
         "ok: port 15006",
-        "warning: could not be looked at (run it as root to know of [15006]): what is wrong there stays unknown",
+        "warning: a-secret could not be tried (run it as root to know of [15006]): what is wrong there stays unknown",
     ]
     monkeypatch.setattr(check, "PROBES", (probe_well, probe_ill))
     assert check.run(SETTINGS, as_json=False) == 1
     assert capsys.readouterr().out.splitlines()[1] == "problem: it is broken: it does not work. Mend: mend it"
+
+
+@pytest.mark.parametrize("probe", check.PROBES, ids=lambda probe: probe.__name__)
+@pytest.mark.parametrize("refusal", [OSError(errno.EADDRINUSE, "Address already in use"), ValueError("no JSON")])
+def test_what_the_host_refuses_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], probe: Probe, refusal: Exception
+) -> None:
+    """Whichever probe it meets, and all others are made."""
+
+    @functools.wraps(probe)
+    def refused(_: Case) -> Iterator[Finding]:
+        yield ok("first", "this was seen before")
+        raise refusal
+
+    monkeypatch.setattr(check, "PROBES", (refused, probe_well))
+    assert check.run(SETTINGS, as_json=False) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("ok: this was seen") and third == "ok: port 15006"
+    name = probe.__name__.removeprefix("probe_").replace("_", "-")
+    assert second.startswith(f"warning: {name} could not be tried ({refusal})")
 
 
 def test_in_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
