@@ -46,16 +46,22 @@ def order_of(values: dict[str, Any]) -> Order:
 
 
 def carry_out(order: Order) -> Iterator[Line]:
-    """The lines of the answer, as they come. No connection is tried through rules that are to be replaced first."""
-    wanted = order.plan
-    if LOOK in order.parts:
-        wanted = planning.beside_others(replace(order.plan, route_priority=order.settings.route_priority))
-        if wanted != order.plan:
-            yield {"plan": plans.to_json(wanted), "why": planning.why(order.plan, wanted)}
-    case = Case(order.settings, wanted)
-    for found in check.ask(case, _probes(order, wanted)):
-        yield {"finding": found.as_json()}
+    """The lines of the answer. No connection is tried through rules that are to be replaced first."""
+    wanted = _wanted(order)
+    found = list(check.ask(Case(order.settings, wanted), _probes(order, wanted)))
+    if (later := _wanted(order)) != wanted:  # others were at work meanwhile
+        wanted = later
+        found = list(check.ask(Case(order.settings, wanted), _probes(order, wanted)))
+    if wanted != order.plan:
+        yield {"plan": plans.to_json(wanted), "why": planning.why(order.plan, wanted)}
+    yield from ({"finding": one.as_json()} for one in found)
     yield {"done": True}
+
+
+def _wanted(order: Order) -> Plan:
+    if LOOK not in order.parts:
+        return order.plan
+    return planning.beside_others(replace(order.plan, route_priority=order.settings.route_priority))
 
 
 def _probes(order: Order, wanted: Plan) -> Iterable[Probe]:

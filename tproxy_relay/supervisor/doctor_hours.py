@@ -17,13 +17,32 @@ FIRST_TRY = 10.0
 """Seconds from the start to the first connection that is tried."""
 ROUTINE = 600.0
 """Seconds between two looks when nothing happens."""
-LOOK_GAP, LONGEST_LOOK_GAP = 3.0, 120.0
-"""Seconds from one look to the next where something changes on and on: twice as many after each that finds nothing new.
-A look takes 0.2 s of a processor."""
-TRY_GAP, LONGEST_TRY_GAP = 8.0, 600.0
-"""The same for connections that are tried."""
 SICK_GAP, LONGEST_SICK_GAP = 5.0, 60.0
 """Seconds until it is looked again while something is wrong, half as many more each time."""
+
+
+class Gap:
+    """Seconds from one to the next of the kind at least: twice as many after each that brings nothing new."""
+
+    def __init__(self, least: float, most: float) -> None:
+        self.seconds = least
+        self._least = least
+        self._most = most
+        self._called_at = -math.inf
+
+    def called(self, now: float) -> None:
+        """There is a reason for one more; the first one after a long time may come at once."""
+        if now - self._called_at > self.seconds:
+            self.shorten()
+        self._called_at = now
+
+    def lengthen(self) -> None:
+        """It has brought nothing new."""
+        self.seconds = min(2 * self.seconds, self._most)
+
+    def shorten(self) -> None:
+        """It has."""
+        self.seconds = self._least
 
 
 class Hours:
@@ -34,8 +53,10 @@ class Hours:
         self._self_probe = self_probe
         self._settled_at = self._look_at = now + SETTLED
         self._try_at = now + FIRST_TRY if self_probe else math.inf
-        self._looked_at = self._tried_at = self._changed_at = -math.inf
-        self._look_gap, self._try_gap, self._sick_gap = LOOK_GAP, TRY_GAP, SICK_GAP
+        self._looked_at = self._tried_at = -math.inf
+        self._sick_gap = SICK_GAP
+        # A look takes a fifth of a second of a processor, and a connection that is tried another fifth.
+        self._look_gap, self._try_gap, self._doubt_gap = Gap(3.0, 120.0), Gap(6.0, 600.0), Gap(6.0, 600.0)
 
     @property
     def due(self) -> float:
@@ -43,52 +64,52 @@ class Hours:
         return min(self._look_at, self._try_at)
 
     def parts(self, now: float) -> list[str]:
-        """What is to be done now; a connection is tried as well if the last one was long enough ago."""
-        again = self._tried and now >= self._tried_at + self._try_gap
-        return [LOOK, TRY] if now >= self._try_at or again else [LOOK]
-
-    @property
-    def _tried(self) -> bool:
-        return self._tried_at > -math.inf
+        """What is to be done now."""
+        return [LOOK, TRY] if now >= self._try_at else [LOOK]
 
     def changed(self, now: float) -> None:
         """Others have changed something; or, before it has settled, the relay itself."""
         if now < self._settled_at:
             return
-        if now - self._changed_at > max(self._look_gap, LOOK_GAP):
-            self._look_gap = LOOK_GAP
-        if now - self._changed_at > self._try_gap:
-            self._try_gap = TRY_GAP
-        self._changed_at = now
-        self._look_at = min(self._look_at, max(now, self._looked_at + self._look_gap))
+        self._look_gap.called(now)
+        self._try_gap.called(now)
+        self._look_soon(now)
+        self._try_soon(now, self._try_gap.seconds)
 
     def suspected(self, now: float) -> None:
-        """Connections are missing: try one, with the usual gap between two."""
-        self._look_at = min(self._look_at, max(now, self._looked_at + LOOK_GAP))
-        if self._self_probe:
-            self._try_at = min(self._try_at, max(now, self._tried_at + self._try_gap))
+        """Connections are missing."""
+        self._doubt_gap.called(now)
+        self._look_soon(now)
+        self._try_soon(now, self._doubt_gap.seconds)
 
     def again(self, now: float) -> None:
         """Something was mended: see whether it helps."""
-        self._look_at = min(self._look_at, now + LOOK_GAP)
-        self._try_gap = TRY_GAP
+        self._look_gap.shorten()
+        self._try_gap.shorten()
+        self._look_soon(now)
+        self._try_soon(now, self._try_gap.seconds)
+
+    def _look_soon(self, now: float) -> None:
+        self._look_at = min(self._look_at, max(now, self._looked_at + self._look_gap.seconds))
+
+    def _try_soon(self, now: float, gap: float) -> None:
+        if self._self_probe and self._tried_at > -math.inf:
+            self._try_at = min(self._try_at, max(now, self._tried_at + gap))
 
     def begun(self, parts: list[str], now: float) -> None:
         """It is being done."""
         self._looked_at, self._look_at = now, math.inf
         if TRY in parts:
-            self._tried_at, self._try_at = now, math.inf
+            self._tried_at, self._try_at = now, now + self._self_probe
 
     def done(self, parts: list[str], now: float, *, sick: bool, new: bool) -> None:
         """`sick`: something is wrong. `new`: and that was not known, or what was wrong is not any more."""
-        if sick:
-            self._sick_gap = SICK_GAP if new else min(self._sick_gap * 1.5, LONGEST_SICK_GAP)
-            self._look_gap, self._try_gap = LOOK_GAP, SICK_GAP
-        else:
-            self._sick_gap = SICK_GAP
-            self._look_gap = LOOK_GAP if new else min(2 * self._look_gap, LONGEST_LOOK_GAP)
-            if TRY in parts:
-                self._try_gap = TRY_GAP if new else min(2 * self._try_gap, LONGEST_TRY_GAP)
-        self._look_at = min(self._look_at, now + (self._sick_gap if sick else ROUTINE))
-        if self._tried and self._self_probe:
-            self._try_at = min(self._try_at, self._tried_at + self._self_probe)
+        gaps = [self._look_gap, *([self._try_gap, self._doubt_gap] if TRY in parts else [])]
+        for gap in gaps:
+            gap.shorten() if sick or new else gap.lengthen()
+        if not sick:
+            self._look_at = min(self._look_at, now + ROUTINE)
+            return
+        self._sick_gap = SICK_GAP if new else min(1.5 * self._sick_gap, LONGEST_SICK_GAP)
+        self._look_at = min(self._look_at, now + self._sick_gap)
+        self._try_soon(now + self._sick_gap, self._sick_gap)
