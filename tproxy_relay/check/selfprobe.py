@@ -21,7 +21,7 @@ from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import programs, ruleset
 from tproxy_relay.intercept.plan import Family
-from tproxy_relay.net import proc_net
+from tproxy_relay.net import probe_networks, proc_net
 
 CONNECT_TIMEOUT = 0.8
 """Seconds for a connection within this host, which takes a millisecond."""
@@ -29,7 +29,6 @@ CONNECT_TIMEOUT = 0.8
 NAME = "self-probe"
 
 CLIENT_LINK, SERVER_LINK = "tprchk0", "tprchk1"
-_NETWORKS = ("192.0.2", "198.51.100", "203.0.113")
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 WORKS, DIRECT, REFUSED, LOST, STUCK, TURNED_AWAY = "works", "direct", "refused", "lost", "stuck", "turned away"
@@ -217,10 +216,11 @@ def _is_ours(near: str, family: Family) -> bool:
 def address(case: Case, family: Family, number: int) -> Address:
     """Of the client's link (0) or the server's (1)."""
     if family == 6:
-        return Address(f"2001:db8:7006:{number}::2", f"2001:db8:7006:{number}::1", 64)
+        return Address(f"{probe_networks.IPV6}:{number}::2", f"{probe_networks.IPV6}:{number}::1", 64)
     used = [one for interface in case.host.interfaces for one in interface.addresses]
     used += [str(route.get("dst")) for route in case.host.routes(4, "main")]
-    network = next((one for one in _NETWORKS if not any(word.startswith(f"{one}.") for word in used)), _NETWORKS[0])
+    free = (one for one in probe_networks.IPV4 if not any(word.startswith(f"{one}.") for word in used))
+    network = next(free, probe_networks.IPV4[0])
     return Address(f"{network}.{4 * number + 2}", f"{network}.{4 * number + 1}", 30)
 
 

@@ -289,6 +289,9 @@ class Connection:
 
     def _write(self, record: ConnectionRecord) -> None:
         fields = record.as_fields()
+        if record.of_self_probe:  # what it has found is told by status
+            formatters.note(access_log, logging.DEBUG, "connection closed", fields)
+            return
         if not record.outcome.ordinary:
             self._context.registry.refused.append({"time": time.time(), **fields})
         level = logging.INFO if record.outcome.ordinary else logging.WARNING

@@ -146,7 +146,7 @@ class Doctor:
         self._can_try = not any(one["level"] == "warning" or "not tried" in one["what"] for one in found)
         self._health.self_probe = {"time": round(time.time(), 3), "found": [one["what"] for one in found]}
         self._health.put(TRY, [_problem(one) for one in found if one["level"] == PROBLEM])
-        if all(one["level"] != PROBLEM for one in found):
+        if self._can_try and all(one["level"] != PROBLEM for one in found):
             self._missing.disproved()
 
     @property

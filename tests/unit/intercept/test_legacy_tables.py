@@ -5,7 +5,6 @@ import pytest
 
 from tproxy_relay.intercept import legacy_tables, programs
 
-
 pytestmark = [
     pytest.mark.usefixtures("network"),
     pytest.mark.skipif(not networks.LEGACY_IPTABLES, reason="the list of them is root's"),

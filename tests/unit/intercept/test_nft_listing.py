@@ -13,15 +13,16 @@ from tproxy_relay.intercept.programs import ProgramError
 pytestmark = pytest.mark.usefixtures("network")
 
 NAT = "table ip docker { chain pre { type nat hook prerouting priority -100; tcp dport 8000 dnat to 192.0.2.1; }; }"
-STUMBLES = '#!/bin/sh\ncase "$*" in *"list ruleset"*|*"list table "*) printf \'{"nftables": [{"flags": "\\001\' ;; esac\n'
+STUMBLES = """#!/bin/sh
+case "$*" in *"list ruleset"*|*"list table "*) printf '{"nftables": [{"flags": "\\001' ;; *) exec REAL "$@" ;; esac
+"""
 
 
 @pytest.fixture
 def stumbling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nft 1.0.6 with an owner in memory that spells no JSON: the real one, but for these two answers."""
     real = shutil.which("nft", path=programs.search_path())
-    script = STUMBLES.replace(";; esac", f";; *) exec {real} \"$@\" ;; esac")
-    (tmp_path / "nft").write_text(script, encoding="ascii")
+    (tmp_path / "nft").write_text(STUMBLES.replace("REAL", str(real)), encoding="ascii")
     (tmp_path / "nft").chmod(0o755)
     before = programs.search_path()
     monkeypatch.setattr(programs, "search_path", lambda: f"{tmp_path}:{before}")
