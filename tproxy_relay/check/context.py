@@ -8,7 +8,7 @@ from tproxy_relay.check import finding, firewall_iptables, firewall_nft, host
 from tproxy_relay.check.finding import Finding
 from tproxy_relay.check.firewall import Chain, Firewall
 from tproxy_relay.check.host import Host
-from tproxy_relay.intercept import lock, nft
+from tproxy_relay.intercept import backends, lock, nft
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.net import proc_net
 from tproxy_relay.settings import Settings
@@ -44,6 +44,12 @@ class Case:
         """The process that holds the ruleset, if there is one."""
         holder = lock.holder()
         return None if holder is None else holder.pid
+
+    @functools.cached_property
+    def backend(self) -> str:
+        """The one that has rules of ours; without any, the one that these settings ask for."""
+        there = [one.name for one in backends.present()]
+        return there[0] if there else self.settings.backend.replace("auto", "nft")
 
     @functools.cached_property
     def relay_listens(self) -> bool:

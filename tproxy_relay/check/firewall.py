@@ -13,26 +13,35 @@ ALL_BITS = 0xFFFFFFFF
 
 _TO_US = frozenset({"tproxy", "redirect", "dnat"})
 _REWRITES_SOURCE = frozenset({"masquerade", "snat"})
+_ENDS = frozenset({"accept", "drop", "maybe", *_TO_US, *_REWRITES_SOURCE})
 _DEPTH = 16
 """Jumps within jumps; nft itself allows no more."""
 
 
 class Packet(NamedTuple):
-    """What is known of the first packet of a connection."""
+    """What is known of a packet; the first of its connection, where nothing else is said."""
 
     family: int
-    port: int
-    """The destination's."""
+    port: int | None
+    """The destination's; None if it may be any."""
     mark: int
     """Within `mask`; the other bits are unknown."""
     mask: int
     iif: str | None
     """None: any interface but lo."""
     oif: str | None
+    sport: int | None = None
+    state: str = "new"
+    """Of its connection: new or established."""
+    ct_mark: int | None = None
+    """The mark of its connection, within `mask`."""
+    way_back: bool | None = None
+    """Whether the kernel finds the way back to its source by the interface that it came in by."""
 
 
 class Condition(NamedTuple):
-    """One thing that a rule asks; `kind` is proto, ports, iif, oif, mark, state, family or unknown."""
+    """One thing that a rule asks; `kind` is proto, ports, sports, iif, oif, mark, ct_mark, state, family, way_back or
+    unknown."""
 
     kind: str
     values: tuple[tuple[int, int], ...] | tuple[str, ...] = ()
@@ -43,6 +52,27 @@ class Condition(NamedTuple):
         """Whether the packet fulfils it; None if that is not known."""
         answer = _holds(self, packet)
         return answer if answer is None else answer != self.negated
+
+
+class Change(NamedTuple):
+    """What a rule does to a mark: it becomes `of_mark & mark ^ of_ct_mark & ct_mark ^ value`."""
+
+    what: str
+    """mark, that of the packet; or ct_mark, that of its connection."""
+    of_mark: int
+    of_ct_mark: int
+    value: int
+    certain: bool = True
+    """False if it is done to some packets only, as with a map."""
+    known: bool = True
+    """False for what nobody can tell: a number by turns, a hash."""
+
+    def bits(self, packet: Packet) -> int | None:
+        """What comes out of it within the packet's mask; None if that is not known."""
+        sources = self.of_ct_mark & packet.mask and packet.ct_mark is None
+        if sources or not self.known:
+            return None
+        return (self.of_mark & packet.mark ^ self.of_ct_mark & (packet.ct_mark or 0) ^ self.value) & packet.mask
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,12 @@ class Rule:
     """The rule in the words of its program."""
     delete: str
     """The command that deletes it."""
+    changes: tuple[Change, ...] = ()
+    untracks: bool = False
+    """True if connections of its packets are not tracked."""
+    spare: str = ""
+    """The command that has the same rule leave certain bits of marks alone: {mask} for those that matter to it, {ours}
+    for all of the relay's, {keep} for all others."""
 
     def matches(self, packet: Packet) -> bool | None:
         """True, False, or None if that is not known."""
@@ -84,6 +120,10 @@ class Chain:
     rules: tuple[Rule, ...]
     insert: str
     """The command that lets in packets with any of certain bits in their mark, with {mask} for the bits."""
+    priority: int = 0
+    """Of its hook: the lower, the earlier (linux/netfilter_ipv4.h)."""
+    let_pass: str = ""
+    """The command that lets pass what fulfils a condition, {condition} in the words of the chain's program."""
 
 
 Firewall = Mapping[str, Mapping[str, Chain]]
@@ -157,6 +197,37 @@ def _walk(chain: Chain, table: Mapping[str, Chain], packet: Packet, depth: int) 
     return None
 
 
+def met(chain: Chain, table: Mapping[str, Chain], packet: Packet) -> Iterator[tuple[Rule, bool]]:
+    """The rules whose conditions the packet may fulfil, in order, and whether it comes to them and fulfils them for
+    certain."""
+    sure = [True]
+    for rule, match in _met(chain, table, packet, _DEPTH, sure):
+        yield rule, match
+
+
+def _met(
+    chain: Chain, table: Mapping[str, Chain], packet: Packet, depth: int, sure: list[bool]
+) -> Iterator[tuple[Rule, bool]]:
+    """`sure` holds one value: False from the moment on in which the packet's way may have ended. What ends it for
+    certain ends this, too."""
+    for rule in chain.rules:
+        match = rule.matches(packet)
+        if match is False:
+            continue
+        yield rule, sure[0] and match is True
+        if rule.action in ("jump", "goto") and rule.target in table and depth:
+            inner = [sure[0] and match is True]
+            yield from _met(table[rule.target], table, packet, depth - 1, inner)
+            inner[0] = inner[0] or match is None
+            sure[0] = sure[0] and inner[0] and _walk(table[rule.target], table, packet, depth) is None
+            if rule.action == "goto" and match:
+                return
+        elif rule.action in (*_ENDS, "return"):
+            if match:
+                return
+            sure[0] = False
+
+
 def _taken(
     chain: Chain, table: Mapping[str, Chain], packet: Packet, depth: int, certain: bool
 ) -> Iterator[tuple[Rule, bool]]:
@@ -188,15 +259,27 @@ def _holds(condition: Condition, packet: Packet) -> bool | None:
         return "tcp" in values or "6" in values
     if kind == "family":
         return str(packet.family) in values
-    if kind == "ports":
-        return any(first <= packet.port <= last for first, last in _numbers(values))
+    if kind in ("ports", "sports"):
+        port = packet.port if kind == "ports" else packet.sport
+        return None if port is None else any(first <= port <= last for first, last in _numbers(values))
     if kind == "state":
-        return "new" in values  # and it has neither a NAT nor an older connection
+        return _in_state(packet.state, values)
+    if kind == "way_back":
+        return None if packet.way_back is None else packet.way_back == (values == ("exists",))
     if kind in ("iif", "oif"):
         return _same_interface(packet.iif if kind == "iif" else packet.oif, values)
     if kind == "mark":
-        return _same_mark(packet, values)
+        return _same_mark(packet.mark, packet.mask, values)
+    if kind == "ct_mark":
+        return None if packet.ct_mark is None else _same_mark(packet.ct_mark, packet.mask, values)
     return None
+
+
+def _in_state(state: str, values: tuple[object, ...]) -> bool | None:
+    if state in values:
+        return True
+    # A new one has neither a NAT nor an older connection.
+    return False if state == "new" or set(values) <= {"new", "invalid", "related", "untracked"} else None
 
 
 def _same_interface(name: str | None, values: tuple[object, ...]) -> bool | None:
@@ -207,11 +290,11 @@ def _same_interface(name: str | None, values: tuple[object, ...]) -> bool | None
     return name in values
 
 
-def _same_mark(packet: Packet, values: tuple[object, ...]) -> bool | None:
+def _same_mark(bits: int, known: int, values: tuple[object, ...]) -> bool | None:
     ((value, mask),) = _numbers(values)
-    if (packet.mark ^ value) & mask & packet.mask:
+    if (bits ^ value) & mask & known:
         return False
-    return True if mask & ~packet.mask & ALL_BITS == 0 else None
+    return True if mask & ~known & ALL_BITS == 0 else None
 
 
 def _numbers(values: tuple[object, ...]) -> list[tuple[int, int]]:

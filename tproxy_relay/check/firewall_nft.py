@@ -1,15 +1,22 @@
 """What `nft -j list ruleset` prints, as chains that firewall.py can judge (libnftables-json(5))."""
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from tproxy_relay.check.firewall import ALL_BITS, Chain, Condition, Rule
+from tproxy_relay.check.firewall import ALL_BITS, Chain, Change, Condition, Rule
 
 _FAMILIES = {"ip": (4,), "ip6": (6,), "inet": (4, 6)}
 _ACTIONS = {"accept", "drop", "return", "jump", "goto", "reject", "tproxy", "redirect", "dnat", "snat"}
 _ACTIONS |= {"masquerade"}
 _STATEMENTS = {"counter", "log", "mangle", "set", "notrack", "meter", "quota", "ct helper", "flow"}
+_PORTS = {"tcp dport": "ports", "th dport": "ports", "tcp sport": "sports", "th sport": "sports"}
+_BITS, _ALL_OURS = "some bits", "all bits"
+"""In the place of numbers that are not known yet."""
+_REVERSE = {"saddr", "iif"}
+"""The flags of a `fib` that asks for the way back."""
 """Statements that say neither yes nor no."""
 
 
@@ -43,6 +50,8 @@ def _chain(one: dict[str, Any], rules: list[Rule]) -> Chain:
         drops=one.get("policy") == "drop",
         rules=tuple(rules),
         insert=f"nft insert rule {place} 'meta mark & {{mask:#010x}} != 0 accept'",
+        priority=one["prio"] if isinstance(one.get("prio"), int) else 0,
+        let_pass=f"nft insert rule {place} '{{condition}} accept'",
     )
 
 
@@ -53,6 +62,7 @@ def _rules(one: dict[str, Any]) -> Iterator[Rule]:
     marks: list[tuple[int, int]] = []
     action = target = ""
     verdicts: list[tuple[Condition, str, str]] = []
+    changes: list[Change] = []
     for expression in one.get("expr", ()):
         (kind, value), *_ = expression.items()
         if kind == "match":
@@ -60,6 +70,7 @@ def _rules(one: dict[str, Any]) -> Iterator[Rule]:
             marks += _mark_of(value["left"], value["right"])
         elif kind == "mangle":
             marks += _mark_set(value["key"], value["value"])
+            changes += _changes(value["key"], value["value"])
         elif kind in _ACTIONS:
             if not action:  # `tproxy to :1 accept`
                 action, target = _verdict(expression)
@@ -72,14 +83,43 @@ def _rules(one: dict[str, Any]) -> Iterator[Rule]:
                 Condition("unknown")
             )  # a limit, a named map of verdicts, what iptables-nft keeps to itself
             action = action or ("maybe" if kind in ("vmap", "queue", "xt") else "")
+    plain = Rule(
+        conditions=tuple(conditions),
+        action=action,
+        target=target,
+        marks=tuple(marks),
+        where=f"nft rule {place}",
+        delete=f"nft delete rule {place}",
+        changes=tuple(changes),
+        untracks=any("notrack" in expression for expression in one.get("expr", ())),
+        spare=_spare(one),
+    )
     for condition, action, target in verdicts:
-        yield _rule(place, [*conditions, condition], action, target, marks)
+        yield replace(plain, conditions=(*conditions, condition), action=action, target=target)
     if not verdicts:
-        yield _rule(place, conditions, action, target, marks)
+        yield plain
 
 
-def _rule(place: str, conditions: list[Condition], action: str, target: str, marks: list[tuple[int, int]]) -> Rule:
-    return Rule(tuple(conditions), action, target, tuple(marks), f"nft rule {place}", f"nft delete rule {place}")
+def _spare(one: dict[str, Any]) -> str:
+    """The rule in its place, as nft has given it (libnftables-json(5)): it keeps these bits where it sets a mark to a
+    number, or else is for packets without them."""
+    expressions = [_keeping(expression) for expression in one.get("expr", ())]
+    if expressions == one.get("expr"):
+        bits = {"match": {"op": "==", "left": {"&": [{"meta": {"key": "mark"}}, _BITS]}, "right": 0}}
+        expressions = [bits, *expressions]
+    text = json.dumps({"nftables": [{"replace": {"rule": {**one, "expr": expressions}}}]})
+    text = text.replace("{", "{{").replace("}", "}}")
+    for word, field in ((_BITS, "{mask}"), (_ALL_OURS, "{ours}")):
+        text = text.replace(json.dumps(word), field)
+    return f"echo {shlex.quote(text)} | nft -j -f -"
+
+
+def _keeping(expression: dict[str, Any]) -> dict[str, Any]:
+    change = expression.get("mangle", {})
+    if not isinstance(change.get("value"), int) or _name(change["key"]) not in ("meta mark", "ct mark"):
+        return expression
+    kept = {"|": [{"&": [change["key"], _ALL_OURS]}, change["value"]]}
+    return {"mangle": {"key": change["key"], "value": kept}}
 
 
 def _verdict(expression: dict[str, Any]) -> tuple[str, str]:
@@ -94,9 +134,9 @@ def _condition(match: dict[str, Any]) -> Condition:
     name = _name(left)
     if match.get("op") not in ("==", "!=", "in"):
         return Condition("unknown")
-    if name == "tcp dport" or name == "th dport":
+    if name in _PORTS:
         ranges = _ranges(right)
-        return Condition("ports", ranges, negated) if ranges else Condition("unknown")
+        return Condition(_PORTS[name], ranges, negated) if ranges else Condition("unknown")
     if name in ("meta l4proto", "ip protocol", "ip6 nexthdr"):
         return Condition("proto", _words(right), negated)
     if name == "meta nfproto":
@@ -105,8 +145,10 @@ def _condition(match: dict[str, Any]) -> Condition:
         return Condition("iif" if " i" in name else "oif", _words(right), negated)
     if name in ("ct state", "ct status"):
         return Condition("state", _words(right), negated)
-    if name == "meta mark" and isinstance(right, int):
-        return Condition("mark", ((right, _mask(left)),), negated)
+    if name in ("meta mark", "ct mark") and isinstance(right, int):
+        return Condition("mark" if name == "meta mark" else "ct_mark", ((right, _mask(left)),), negated)
+    if name == "fib" and isinstance(right, bool) and _REVERSE <= set(left["fib"]["flags"]):
+        return Condition("way_back", ("exists" if right else "missing",), negated)
     if name.startswith(("udp ", "icmp ", "icmpv6 ", "sctp ")):
         return Condition("proto", (name.split()[0],))
     return Condition("unknown")
@@ -122,6 +164,8 @@ def _name(left: Any) -> str:
         return f"meta {left['meta']['key']}"
     if "ct" in left:
         return f"ct {left['ct']['key']}"
+    if "fib" in left:
+        return "fib"
     if "payload" in left:
         return f"{left['payload'].get('protocol')} {left['payload'].get('field')}"
     return ""
@@ -147,6 +191,32 @@ def _mark_set(key: Any, value: Any) -> list[tuple[int, int]]:
     if isinstance(value, dict) and "|" in value and isinstance(value["|"][1], int):
         return [(value["|"][1], value["|"][1])]
     return []
+
+
+def _changes(key: Any, value: Any) -> list[Change]:
+    """What becomes of a mark: `meta mark set ct mark & 0xff | 1`."""
+    what = {"meta mark": "mark", "ct mark": "ct_mark"}.get(_name(key))
+    return [_formula(value)._replace(what=what)] if what else []
+
+
+def _formula(value: Any) -> Change:
+    if isinstance(value, int):
+        return Change("", 0, 0, value)
+    if _name(value) in ("meta mark", "ct mark") and "&" not in value:
+        of_mark = "meta" in value
+        return Change("", ALL_BITS * of_mark, ALL_BITS * (not of_mark), 0)
+    for sign in ("&", "|", "^") if isinstance(value, dict) else ():
+        if sign in value and isinstance(value[sign][1], int):
+            first, second = _formula(value[sign][0]), value[sign][1]
+            if sign == "^":
+                return first._replace(value=first.value ^ second)
+            keep = second if sign == "&" else ALL_BITS & ~second
+            return first._replace(
+                of_mark=first.of_mark & keep,
+                of_ct_mark=first.of_ct_mark & keep,
+                value=first.value & keep | (second if sign == "|" else 0),
+            )
+    return Change("", 0, 0, 0, certain=not (isinstance(value, dict) and "map" in value), known=False)
 
 
 def _ranges(right: Any) -> tuple[tuple[int, int], ...]:

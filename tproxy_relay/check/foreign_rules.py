@@ -100,27 +100,6 @@ def probe_other_proxies(case: Case) -> Iterator[Finding]:
                     return
 
 
-def probe_filters(case: Case) -> Iterator[Finding]:
-    """Intercepted packets still have their original port when they meet the filters of this host."""
-    if not case.intercepts or case.plan.mode != "tproxy":
-        return
-    seen = set()
-    for what, hook, packet in _journeys(case):
-        for kind in ("filter", "route"):
-            for chain, table in firewall.base_chains(case.firewall, hook, kind, packet.family):
-                decision, by = firewall.verdict(chain, table, packet)
-                if decision == firewall.DROP and chain.insert not in seen:
-                    seen.add(chain.insert)
-                    yield problem(
-                        "filter",
-                        f"{by} drops {what}",
-                        "such packets keep their original port, and are to be let in by their mark",
-                        chain.insert.format(mask=case.plan.mark_mask),
-                    )
-    if not seen:
-        yield ok("filter", "no filter of this host drops relayed connections for certain")
-
-
 def probe_masquerade(case: Case) -> Iterator[Finding]:
     """NAT gives the relay's connections this host's address, whatever source they had."""
     plan = case.plan
@@ -143,30 +122,6 @@ def probe_masquerade(case: Case) -> Iterator[Finding]:
 def free_mask(taken: int) -> int:
     """Three neighbouring bits that nobody has, from the top down; 0 if there are none."""
     return next((0b111 << shift for shift in range(28, -1, -1) if not 0b111 << shift & taken), 0)
-
-
-def _journeys(case: Case) -> Iterator[tuple[str, str, Packet]]:
-    """The filters that a relayed connection meets: what it is there, the hook, and its first packet."""
-    marks = case.plan.marks
-    for family in case.plan.families:
-        for ports in case.plan.inbound:
-            yield (
-                f"connections to port {ports} on their way to the relay",
-                "input",
-                _packet(case, family, ports, marks.inbound, iif=case.plan.interface),
-            )
-        for ports in case.plan.outbound:
-            yield (
-                f"connections to port {ports} of programs here, on their way to the relay",
-                "input",
-                _packet(case, family, ports, marks.outbound, iif="lo"),
-            )
-        for ports in (*case.plan.inbound, *case.plan.outbound):
-            yield (
-                f"the relay's own connections to port {ports}",
-                "output",
-                _packet(case, family, ports, marks.relay, iif=None),
-            )
 
 
 def _packet(case: Case, family: Family, ports: PortRange, mark: int, *, iif: str | None) -> Packet:

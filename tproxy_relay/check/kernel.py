@@ -24,6 +24,18 @@ from tproxy_relay.settings import PortRange
 CONNECT_TIMEOUT = 2.0
 """Seconds for a connection from a namespace to itself, which takes a millisecond."""
 
+REVERSE_PATH_TIMEOUT = 0.2
+"""Seconds for a packet to reach a rule; what counts is the rule's counter."""
+
+_REVERSE_PATH = """\
+table inet way_back {
+    chain c {
+        type filter hook prerouting priority mangle + 10; policy accept;
+        fib saddr . iif oif missing counter drop
+    }
+}
+"""
+
 _PORT = 8
 """Unassigned by IANA; any would do."""
 
@@ -143,13 +155,7 @@ def _owner(case: Case, namespace: Namespace) -> Iterator[Finding]:
 def _connection(case: Case, namespace: Namespace) -> Iterator[Finding]:
     """A connection to an address that is nowhere, taken by a listener that is not there."""
     trial = trial_plan(case.plan)
-    for step in steps_from_nothing(trial, backends.of_name("nft")):
-        namespace.run(step.argv, step.stdin)
-    for family in trial.families:
-        nodad = " nodad" if family == 6 else ""
-        namespace.ip(
-            f"addr add {_HERE[family]}/{128 if family == 6 else 32} dev lo{nodad}", f"route add {_THERE[family]} dev lo"
-        )
+    for family in _prepared(trial, namespace):
         try:
             with namespace.socket(_FAMILIES[family]) as listener, namespace.socket(_FAMILIES[family]) as client:
                 _intercepted(listener, client, family, trial.outbound_port)
@@ -162,6 +168,34 @@ def _connection(case: Case, namespace: Namespace) -> Iterator[Finding]:
             )
             return
     yield ok("kernel", "in a throw-away namespace a connection is intercepted")
+
+
+def _prepared(trial: Plan, namespace: Namespace) -> Iterator[Family]:
+    """Its rules, and an address of each family."""
+    for step in steps_from_nothing(trial, backends.of_name("nft")):
+        namespace.run(step.argv, step.stdin)
+    for family in trial.families:
+        nodad = " nodad" if family == 6 else ""
+        namespace.ip(
+            f"addr add {_HERE[family]}/{128 if family == 6 else 32} dev lo{nodad}", f"route add {_THERE[family]} dev lo"
+        )
+        yield family
+
+
+def way_back_from_lo(case: Case) -> bool | None:
+    """Whether nft's `fib saddr . iif` finds the way back of an intercepted packet from lo, by trial; None if that
+    cannot be had. It does not where it looks at the socket that the packet is given to (nft_fib.h of the kernel)."""
+    try:
+        with _namespace(case) as namespace:
+            for family in _prepared(trial_plan(case.plan), namespace):
+                namespace.run(["nft", "-f", "-"], _REVERSE_PATH)
+                with namespace.socket(_FAMILIES[family]) as listener, namespace.socket(_FAMILIES[family]) as client:
+                    with contextlib.suppress(OSError):
+                        _intercepted(listener, client, family, case.plan.outbound_port, REVERSE_PATH_TIMEOUT)
+                return "counter packets 0 " in namespace.run(["nft", "list", "table", "inet", "way_back"])
+    except (RelayError, OSError):
+        pass
+    return None
 
 
 def trial_plan(plan: Plan) -> Plan:
@@ -179,7 +213,9 @@ def trial_plan(plan: Plan) -> Plan:
     )
 
 
-def _intercepted(listener: socket.socket, client: socket.socket, family: Family, port: int) -> None:
+def _intercepted(
+    listener: socket.socket, client: socket.socket, family: Family, port: int, timeout: float = CONNECT_TIMEOUT
+) -> None:
     """OSError if it is not."""
     if family == 6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -187,7 +223,7 @@ def _intercepted(listener: socket.socket, client: socket.socket, family: Family,
     sockets.set_transparent(listener)
     listener.listen(1)
     for sock in (listener, client):
-        sock.settimeout(CONNECT_TIMEOUT)
+        sock.settimeout(timeout)
     client.bind((_HERE[family], 0))
     client.connect((_THERE[family], _PORT))
     accepted, _ = listener.accept()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from tproxy_relay.check import plan_differences
 from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
 from tproxy_relay.intercept import backends, routing, ruleset
@@ -26,13 +27,15 @@ def probe_ruleset(case: Case) -> Iterator[Finding]:
             "new connections are refused" if refused else "they are in the way of whatever comes next",
             REMOVE,
         )
-    elif now.problems:
+    elif now.problems and not _harmless(case):
         yield problem(
             "ruleset",
-            f"the ruleset is not what these settings ask for: {now.problems[0]}",
+            f"the ruleset is not what these settings ask for: {_difference(case, now.problems)}",
             "some connections are not relayed, or lost",
             _again(case),
         )
+    elif now.problems:
+        yield ok("ruleset", f"the ruleset does no harm: {_difference(case, now.problems)}")
     else:
         held = f", held by process {case.holder}" if case.holder else ""
         yield ok("ruleset", f"the ruleset is {now.state} ({now.backend}{held})")
@@ -72,6 +75,28 @@ def _unasked(case: Case) -> Iterator[Finding]:
         )
 
 
+def _harmless(case: Case) -> bool:
+    """True if the rules that are there do all that is asked for, and something more. Not if any of them is missing."""
+    found = plan_differences.found(case.plan)
+    if not found or not all(one.harmless for one in found):
+        return False
+    there = plan_differences.there(case.plan)
+    return there is not None and not ruleset.status(there).problems
+
+
+def _difference(case: Case, problems: list[str]) -> str:
+    """In words, if it is another plan; else what is missing, or was changed."""
+    there = plan_differences.digest_there()
+    if there in (None, case.plan.digest):
+        return problems[0]
+    found = plan_differences.found(case.plan)
+    if found is None:
+        return "it was made with other settings (ports, addresses to listen on), or by another version"
+    words = "; ".join(one.words for one in found)
+    return words + ("" if not any(one.option for one in found) else " (or `check` has other settings than the relay)")
+
+
 def _again(case: Case) -> str:
-    """The rules of a running relay are its guard's: who changes them by hand is in its way."""
-    return case.command("rules status") if case.holder else case.command("rules apply")
+    """The rules of a running relay are its guard's: who changes them by hand is in its way. At a reload it plans them
+    again."""
+    return f"kill -HUP {case.holder}" if case.holder else case.command("rules apply")

@@ -67,17 +67,6 @@ def test_another_proxy_is_named() -> None:
 
 
 @in_network
-def test_a_filter_that_drops_what_is_relayed_lets_it_in_by_its_mark() -> None:
-    assert levels([*foreign_rules.probe_filters(case())]) == [("filter", "ok")]
-    chain = "chain c { type filter hook input priority 0; policy drop; tcp dport 22 accept; }"
-    programs.run(["nft", "-f", "-"], f"table inet somebodys {{ {chain}; }}")
-    (found,) = foreign_rules.probe_filters(case())
-    assert found.level == "problem" and "policy drop of nft chain inet somebodys c" in found.what
-    programs.run(shlex.split(found.remedy))
-    assert levels([*foreign_rules.probe_filters(case())]) == [("filter", "ok")]
-
-
-@in_network
 @pytest.mark.parametrize("rule, level", [("masquerade", "problem"), ('oifname "wan" masquerade', "warning")])
 def test_nat_that_rewrites_the_source(rule: str, level: str) -> None:
     one = case(preserve_source="address")

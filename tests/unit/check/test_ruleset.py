@@ -1,6 +1,7 @@
 """Whose ruleset is there, and is it the one that is asked for? In a network of the test's own."""
 
 import shlex
+from dataclasses import replace
 
 import pytest
 from doctor import case, levels
@@ -54,7 +55,26 @@ def test_a_ruleset_that_somebody_holds() -> None:
         programs.run("ip rule del pref 7006".split())
         (damaged,) = probes.probe_ruleset(case())
         assert damaged.level == "problem" and "not what these settings ask for" in damaged.what
-        assert shlex.split(damaged.remedy)[1:3] == ["rules", "status"]
+        assert damaged.remedy == f"kill -HUP {case().holder}" and "7006" in damaged.what
+
+
+def test_what_differs_is_named() -> None:
+    installed(case())
+    with Lock():
+        (other,) = probes.probe_ruleset(case(on_failure="closed"))
+        assert "on-failure is open there, not closed" in other.what and other.level == "problem"
+        (unknown,) = probes.probe_ruleset(case(inbound_port=1))
+        assert "made with other settings" in unknown.what
+
+
+def test_rules_that_do_more_than_is_asked_for_do_no_harm() -> None:
+    one = case()
+    wider = Ruleset(replace(one.plan, beside_nat=True), Nft())
+    wider.install("active")
+    with Lock():
+        assert found(case()) == [("ruleset", "ok")]
+        programs.run("ip rule del pref 7006".split())
+        assert found(case()) == [("ruleset", "problem")], "and less"
 
 
 def test_a_relay_that_listens_without_a_ruleset() -> None:
