@@ -76,13 +76,31 @@ def test_what_others_do_by_nft_is_found_and_mended(fresh_lab: Lab, doctor: Docto
     found_and_mended(fresh_lab, doctor, neighbour)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("program", BACKENDS[1:])
-@pytest.mark.parametrize("number", range(len(by_iptables(""))), ids=lambda number: by_iptables("")[number].name)
+@pytest.mark.parametrize(
+    ("number", "program", "backend"),
+    [
+        pytest.param(number, program, backend, id=f"{neighbour.name}, {program} beside {backend}")
+        for number, neighbour in enumerate(by_iptables(""))
+        for program in BACKENDS[1:]
+        for backend in BACKENDS
+        if number or program != backend
+    ],
+)
 def test_what_others_do_by_iptables_is_found_and_mended(
     fresh_lab: Lab, doctor: Doctor, number: int, program: str, backend: str
 ) -> None:
     found_and_mended(fresh_lab, doctor, by_iptables(program)[number], "--backend", backend)
+
+
+@pytest.mark.parametrize("program", BACKENDS[1:])
+def test_marks_restored_behind_the_relays_rules_of_the_same_program_do_no_harm(
+    fresh_lab: Lab, doctor: Doctor, program: str
+) -> None:
+    options = (*BOTH_WAYS, "--backend", program)
+    with servers(fresh_lab, ("gateway",)), fresh_lab.relay_process(*options) as relay:
+        spoil(fresh_lab, by_iptables(program)[0].how)
+        all_relayed(fresh_lab, relay, ("gateway", "local"))
+        assert not doctor.check(*options).ills
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -77,21 +77,30 @@ def probe_tracking(case: Case) -> Iterator[Finding]:
 
 
 def probe_redirects(case: Case) -> Iterator[Finding]:
-    """Rules that send to this host what programs here send, and the relay takes: it refuses such destinations."""
+    """Rules that send to this host what programs here send, the relay among them."""
+    for what, packet in _sent(case):
+        for chain, table in Station("output", MANGLE + 1, ALWAYS[1]).chains(case, packet):
+            for rule, certain in firewall.met(chain, table, packet):
+                if certain and rule.action == "redirect":
+                    yield problem(
+                        "other-proxy",
+                        f"{rule.where} takes {what}",
+                        "they come to another program of this host, or to the relay with an address that it denies",
+                        chain.insert.format(mask=case.plan.marks.outbound | case.plan.marks.relay),
+                    )
+                    return
+
+
+def _sent(case: Case) -> Iterator[tuple[str, Packet]]:
+    """The first packets that leave here for the servers, and those that the relay takes before they leave."""
     plan = case.plan
-    for family in plan.families if plan.mode == "tproxy" else ():
-        for ports in plan.outbound:
-            packet = Packet(family, ports.first, plan.marks.outbound, plan.mark_mask, None, None)
-            for chain, table in Station("output", MANGLE + 1, 2**31).chains(case, packet):
-                for rule, certain in firewall.met(chain, table, packet):
-                    if certain and rule.action == "redirect":
-                        yield problem(
-                            "other-proxy",
-                            f"{rule.where} takes connections of programs here to port {ports} too",
-                            "the relay gets them with an address of this host, and resets them (denied)",
-                            chain.insert.format(mask=plan.marks.outbound),
-                        )
-                        return
+    for family in plan.families:
+        for ports in plan.inbound:
+            packet = _packet(case, family, ports, plan.marks.relay, iif=None)
+            yield f"the relay's own connections to port {ports}", packet
+        for ports in plan.outbound if plan.mode == "tproxy" else ():
+            packet = _packet(case, family, ports, plan.marks.outbound, iif=None)
+            yield f"connections of programs here to port {ports} too", packet
 
 
 @dataclass

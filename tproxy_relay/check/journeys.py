@@ -118,10 +118,10 @@ def _outbound(case: Case, family: Family, ports: PortRange) -> Iterator[Journey]
     yield Journey(what, on_lo._replace(way_back=_way_back(case)), meets=(_AFTER_US,))
     answer = packet._replace(port=None, sport=ports.first, mark=marks.relay, oif="lo", state="established")
     what = f"the relay's answers to programs here, from port {ports}"
-    leaving = (_OUTPUT, _POSTROUTING)
-    yield Journey(what, answer, (_OUTPUT,), leaving, (_RAW_OUTPUT,), fatal=marks.outbound)
+    leaving, nft = (_OUTPUT, _POSTROUTING), case.backend == "nft"  # those of iptables let pass what has a socket here
+    yield Journey(what, answer, (_OUTPUT,) * nft, leaving, (_RAW_OUTPUT,), fatal=marks.outbound)
     answer = answer._replace(iif="lo", oif=None)
-    yield Journey(what, answer, (arriving,), _ARRIVING_AT_LO, meets=(_PREROUTING,), fatal=marks.outbound)
+    yield Journey(what, answer, (arriving,) * nft, _ARRIVING_AT_LO, meets=(_PREROUTING,), fatal=marks.outbound)
 
 
 def _of_relay(case: Case, family: Family, ports: PortRange) -> Iterator[Journey]:

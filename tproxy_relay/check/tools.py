@@ -47,11 +47,18 @@ def probe_setpriv(case: Case) -> Iterator[Finding]:
     if "--pdeathsig" not in ended:
         why = "it has no --pdeathsig, so the workers would outlive a relay that was killed (util-linux 2.33 has it)"
         yield problem("setpriv", "this setpriv is too old, or not the one of util-linux", why, install("util-linux"))
-    elif case.settings.user and not privileges.may_become(privileges.account(case.settings.user)):
-        why = "a relay started like this ends with exit code 77"
-        yield problem("user", f"may not have workers of {case.settings.user}", why, f"sudo {case.command()}")
     else:
-        yield ok("setpriv", f"workers run as {case.settings.user or 'the account that starts the relay'}")
+        yield _workers_account(case)
+
+
+def _workers_account(case: Case) -> Finding:
+    """May workers be of the account that they are to be of?"""
+    user, why = case.settings.user, "a relay started like this ends with exit code 77"
+    if user and not privileges.may_become(privileges.account(user)):
+        return problem("user", f"may not have workers of {user}", why, f"sudo {case.command()}")
+    if user and (reason := privileges.not_mapped(privileges.account(user))):
+        return problem("user", f"may not have workers of {user}: {reason}", why, case.command(user=None))
+    return ok("setpriv", f"workers run as {user or 'the account that starts the relay'}")
 
 
 def probe_ip(case: Case) -> Iterator[Finding]:

@@ -94,6 +94,33 @@ def may_become(runs_as: Account) -> bool:
     return _is_us(runs_as) or all(mine.has(name) for name in ("setuid", "setgid", "kill"))
 
 
+def not_mapped(runs_as: Account) -> str:
+    """Why that account cannot be had in this user namespace (user_namespaces(7)), whatever the capabilities are: '' if
+    it can, else a clause that names the file with the reason."""
+    if _is_us(runs_as):
+        return ""
+    for word, number, file in (("account", runs_as.uid, "uid_map"), ("group", runs_as.gid, "gid_map")):
+        if not any(first <= number < first + count for first, count in _mapped(file)):
+            return f"{word} number {number} is not mapped in this user namespace (/proc/self/{file})"
+    if _text_of("setgroups") == "deny":
+        return "groups may not be changed in this user namespace (/proc/self/setgroups)"
+    return ""
+
+
+def _mapped(file: str) -> list[tuple[int, int]]:
+    """The first number and the length of each range; one for all numbers where the kernel has no such file."""
+    ranges = [line.split() for line in _text_of(file).splitlines()]
+    return [(int(first), int(count)) for first, _, count in ranges] or [(0, _NOBODY)]
+
+
+def _text_of(name: str) -> str:
+    try:
+        with open(f"/proc/self/{name}", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def _is_us(one: Account) -> bool:
     return (one.uid, one.gid) == (os.geteuid(), os.getegid())
 
@@ -102,7 +129,8 @@ def for_worker(runs_as: Account | None, keep: Iterable[str]) -> list[str]:
     """The command that becomes the command after it, as that account (None: this one), with no capability but those,
     and with no way to more. It dies with its parent.
 
-    Raises CapabilityMissingError if this process may not change its account, SystemRefusedError without setpriv.
+    Raises CapabilityMissingError if this process may not change its account, or not to that one here,
+    SystemRefusedError without setpriv.
     """
     mine, changes = held(), ["-all", *(f"+{name}" for name in keep)]
     command = [_setpriv(), "--no-new-privs", "--pdeathsig", "KILL"]
@@ -111,6 +139,11 @@ def for_worker(runs_as: Account | None, keep: Iterable[str]) -> list[str]:
             raise CapabilityMissingError(
                 f"user: workers of account number {runs_as.uid} take CAP_SETUID, CAP_SETGID and CAP_KILL: start it as "
                 "root, or as that account"
+            )
+        if reason := not_mapped(runs_as):
+            raise CapabilityMissingError(
+                f"user: {reason}: have it mapped (newuidmap(1), `unshare --map-auto`, a container's userns), or leave "
+                "`user` out"
             )
         groups = "--init-groups" if runs_as.known else "--clear-groups"
         command += ["--reuid", str(runs_as.uid), "--regid", str(runs_as.gid), groups]

@@ -148,3 +148,19 @@ def test_another_proxy_of_programs_here_goes_behind_the_relay() -> None:
     assert levels(found) == [("other-proxy", "problem")]
     shell(found[0].remedy)
     assert not [*foreign_packets.probe_redirects(case(**BOTH))]
+
+
+def test_another_proxy_of_what_the_relay_sends() -> None:
+    shell(chain("nat hook output priority -100", "tcp dport 8000 redirect to :1"))
+    (found,) = foreign_packets.probe_redirects(case(mode="redirect"))
+    assert "the relay's own connections" in found.what
+    shell(found.remedy)
+    assert not [*foreign_packets.probe_redirects(case(mode="redirect"))]
+
+
+@pytest.mark.parametrize(
+    "rule", ["tcp dport 22 redirect to :1", "meta skuid 5 redirect to :1", "fib daddr type local tcp dport 8000 redirect"]
+)
+def test_redirects_of_others_are_left_alone(rule: str) -> None:
+    shell(chain("nat hook output priority -100", rule))
+    assert not [*foreign_packets.probe_redirects(case(**BOTH))]

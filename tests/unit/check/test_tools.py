@@ -69,6 +69,14 @@ def test_setpriv_is_that_of_util_linux(only: Callable[..., None], script: str | 
     assert levels([*tools.probe_setpriv(case())]) == [expected]
 
 
+def test_an_account_that_is_not_in_this_user_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privileges, "may_become", lambda _: True)
+    monkeypatch.setattr(privileges, "not_mapped", lambda _: "account number 4 is not mapped")
+    (found,) = tools.probe_setpriv(case(user="4"))
+    assert (found.name, found.level) == ("user", "problem") and "account number 4 is not mapped" in found.what
+    assert "--user" not in found.remedy and found.remedy.startswith("tproxy-relay check ")
+
+
 def test_ip_answers_in_json(only: Callable[..., None]) -> None:
     only()
     assert levels([*tools.probe_ip(case())]) == [("ip", "problem")]

@@ -215,6 +215,28 @@ def test_becoming_another_takes_capabilities(monkeypatch: pytest.MonkeyPatch) ->
         assert caught.value.exit_code == 77
 
 
+ONE_ACCOUNT = ("unshare", "--user", "--map-root-user", "--")
+
+
+def test_an_account_that_this_user_namespace_has_not_is_refused_in_words(require_or_skip: Need) -> None:
+    children.need(children.NETWORK, require_or_skip)
+    assert privileges.not_mapped(privileges.account(str(os.geteuid()))) == ""
+    for user, told in ((accounts.ACCOUNT, f"account number {accounts.uid_of(accounts.ACCOUNT)} is not"), ("0", "")):
+        ran = becomes(user, prefix=ONE_ACCOUNT)
+        assert (ran.returncode, told in ran.stderr, "setres" in ran.stderr) == (1 if told else 0, True, False)
+        assert not told or ran.stderr.startswith("77 user: ") and "/proc/self/uid_map" in ran.stderr
+
+
+def test_groups_that_may_not_be_changed_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"uid_map": "0 0 10", "gid_map": "0 0 10\n20 20 1", "setgroups": "deny"}
+    monkeypatch.setattr(privileges, "_text_of", lambda name: texts[name])
+    assert privileges.not_mapped(Account(10, 5, True)).startswith("account number 10 is not mapped")
+    assert privileges.not_mapped(Account(9, 19, True)).startswith("group number 19 is not mapped")
+    assert "/proc/self/setgroups" in privileges.not_mapped(Account(9, 20, True))
+    texts["setgroups"] = "allow"
+    assert privileges.not_mapped(Account(9, 20, True)) == ""
+
+
 def test_the_numbers_of_capabilities(require_or_skip: Need) -> None:
     """linux/capability.h, as setpriv knows it."""
     prefix = children.need(children.NETWORK, require_or_skip)
