@@ -7,6 +7,7 @@ firewall.py  firewall_*.py          other people's rules, in one form, whether n
 foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
 plan_differences.py                 what a ruleset that is there was made for
 journeys.py  foreign_packets.py     the ways of relayed packets, and what others do to them there
+foreign_nat.py                      whose NAT comes before ours
 kernel.py  selfprobe.py  namespace.py  trying it out: the ruleset, and a connection through it
 background.py  __main__.py          the same for a running relay, in a process of its own
 """
@@ -14,7 +15,17 @@ background.py  __main__.py          the same for a running relay, in a process o
 import json
 from collections.abc import Iterable, Iterator
 
-from tproxy_relay.check import foreign_packets, foreign_rules, kernel, limits, ruleset, selfprobe, sysctls, tools
+from tproxy_relay.check import (
+    foreign_nat,
+    foreign_packets,
+    foreign_rules,
+    kernel,
+    limits,
+    ruleset,
+    selfprobe,
+    sysctls,
+    tools,
+)
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
 from tproxy_relay.errors import RelayError
@@ -47,6 +58,7 @@ PROBES: tuple[Probe, ...] = (
     foreign_rules.probe_marks,
     foreign_rules.probe_other_proxies,
     foreign_packets.probe_redirects,
+    foreign_nat.probe_nat,
     foreign_packets.probe_filters,
     foreign_packets.probe_lost_marks,
     foreign_packets.probe_tracking,
