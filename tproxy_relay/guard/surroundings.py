@@ -1,8 +1,8 @@
 """What the guard notices of the host beside its own rules: that others have changed something, and how many connections
 its rules have taken. What that means is for others to find out (supervisor/doctor.py).
 
-Most changes are reported by the kernel (netlink.py). Those of the legacy iptables are not: so these rules are read
-again and again where there are any, and compared.
+Most changes are reported by the kernel (netlink.py). Those of the legacy iptables and of sysctls are not: so these are
+read again and again, and compared.
 """
 
 import contextlib
@@ -19,6 +19,13 @@ from tproxy_relay.intercept.backend import Backend
 LOOK_INTERVAL = 4.0
 """Seconds between two looks. One takes two or three programs, some milliseconds of a processor."""
 
+_SYSCTLS = (
+    *("net/ipv4/ip_forward", "net/ipv4/ip_nonlocal_bind", "net/ipv4/tcp_l3mdev_accept"),
+    *("net/ipv6/conf/all/forwarding", "net/ipv6/ip_nonlocal_bind", "net/ipv6/conf/lo/disable_ipv6"),
+    *("net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"),
+)
+"""Those of the whole host that check/sysctls.py examines."""
+
 
 class Surroundings:
     """To be asked at `look_at` at the latest, and told of changes that were heard of."""
@@ -28,7 +35,7 @@ class Surroundings:
         self._send = send
         self._heard = False
         self._counted = messages.Counted()
-        self._legacy = _legacy_digest()
+        self._unreported = _unreported()
         self.look_at = time.monotonic() + LOOK_INTERVAL
         """When `look` is due (time.monotonic())."""
 
@@ -48,8 +55,8 @@ class Surroundings:
         """Look at what nobody reports; say what is new."""
         self.look_at = time.monotonic() + LOOK_INTERVAL
         with contextlib.suppress(RelayError):
-            legacy, self._legacy = self._legacy, _legacy_digest()
-            if legacy != self._legacy:
+            before, self._unreported = self._unreported, _unreported()
+            if before != self._unreported:
                 self._heard = True
                 self.tell()
             counted = count(backend)
@@ -68,10 +75,18 @@ def count(backend: Backend) -> messages.Counted:
     return messages.Counted(**taken)
 
 
-def _legacy_digest() -> str:
-    """Of the legacy rules of others, without their counters; '' where there are none."""
-    lines = [_uncounted(line) for family in legacy_tables.saved() for line in family if _is_anothers(line)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
+def _unreported() -> str:
+    """A digest of the sysctls and of the legacy rules of others, without their counters."""
+    lines = [f"{name} {_sysctl(name)}" for name in _SYSCTLS]
+    lines += [_uncounted(line) for family in legacy_tables.saved() for line in family if _is_anothers(line)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _sysctl(name: str) -> str:
+    """'' where there is none such."""
+    with contextlib.suppress(OSError), open(f"/proc/sys/{name}", encoding="ascii") as file:
+        return file.read().strip()
+    return ""
 
 
 def _is_anothers(line: str) -> bool:

@@ -1,6 +1,7 @@
 """What the guard notices beside its own rules."""
 
 import socket
+from pathlib import Path
 
 import networks
 import pytest
@@ -54,6 +55,15 @@ def test_the_legacy_iptables_report_nothing_and_are_compared() -> None:
     assert told(one, said) == [HostChanged()]
     programs.run("iptables-legacy -t nat -N TPROXY_RELAY_x".split())
     assert told(one, said) == [], "our own are the guard's matter"
+
+
+def test_sysctls_report_nothing_and_are_compared() -> None:
+    said: list[Event] = []
+    one = Surroundings(Changes(nftables=True), said.append)
+    assert told(one, said) == []
+    switch = Path("/proc/sys/net/ipv4/ip_forward")
+    switch.write_text("0" if switch.read_text() == "1\n" else "1")
+    assert told(one, said) == [HostChanged()]
 
 
 def test_connections_that_the_rules_take_are_counted() -> None:
