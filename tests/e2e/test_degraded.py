@@ -112,11 +112,14 @@ def test_who_is_in_the_way_is_named(fresh_lab: Lab, doctor: Doctor, neighbour: N
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("program", BACKENDS[1:])
-@pytest.mark.parametrize("number", [0, 2], ids=["restore-mark", "notrack"])
-def test_who_is_in_the_way_by_iptables_is_named(
-    fresh_lab: Lab, doctor: Doctor, number: int, program: str, backend: str
-) -> None:
-    named_and_mended(fresh_lab, doctor, by_iptables(program)[number], backend)
+def test_who_does_not_track_by_iptables_is_named(fresh_lab: Lab, doctor: Doctor, program: str, backend: str) -> None:
+    named_and_mended(fresh_lab, doctor, by_iptables(program)[2], backend)
+
+
+@pytest.mark.parametrize("program", BACKENDS[1:])
+def test_who_restores_marks_by_iptables_is_named(fresh_lab: Lab, doctor: Doctor, program: str) -> None:
+    """The relay's own rules by iptables do not mind."""
+    named_and_mended(fresh_lab, doctor, by_iptables(program)[0], "nft")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -221,6 +224,16 @@ def test_a_healthy_relay_that_is_idle_is_never_degraded(fresh_lab: Lab) -> None:
         assert not [line for line in relay.lines() if line["levelname"] in ("WARNING", "ERROR")]
         found = status(fresh_lab)["self_probe"]["found"]
         assert len(found) == 4 and all("is relayed" in one for one in found)
+
+
+def test_a_connection_that_the_settings_refuse_has_come(fresh_lab: Lab) -> None:
+    with serving(fresh_lab, *BOTH_WAYS, "--deny", "192.0.2.0/24,2001:db8::/32", "--self-probe", "5") as relay:
+        now = status_once(fresh_lab, lambda now: now["self_probe"], "a connection was tried", 4 * SOON)
+        assert is_ok(now)
+        assert {one.partition(" comes ")[2] for one in now["self_probe"]["found"]} == {
+            "to the relay, whose settings refuse it"
+        }
+        assert relay.records()[0]["outcome"] == "denied" and now["last_refused"] == []
 
 
 @pytest.mark.parametrize("whom", ["doctor", "relay"])

@@ -69,8 +69,8 @@ def count(backend: Backend) -> messages.Counted:
     """What the rules of that backend have taken. Raises RelayError."""
     taken = {"inbound": 0, "outbound": 0}
     for one in backend.counts():
-        direction, comma, _ = one.label.partition(", IPv")
-        if comma and direction in taken:
+        direction = one.label.partition(", IPv")[0]
+        if direction in taken:
             taken[direction] += one.packets or 0
     return messages.Counted(**taken)
 

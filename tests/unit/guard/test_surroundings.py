@@ -11,7 +11,7 @@ from tproxy_relay.guard import surroundings
 from tproxy_relay.guard.messages import Counted, Event, HostChanged
 from tproxy_relay.guard.netlink import Changes
 from tproxy_relay.guard.surroundings import Surroundings
-from tproxy_relay.intercept import programs
+from tproxy_relay.intercept import backends, programs
 from tproxy_relay.intercept.backend_nft import Nft
 
 pytestmark = pytest.mark.usefixtures("network")
@@ -66,11 +66,13 @@ def test_sysctls_report_nothing_and_are_compared() -> None:
     assert told(one, said) == [HostChanged()]
 
 
-def test_connections_that_the_rules_take_are_counted() -> None:
+@pytest.mark.parametrize("backend", ["nft", "iptables-nft"])
+def test_connections_that_the_rules_take_are_counted(backend: str) -> None:
     said: list[Event] = []
-    Nft().install(PLAN, "active")
+    where = backends.of_name(backend)
+    where.install(PLAN, "active")
     one = Surroundings(Changes(nftables=True), said.append)
-    assert surroundings.count(Nft()) == Counted(0, 0)
+    assert surroundings.count(where) == Counted(0, 0)
     programs.run("ip link add one type veth peer name other".split())
     for link in ("one", "other"):
         programs.run(["ip", "link", "set", link, "up"])
@@ -78,5 +80,5 @@ def test_connections_that_the_rules_take_are_counted() -> None:
     with socket.socket() as client:
         client.setblocking(False)
         client.connect_ex(("192.0.2.2", 443))
-        one.look(Nft())
+        one.look(where)
     assert [event for event in said if isinstance(event, Counted)] == [Counted(0, 1)]
