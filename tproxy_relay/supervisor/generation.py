@@ -79,6 +79,12 @@ class Generation:
         """Set what the connections that the listeners accept inherit. Raises SystemRefusedError."""
         for listener in self.listeners:
             listeners.tune(listener, self.tuning)
+        self.confine()
+
+    def confine(self) -> None:
+        """Let in only clients that come in by `interface`, as it is now. Raises SystemRefusedError."""
+        for listener in self.listeners:
+            listeners.confine(listener, self.settings.interface)
 
 
 def prepare(settings: Settings, kept: Sequence[Listener], *, number: int, inherited: bool) -> Generation:

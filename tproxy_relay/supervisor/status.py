@@ -195,6 +195,8 @@ class Status:
             yield f"the ruleset could not be changed: {health.trouble}"
         if running and health is not None and health.state != "active":
             yield f"the ruleset is {health.state}: new connections do not come here"
+        if running and state.missing_interface:
+            yield f"interface {state.missing_interface} is not there: no client can come in until it is"
         serving = sum(worker.stage is Stage.SERVING for worker in state.workers)
         if running and serving < wanted:
             yield f"{serving} of {wanted} workers are at work"
