@@ -13,6 +13,7 @@ from deadlines import wait_until
 from interception import FAMILIES, PORT, ping
 
 from tproxy_relay.lab import Host, Lab
+from tproxy_relay.net import endpoint
 
 TRY_TIMEOUT = 0.3
 """Seconds for one attempt; the next one is a new SYN."""
@@ -36,6 +37,10 @@ link set {former} name {name}
 link set {name} up
 addr replace fd81:1::1/64 dev {name} nodad
 """
+IPV6_ADDRESSES = """\
+addr add fd81:1::1/64 dev rc nodad
+addr add fd81:2::1/64 dev rs nodad
+"""
 DIRECT, RELAYED = "direct", "relayed"
 
 
@@ -57,11 +62,11 @@ def rename(lab: Lab, former: str, name: str) -> None:
 
 def one_connection(client: Host, server: Host, family: int, timeout: float = TRY_TIMEOUT) -> str:
     """How the server saw a new connection: `direct` or `relayed`; or the name of the client's error. The server of
-    `PeerServer` sends the address that it saw first."""
+    `PeerServer` sends first whom it sees."""
     try:
         with client.connect(server.address(family), PORT, timeout) as sock:
             seen = sock.recv(64).decode().strip()
-            own = sock.getsockname()[0]
+            own = str(endpoint.from_sockaddr(sock.getsockname()))
     except OSError as error:
         return type(error).__name__
     if not seen:
@@ -70,7 +75,7 @@ def one_connection(client: Host, server: Host, family: int, timeout: float = TRY
 
 
 class PeerServer:
-    """Tells each client the address that it has, then sends back what it gets."""
+    """Tells each client the address and port that it has, then sends back what it gets."""
 
     def __init__(self, host: Host) -> None:
         self._listeners = [host.listen(PORT, family) for family in FAMILIES.values()]
@@ -83,7 +88,8 @@ class PeerServer:
             while True:
                 sock, peer = listener.accept()
                 self._live.append(sock)
-                threading.Thread(target=self._serve, args=(sock, peer[0]), daemon=True).start()
+                seen = str(endpoint.from_sockaddr(peer))
+                threading.Thread(target=self._serve, args=(sock, seen), daemon=True).start()
 
     def _serve(self, sock: socket.socket, peer: str) -> None:
         with sock, contextlib.suppress(OSError):
@@ -130,15 +136,15 @@ class Knocker:
         """The kinds of what has come out so far."""
         return {answer for _, answer in self.seen}
 
-    def first_served(self, since: float) -> float:
-        """Seconds from `since` to the end of the first connection begun after it that was served."""
+    def first_relayed(self, since: float) -> float:
+        """Seconds from `since` to the first connection that was begun after it and relayed."""
         found: list[float] = []
 
-        def served() -> bool:
-            found.extend(at for at, answer in list(self.seen) if at >= since and answer in (DIRECT, RELAYED))
+        def relayed() -> bool:
+            found.extend(at for at, answer in list(self.seen) if at >= since and answer == RELAYED)
             return bool(found)
 
-        wait_until(served, "a client is served again")
+        wait_until(relayed, "a client is relayed")
         return found[0] - since
 
 
@@ -151,3 +157,11 @@ def long_session(lab: Lab, family: int) -> socket.socket:
         seen += sock.recv(64 - len(seen))
     assert ping(sock) == ""
     return sock
+
+
+def switch_ipv6(lab: Lab, on: bool) -> None:
+    """Of the relay's host, as sysctl does it; with it come and go its addresses."""
+    for scope in ("all", "default"):
+        lab.relay.set_sysctl(f"net.ipv6.conf.{scope}.disable_ipv6", 0 if on else 1)
+    if on:
+        lab.relay.run(["ip", "-batch", "-"], input=IPV6_ADDRESSES)

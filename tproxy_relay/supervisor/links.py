@@ -10,7 +10,7 @@ import socket
 import time
 
 from tproxy_relay.errors import SystemRefusedError
-from tproxy_relay.logs.complaint import Complaint
+from tproxy_relay.logs.repeats import Complaint
 from tproxy_relay.net import rtnetlink
 from tproxy_relay.supervisor.state import RelayState
 
@@ -26,8 +26,8 @@ class Links:
     def __init__(self, selector: selectors.BaseSelector, state: RelayState) -> None:
         self._selector = selector
         self._state = state
-        self._absence = Complaint(log, logging.WARNING)
-        self._trouble = Complaint(log)
+        self._absence = Complaint()
+        self._trouble = Complaint()
         self._confined: tuple[int, int] | None = None
         """The generation, and the number of the interface that its listeners are kept to."""
         self._look_at: float | None = None
@@ -74,14 +74,19 @@ class Links:
         try:
             generation.confine()
         except SystemRefusedError as error:
-            self._trouble.say(str(error))
+            if self._trouble.begins(str(error)):
+                log.error("%s", error)
             return
-        self._trouble.over(f"the listeners are limited to interface {interface}")
+        self._trouble.ends()
         first, self._confined = self._confined is None, found
         self._state.missing_interface = None if found[1] else interface
         if found[1]:
-            self._absence.over(f"interface {interface} is there: its clients are served")
-        elif first:
-            self._absence.say(f"interface {interface} is not there yet: nothing is intercepted until it comes")
-        else:
-            self._absence.say(f"interface {interface} is gone: nothing is intercepted until it is back")
+            if self._absence.ends():
+                log.info("interface %s is there: its clients are served", interface)
+        elif self._absence.begins("not yet" if first else "gone"):
+            log.warning(
+                "interface %s is not there yet: nothing is intercepted until it comes"
+                if first
+                else "interface %s is gone: nothing is intercepted until it is back",
+                interface,
+            )
