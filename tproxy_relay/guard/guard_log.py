@@ -5,6 +5,10 @@ import logging
 from tproxy_relay.errors import RelayError
 from tproxy_relay.logs.repeats import Complaint, Seldom
 
+MOST_RESTORED = 3
+"""Lines in a minute that the same has been put back: what is taken away more often than that is taken away by another
+program, again and again."""
+
 log = logging.getLogger(__name__)
 
 
@@ -13,6 +17,7 @@ class GuardLog:
 
     def __init__(self) -> None:
         self._seldom = Seldom()
+        self._often = Seldom(MOST_RESTORED)
         self._trouble = Complaint()
 
     def died(self) -> None:
@@ -32,7 +37,7 @@ class GuardLog:
 
     def restored(self, what: str) -> None:
         """This was gone, or otherwise than planned, and was put back."""
-        if self._seldom.is_due("restored", what):
+        if self._often.is_due(what):
             log.warning("ruleset restored", extra={"what": what})
 
     def in_trouble(self, why: str) -> None:

@@ -10,18 +10,19 @@ INTERVAL = 60.0
 
 
 class Seldom:
-    """Lines that may come again and again, each at most once in INTERVAL seconds."""
+    """Lines that may come again and again, each so many times in INTERVAL seconds at the most."""
 
-    def __init__(self) -> None:
-        self._said: dict[tuple[str, ...], float] = {}
+    def __init__(self, most: int = 1) -> None:
+        self._most = most
+        self._said: list[tuple[float, tuple[str, ...]]] = []
 
     def is_due(self, *line: str) -> bool:
-        """True if what these words tell is to be logged now: it was not within the last INTERVAL seconds."""
+        """True if what these words tell is to be logged now: it was not too often within the last INTERVAL seconds."""
         now = time.monotonic()
-        self._said = {one: at for one, at in self._said.items() if now - at < INTERVAL}
-        if line in self._said:
+        self._said = [(at, one) for at, one in self._said if now - at < INTERVAL]
+        if sum(one == line for _, one in self._said) >= self._most:
             return False
-        self._said[line] = now
+        self._said.append((now, line))
         return True
 
 

@@ -50,3 +50,5 @@ def test_what_happens_again_and_again(clock: list[float]) -> None:
         clock[0] += 2
     assert said == [0, 60, 120, 180]
     assert seldom.is_due("put back", "another rule")
+    thrice = Seldom(3)
+    assert [thrice.is_due("it") for _ in range(5)] == [True, True, True, False, False]
