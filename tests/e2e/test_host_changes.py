@@ -22,7 +22,8 @@ from host_change_trials import (
     switch_ipv6,
     unplug,
 )
-from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, ping
+from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, opened, ping
+from service_manager import ServiceManager
 
 from tproxy_relay.guard.guard import CHECK_INTERVAL
 from tproxy_relay.intercept import programs
@@ -169,6 +170,7 @@ def test_a_reload_and_another_relay_find_the_interface_as_it_is_then(fresh_lab: 
         relay.wait_for_line(lambda line: line["message"] == "reloaded")
         plug(lab)
         wait_until(lambda: one_connection(lab.client, lab.server, socket.AF_INET) == RELAYED, "relayed again")
+        wait_until(lambda: len(relay.records()) == opened(relay), "it has no connection left that it would wait for")
         unplug(lab)
         with lab.relay_process(*INBOUND, "--take-over") as after:
             assert relay.wait() == 0
@@ -179,6 +181,20 @@ def test_a_reload_and_another_relay_find_the_interface_as_it_is_then(fresh_lab: 
                 )
             prove_interception(lab, after)
             after.stop()
+
+
+def test_a_relay_that_is_started_again_finds_the_interface_with_the_sockets_that_were_stored(
+    fresh_lab: Lab, tmp_path: Path
+) -> None:
+    lab = fresh_lab
+    with PeerServer(lab.server), ServiceManager(tmp_path) as manager:
+        for _ in range(2):
+            with lab.relay_process(*INBOUND, wrapper=manager.wrapper) as relay:
+                prove_interception(lab, relay)
+                wait_until(lambda: len(manager.names) == 4, "they are stored")
+                relay.stop()
+            unplug(lab)
+            plug(lab)
 
 
 # --- IPv6 comes and goes

@@ -8,6 +8,7 @@ import children
 import loopback
 import pytest
 
+from tproxy_relay.intercept import programs
 from tproxy_relay.net import ingress, rtnetlink
 
 LO = 1
@@ -40,6 +41,21 @@ def test_a_connection_is_freed_of_it_whatever_becomes_of_the_listener() -> None:
                 ingress.open_to_all(accepted)
                 accepted.settimeout(5)
                 assert accepted.recv(1) == b"x"
+
+
+@pytest.mark.usefixtures("network")
+def test_one_that_is_bound_to_an_interface_is_bound_to_the_one_that_was_made_again() -> None:
+    """By a relay of before, a socket unit or a link-local address: the kernel would go on with the former number."""
+    make = "ip link add one type veth peer name two".split()
+    programs.run(make)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"one")
+        before = ingress.bound_to(sock)
+        programs.run("ip link del one".split())
+        ingress.keep_to(sock, ingress.NOWHERE)
+        programs.run(make)
+        ingress.keep_to(sock, rtnetlink.index_of("one"))
+        assert ingress.bound_to(sock) == rtnetlink.index_of("one") != before
 
 
 KEPT = """

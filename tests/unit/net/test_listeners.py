@@ -19,7 +19,7 @@ from rows import Seen
 
 from tproxy_relay.errors import CapabilityMissingError, KernelUnsupportedError, SystemRefusedError
 from tproxy_relay.intercept import programs
-from tproxy_relay.net import endpoint, linux, listeners, sockets
+from tproxy_relay.net import endpoint, ingress, linux, listeners, sockets
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.settings import Settings
 
@@ -171,6 +171,19 @@ def test_an_interface_that_is_not_there_is_waited_for(opened: Callable[..., list
     assert not reached(one)
     listeners.confine(one, None)
     assert reached(one)
+
+
+@pytest.mark.usefixtures("network")
+def test_a_stored_listener_that_was_bound_to_an_interface_is_bound_no_more(
+    opened: Callable[..., list[listeners.Listener]],
+) -> None:
+    """A relay of before has stored it: its connections would end with the interface."""
+    programs.run(["ip", "link", "set", "lo", "up"])
+    (one,) = opened(plain())
+    one.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+    stored = listeners.Listener(one.sock, one.wanted, stored=True)
+    assert listeners.open_all(plain(interface="lo"), TUNED, [stored]) == [stored]
+    assert ingress.bound_to(one.sock) == 0
 
 
 def test_to_wait_for_an_interface_takes_a_capability(require_or_skip: Callable[[str], NoReturn]) -> None:
