@@ -64,10 +64,11 @@ def ping_after_greeting(sock: socket.socket) -> str:
 
 
 @pytest.mark.parametrize("on_failure", ["open", "closed"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_interface_goes_and_comes_back(fresh_lab: Lab, backend: str, on_failure: str) -> None:
-    lab = fresh_lab
-    options = (*INBOUND, "--backend", backend, "--on-failure", on_failure)
+@pytest.mark.parametrize("kind", [*BACKENDS, "nft redirect", "nft address"])
+def test_an_interface_goes_and_comes_back(fresh_lab: Lab, kind: str, on_failure: str) -> None:
+    lab, (backend, *more) = fresh_lab, kind.split()
+    way = {"redirect": ("--mode", "redirect"), "address": ("--preserve-source", "address")}
+    options = (*INBOUND, "--backend", backend, "--on-failure", on_failure, *(way[more[0]] if more else ()))
     with PeerServer(lab.server), lab.relay_process(*options) as relay:
         prove_interception(lab, relay)
         with contextlib.ExitStack() as stack:
