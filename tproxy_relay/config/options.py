@@ -149,7 +149,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "interface",
             option_addresses.INTERFACE,
             "NAME",
-            "Listen on this network interface only, and intercept only what arrives there.",
+            "Listen on this network interface only, and intercept only what arrives there. It may come after "
+            "the relay, and go and come back.",
             unset="all interfaces",
         ),
         Option(

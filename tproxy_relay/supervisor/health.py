@@ -106,6 +106,9 @@ def of_relay(state: RelayState, respawn: Respawn) -> Iterator[Problem]:
         yield Problem("state", f"the relay is {state.phase.value}", kind=MINOR)
     if running and state.interception is not None:
         yield from _of_ruleset(state)
+    if running and state.missing_interface:
+        text = f"interface {state.missing_interface} is not there: no client can come in until it is"
+        yield Problem("interface", text)
     yield from _of_workers(state, respawn, running)
     live, most = state.workers.numbers.live, state.generation.limits.most
     if live >= most:

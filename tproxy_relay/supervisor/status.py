@@ -15,6 +15,7 @@ from tproxy_relay.errors import RelayError
 from tproxy_relay.ipc.histogram import Histogram
 from tproxy_relay.ipc.scoreboard import Numbers, Traffic
 from tproxy_relay.logs.recent import Problems
+from tproxy_relay.logs.repeats import Complaint
 from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.net import listeners, proc_net
 from tproxy_relay.outcome import Outcome
@@ -50,7 +51,7 @@ class Status:
         self._history = History()
         self._overflows_before = proc_net.listen_overflows()
         self._admin: AdminSocket | None = None
-        self._admin_trouble = ""
+        self._admin_trouble = Complaint()
         self._api: Api | None = None
 
     # --- where it can be asked
@@ -79,11 +80,10 @@ class Status:
         try:
             if wanted is not None:
                 self._api.open_public(address.listen(wanted))
-            self._admin_trouble = ""
+            self._admin_trouble.ends()
         except RelayError as error:
-            if str(error) != self._admin_trouble:
+            if self._admin_trouble.begins(str(error)):
                 log.error("%s", error)
-            self._admin_trouble = str(error)
 
     def close_public(self) -> None:
         """Answer at the relay's own socket only."""
