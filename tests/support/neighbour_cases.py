@@ -179,6 +179,7 @@ def by_iptables(program: str) -> tuple[Neighbour, ...]:
             "lost-marks",
             keeps=kept(program, "mangle", "restore"),
             sees=(LOST, RESET),
+            by_order=True,
         ),
         Neighbour(
             "one mark for what is sent",

@@ -4,16 +4,16 @@ without a relay.
 What a case does to the host is the commands of its neighbour, as those who have reported it would have typed them.
 """
 
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deadlines import PATIENCE
 from interception import FAMILIES, PORT, ping, ways
 
 from tproxy_relay.lab import Host, Lab
 
-TIMEOUT = 1.2
-"""Seconds for a connection of one client: the second SYN goes out after one."""
+SHORT = 1.2
+"""Seconds for a connection that nobody answers: the second SYN goes out after one."""
 
 ANSWERED, RELAYED, LOST, RESET, REFUSED = "answered", "relayed", "timed out", "reset", "refused"
 
@@ -34,6 +34,8 @@ class Neighbour:
     keeps: str = ""
     """A command that shows that the neighbour's rule is still there after the remedy."""
     level: str = "problem"
+    by_order: bool = False
+    """True if it takes the right order of two chains, where the relay's rules are made with iptables."""
     sees: tuple[str, ...] = (LOST,)
     """What clients see instead: one of these."""
 
@@ -50,20 +52,15 @@ def spoil(lab: Lab, how: Sequence[str]) -> None:
         lab.relay.run(["sh", "-c", line])
 
 
-def seen(lab: Lab, way: str, family: str) -> str:
-    """What a client sees of a new connection and an exchange on it."""
+def seen(lab: Lab, way: str, family: str, timeout: float = PATIENCE) -> str:
+    """What a client sees of a new connection and an exchange on it. `timeout` is for one that may be lost."""
     source, destination = ways(lab)[way]
-    return _seen(source, lambda: source.connect(destination.address(FAMILIES[family]), PORT, TIMEOUT), lab.relay)
-
-
-def _seen(source: Host, connect: Callable[[], socket.socket], relay: Host) -> str:
     try:
-        with connect() as sock:
-            mine = sock.getsockname()[1]
+        with source.connect(destination.address(FAMILIES[family]), PORT, timeout) as sock:
             fault = ping(sock)
             if fault:
                 return RESET if "Reset" in fault else LOST if "imeout" in fault else fault
-            return RELAYED if _taken(relay, mine) else ANSWERED
+            return RELAYED if _taken(lab.relay, sock.getsockname()[1]) else ANSWERED
     except ConnectionRefusedError:
         return REFUSED
     except ConnectionError:

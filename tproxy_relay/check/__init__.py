@@ -1,7 +1,7 @@
 """`tproxy-relay check`, the doctor: what this host lacks, one line each, with the command that mends it.
 
 finding.py                          what a line says
-context.py  host.py                 what is examined, and the facts about it
+context.py  host.py  interfaces.py  what is examined, and the facts about it
 tools.py  limits.py  sysctls.py     the programs, the limits, the settings of the kernel
 firewall.py  firewall_*.py          other people's rules, in one form, whether nft or iptables made them
 foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
@@ -19,6 +19,7 @@ from tproxy_relay.check import (
     foreign_nat,
     foreign_packets,
     foreign_rules,
+    interfaces,
     kernel,
     limits,
     ruleset,
@@ -50,6 +51,7 @@ PROBES: tuple[Probe, ...] = (
     sysctls.probe_nonlocal_bind,
     sysctls.probe_loopback,
     sysctls.probe_interface,
+    interfaces.probe_redirect_addresses,
     sysctls.probe_forwarding,
     sysctls.probe_bridges,
     sysctls.probe_vrf,

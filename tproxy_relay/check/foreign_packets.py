@@ -16,6 +16,15 @@ from tproxy_relay.intercept.plan import Family
 from tproxy_relay.settings import PortRange
 
 
+_UNKNOWN = (
+    "the relay knows such packets by the mark of their connection: without it they go direct, are reset or hang"
+)
+_FLOOD = (
+    "a handshake that is answered with a SYN cookie (in a flood, or with tcp_syncookies 2) is known by its connection "
+    "only: such clients are reset"
+)
+
+
 def probe_filters(case: Case) -> Iterator[Finding]:
     """Intercepted packets still have their original port when they meet the filters of this host, and come in by lo
     where they were sent by programs here."""
@@ -65,13 +74,10 @@ def probe_tracking(case: Case) -> Iterator[Finding]:
                     if not (certain and rule.untracks) or (rule.where, journey.what) in seen:
                         continue
                     seen.add((rule.where, journey.what))
-                    yield problem(
-                        "tracking",
-                        f"{rule.where} leaves {journey.what} untracked",
-                        "the relay knows such packets by the mark of their connection: without it they go direct, are "
-                        "reset or hang",
-                        chain.let_pass.format(condition=_in_words(case, journey, nft=chain.let_pass[:3] == "nft")),
-                    )
+                    make, why = (warning, _FLOOD) if journey.in_floods else (problem, _UNKNOWN)
+                    condition = _in_words(case, journey, nft=chain.let_pass.startswith("nft"))
+                    what = f"{rule.where} leaves {journey.what} untracked"
+                    yield make("tracking", what, why, chain.let_pass.format(condition=condition))
     if not seen and any(journey.tracked for journey in journeys.of(case)):
         yield ok("tracking", "no rule keeps relayed connections from being tracked for certain")
 
@@ -163,6 +169,8 @@ def _losers(case: Case, journey: Journey) -> Iterator[tuple[str, Rule, str]]:
                 if order is None:
                     continue
                 for rule, certain in firewall.met(chain, table, packet):
+                    if any(value & mask & packet.mask for value, mask in rule.marks):
+                        continue  # it means these very bits: others are to be chosen (foreign_rules.probe_marks)
                     for change in rule.changes if certain else ():
                         if change.what == what and _loses(change, packet, wanted, journey.fatal):
                             yield what, rule, order
@@ -171,6 +179,8 @@ def _losers(case: Case, journey: Journey) -> Iterator[tuple[str, Rule, str]]:
 def _loses(change: Change, packet: Packet, wanted: int | None, fatal: int) -> bool:
     if not change.certain:
         return False
+    if change.of_ct_mark & packet.mask and packet.ct_mark is None:
+        return False  # nobody knows
     left = change.bits(packet)
     if fatal and change.what == "mark":
         return left is not None and bool(left & fatal)

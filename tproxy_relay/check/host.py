@@ -32,6 +32,12 @@ class Interface:
     """Those that mean something beyond the link, with their prefix length."""
     bridge: dict[str, Any]
     """What `ip -details` says of a bridge, {} for all others."""
+    families: frozenset[int] = frozenset()
+    """Of all its addresses, those of the link too."""
+
+    def has_any(self, family: Family) -> bool:
+        """True if it has an address of that family, be it of the link only."""
+        return family in self.families
 
     def has(self, family: Family) -> bool:
         """True if it has an address of that family."""
@@ -143,7 +149,8 @@ def _interface(one: dict[str, Any]) -> Interface:
     )
     kind = str(link.get("info_kind", ""))
     bridge = dict(link.get("info_data", {})) if kind == "bridge" else {}
-    return Interface(one["ifname"], kind, one.get("master"), "UP" in one.get("flags", ()), addresses, bridge)
+    families = frozenset(6 if address.get("family") == "inet6" else 4 for address in one.get("addr_info", ()))
+    return Interface(one["ifname"], kind, one.get("master"), "UP" in one.get("flags", ()), addresses, bridge, families)
 
 
 def _read(path: str) -> str:

@@ -51,12 +51,15 @@ class Journey(NamedTuple):
     """Filters that only relayed connections meet like this."""
     fatal: int = 0
     """Only these bits of the mark do harm, if it gets them; 0: any other mark does."""
+    in_floods: bool = False
+    """True if it goes without tracking, but for handshakes that are answered with a SYN cookie."""
 
 
 _EARLY, _LATE = ALWAYS = -(2**31), 2**31
 _BEFORE, _AFTER = (_EARLY, MANGLE), (MANGLE, _LATE)
 _RAW = (_EARLY, CONNTRACK - 1)
 _OUTPUT, _RAW_OUTPUT = Station("output", _EARLY, _LATE), Station("output", *_RAW)
+_RAW_PREROUTING = Station("prerouting", *_RAW)
 _POSTROUTING, _PREROUTING = Station("postrouting", _EARLY, _LATE), Station("prerouting", _EARLY, _LATE)
 _ARRIVING_AT_LO = (_PREROUTING, Station("input", _EARLY, _LATE))
 _AFTER_US = Station("prerouting", MANGLE + 1, _LATE)
@@ -94,11 +97,15 @@ def _inbound(case: Case, family: Family, ports: PortRange) -> Iterator[Journey]:
     marks, after = case.plan.marks, Station("prerouting", *_AFTER)
     packet = Packet(family, ports.first, marks.inbound, case.plan.mark_mask, None, None, ct_mark=0)
     beyond = not served_here(ports)
+    answer = packet._replace(port=None, sport=ports.first, mark=marks.relay, state="established")
+    yield Journey(f"connections to port {ports}", packet, tracked=(_RAW_PREROUTING,), in_floods=True)
+    yield Journey(f"the relay's answers from port {ports}", answer, tracked=(_RAW_OUTPUT,), in_floods=True)
     what = f"connections to port {ports} on their way to the relay"
     for interface in _interfaces(case, family):
         arriving = packet._replace(iif=interface)
-        for state in ("new", "established"):
-            yield Journey(what, arriving._replace(state=state), keeps=(after,) * beyond, meets=(after,))
+        for state, ct_mark in (("new", 0), ("established", None)):
+            one = arriving._replace(state=state, ct_mark=ct_mark)
+            yield Journey(what, one, keeps=(after,) * beyond, meets=(after,))
         if case.plan.keeps_source and beyond:
             answer = arriving._replace(port=None, sport=ports.first, state="established")
             yield Journey(f"answers of servers from port {ports} to the relay", answer, keeps=(after,), meets=(after,))

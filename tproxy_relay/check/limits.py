@@ -236,7 +236,7 @@ def _about_refusal(case: Case, address: Endpoint, error: OSError) -> Iterator[Fi
         yield problem(
             "interface",
             f"there is no interface {case.settings.interface} (there are {', '.join(names)})",
-            "the relay cannot listen there",
+            "nothing comes in by it, so nothing inbound is relayed",
             case.command(interface=None),
         )
     elif error.errno == errno.EACCES and address.port < (host.number(UNPRIVILEGED) or 0):
