@@ -16,7 +16,6 @@ from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
 
-
 NOTICED = ("host-changed", "counted")
 """Events that may come at any time (guard/surroundings.py)."""
 

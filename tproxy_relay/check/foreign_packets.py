@@ -15,7 +15,6 @@ from tproxy_relay.check.journeys import ALWAYS, MANGLE, Journey, Station
 from tproxy_relay.intercept.plan import Family
 from tproxy_relay.settings import PortRange
 
-
 _UNKNOWN = (
     "the relay knows such packets by the mark of their connection: without it they go direct, are reset or hang"
 )
