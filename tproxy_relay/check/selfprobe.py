@@ -21,10 +21,15 @@ from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import programs, ruleset
 from tproxy_relay.intercept.plan import Family
-from tproxy_relay.net import probe_networks, proc_net
+from tproxy_relay.net import probe_networks, proc_net, unix_sockets
 
 CONNECT_TIMEOUT = 0.8
 """Seconds for a connection within this host, which takes a millisecond."""
+
+TURN_TIMEOUT = 15.0
+"""Seconds for others to finish, who take one, and some more for what gets no answer."""
+_TURN = "tproxy_relay/self-probe"
+"""The abstract name (unix(7)) that whoever tries has in this network namespace."""
 
 NAME = "self-probe"
 
@@ -66,11 +71,28 @@ def try_connections(case: Case) -> Iterator[Finding]:
         return
     user = not case.host.may(host.SYS_ADMIN)
     try:
-        with Namespace(user=user) as client, Namespace(user=user) as server:
+        with _alone(), Namespace(user=user) as client, Namespace(user=user) as server:
             with _wired(case, client, server) as families:
                 yield from _try_all(case, client, server, families)
     except (RelayError, OSError) as error:
         yield warning(NAME, f"no connection was tried ({error})", "so nobody knows whether they are relayed")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """The links and the addresses are there once: a relay and a person may both want to try. RelayError if that takes
+    too long."""
+    deadline = time.monotonic() + TURN_TIMEOUT
+    with socket.socket(socket.AF_UNIX) as turn:
+        while True:
+            try:
+                turn.bind(unix_sockets.abstract(_TURN))
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RelayError("somebody else tries connections all the time") from error
+                time.sleep(0.02)
+        yield
 
 
 def _try_all(case: Case, client: Namespace, server: Namespace, families: list[Family]) -> Iterator[Finding]:
