@@ -89,6 +89,7 @@ class Settings:
     """None: as many as there are processors."""
     cpu_affinity: CpuAffinity = "auto"
     stall_timeout: float = 10.0
+    self_probe: float = 600.0
     preserve_source: PreserveSource = "no"
     target: HostPort | None = None
     allow: tuple[Network, ...] = ()

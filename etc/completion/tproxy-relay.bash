@@ -16,11 +16,11 @@ _tproxy_relay() {
                 case $option in
                     ports | bind | interface | mode | intercept-inbound | intercept-outbound | inbound-port | \
                     outbound-port | backend | on-failure | mark-mask | route-table | route-priority | workers \
-                    | cpu-affinity | user | stall-timeout | preserve-source | target | allow | deny | \
-                    client-congestion | upstream-congestion | client-pacing | upstream-pacing | socket-buffer \
-                    | max-connections | max-per-source | max-rate-per-source | when-full | connect-timeout | \
-                    idle-timeout | half-close-timeout | drain-timeout | keepalive | user-timeout | log-level | \
-                    log-format | log-file | admin | config | root | show | abort) ;;
+                    | cpu-affinity | user | stall-timeout | self-probe | preserve-source | target | allow | \
+                    deny | client-congestion | upstream-congestion | client-pacing | upstream-pacing | \
+                    socket-buffer | max-connections | max-per-source | max-rate-per-source | when-full | \
+                    connect-timeout | idle-timeout | half-close-timeout | drain-timeout | keepalive | \
+                    user-timeout | log-level | log-format | log-file | admin | config | root | show | abort) ;;
                     *) option= ;;
                 esac
                 if [[ -n $option ]] && ((i + 1 < COMP_CWORD)); then
@@ -59,8 +59,8 @@ _tproxy_relay() {
             else
                 _tproxy_relay_words --ports --bind --interface --mode --intercept-inbound --intercept-outbound --inbound-port \
                     --outbound-port --backend --on-failure --mark-mask --route-table --route-priority \
-                    --workers --cpu-affinity --user --stall-timeout --preserve-source --target --allow --deny \
-                    --client-congestion --upstream-congestion --client-pacing --upstream-pacing \
+                    --workers --cpu-affinity --user --stall-timeout --self-probe --preserve-source --target \
+                    --allow --deny --client-congestion --upstream-congestion --client-pacing --upstream-pacing \
                     --socket-buffer --max-connections --max-per-source --max-rate-per-source --when-full \
                     --connect-timeout --idle-timeout --half-close-timeout --drain-timeout --keepalive \
                     --user-timeout --log-level --log-format --log-file --admin --config --print-config \

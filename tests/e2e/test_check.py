@@ -57,14 +57,13 @@ WAYS = (
     Bad("br_netfilter, one bridge", (BRIDGE, OFF, "ip link set br0 type bridge nf_call_iptables 1"), "bridge-ipv4"),
     Bad("foreign route", ("ip route add 10.9.0.0/16 dev rs table 7006",), "route-table-ipv4"),
     Bad("foreign IPv6 route", ("ip -6 route add fd09::/64 dev rs table 7006",), "route-table-ipv6"),
-    Bad("rule before ours", ("ip rule add pref 100 lookup main",), "rule-priority-ipv4"),
-    Bad("dead end before ours", ("ip -6 rule add pref 5250 unreachable",), "rule-priority-ipv6"),
+    Bad("rule before ours, and no room", ("ip rule add pref 3 lookup main",), "rule-priority-ipv4"),
+    Bad("dead end before ours, and no room", ("ip -6 rule add pref 2 unreachable",), "rule-priority-ipv6"),
     Bad(
-        "all but default routes before ours",
-        ("ip rule add pref 9 lookup main suppress_prefixlength 0",),
+        "all but default routes before ours, and no room",
+        ("ip rule add pref 1 lookup main suppress_prefixlength 0",),
         "rule-priority-ipv4",
     ),
-    Bad("rule at our priority", ("ip rule add pref 7006 lookup main",), "rule-priority-ipv4"),
     Bad("marks, ip rule", ("ip rule add pref 9000 fwmark 0x1000000/0xff000000 lookup 52",), "marks"),
     Bad(
         "marks, nft",
@@ -171,6 +170,9 @@ FINE = (
     "ip rule add pref 32764 lookup main suppress_prefixlength 0",
     "ip route add default via 10.81.2.2 table 52",
     "ip rule add pref 52 lookup 52 suppress_prefixlength 0",
+    # Tailscale with one, and somebody at our priority: there is room before them
+    "ip rule add pref 5270 lookup 52",
+    "ip rule add pref 7006 lookup main",
     "ip rule add pref 32765 not fwmark 0xca6c lookup 51820",
     "ip rule add pref 5210 fwmark 0x80000/0xff0000 lookup main",
     "iptables-nft -t nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE",

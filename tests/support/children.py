@@ -47,6 +47,14 @@ def need(command: Sequence[str], require_or_skip: Callable[[str], NoReturn]) -> 
     return tuple(command)
 
 
+def traced(call: str, number: str, calls: str, require_or_skip: Callable[[str], NoReturn]) -> tuple[str, ...]:
+    """A prefix under which the kernel seems to refuse a call."""
+    if shutil.which("strace") is None:
+        require_or_skip("strace is not installed")
+    trace = ("strace", "-f", "-qq", "-o", "/dev/null", f"-e{calls}", f"-einject={call}:error={number}")
+    return need(trace, require_or_skip)
+
+
 def run_python(
     code: str, *arguments: str, prefix: Sequence[str] = (), seconds: float = 20, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,9 @@ from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.ipc import channel
 from tproxy_relay.ipc.channel import Channel
 
+NOTICED = ("host-changed", "counted")
+"""Events that may come at any time (guard/surroundings.py)."""
+
 
 class GuardChild:
     """The process, and the relay's end of its channel."""
@@ -39,10 +42,12 @@ class GuardChild:
 
 
 def answer(talk: Channel) -> dict[str, Any]:
-    """What comes next on that channel."""
-    received = talk.receive(PATIENCE)
-    assert received is not None and not received[1]
-    return received[0]
+    """What comes next on that channel, but for what is noticed beside the rules."""
+    while True:
+        received = talk.receive(PATIENCE)
+        assert received is not None and not received[1]
+        if received[0].get("event") not in NOTICED:
+            return received[0]
 
 
 @contextmanager

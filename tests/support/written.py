@@ -71,7 +71,7 @@ def _whole(least: int, most: int) -> st.SearchStrategy[str]:
 
 ANY: dict[str, st.SearchStrategy[str]] = {
     **{name: st.sampled_from(option.words) for name, option in OPTIONS.items() if option.in_file and option.words},
-    **{name: _SECONDS for name in OPTIONS if name.endswith("-timeout")},
+    **{name: _SECONDS for name in OPTIONS if name.endswith("-timeout") or name == "self-probe"},
     "ports": separated(PORTS),
     "bind": separated(st.sampled_from(["10.0.0.1", "127.0.0.1", "::1", "2001:DB8::2"])),
     "interface": st.sampled_from(["eth0", "wg-1", "a.b_c:d"]),

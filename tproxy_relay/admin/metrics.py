@@ -68,6 +68,12 @@ def _of_connections(status: Document) -> Iterator[Metric]:
 def _of_the_process(status: Document) -> Iterator[Metric]:
     yield _gauge("start_time_seconds", "When the relay was started, since 1970.", status["started"])
     yield _gauge("healthy", "1 if `tproxy-relay status` has no complaint.", int(status["health"] == "ok"))
+    problems = GaugeMetricFamily(
+        "tproxy_relay_problem", "1 for each kind of thing that is wrong now.", labels=["name", "class"]
+    )
+    for name, kind in sorted({(one["name"], one["class"]) for one in status["problems"]}):
+        problems.add_metric([name, kind], 1)
+    yield problems
     waiting = GaugeMetricFamily(
         "tproxy_relay_backlog_connections", "Connections that wait in the kernel to be accepted.", labels=["listener"]
     )

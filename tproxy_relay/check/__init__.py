@@ -8,13 +8,16 @@ firewall.py  firewall_*.py          other people's rules, in one form, whether n
 foreign_rules.py  ruleset.py        who is in the way; what a former relay has left
 plan_differences.py                 what a ruleset that is there was made for
 journeys.py  foreign_packets.py     the ways of relayed packets, and what others do to them there
+foreign_nat.py                      whose NAT comes before ours
 kernel.py  selfprobe.py  namespace.py  trying it out: the ruleset, and a connection through it
+background.py  __main__.py          the same for a running relay, in a process of its own
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tproxy_relay.check import (
+    foreign_nat,
     foreign_packets,
     foreign_rules,
     interfaces,
@@ -29,7 +32,7 @@ from tproxy_relay.check import (
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
 from tproxy_relay.errors import RelayError
-from tproxy_relay.intercept import foreign_nat, plan
+from tproxy_relay.intercept import planning
 from tproxy_relay.settings import Settings
 
 PROBES: tuple[Probe, ...] = (
@@ -61,6 +64,7 @@ PROBES: tuple[Probe, ...] = (
     foreign_rules.probe_marks,
     foreign_rules.probe_other_proxies,
     foreign_packets.probe_redirects,
+    foreign_nat.probe_nat,
     foreign_packets.probe_filters,
     foreign_packets.probe_lost_marks,
     foreign_packets.probe_tracking,
@@ -84,12 +88,20 @@ def run(settings: Settings, *, as_json: bool) -> int:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """All findings. Raises ConfigError if `user` is not an account."""
-    case = Case(settings, plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations()))
+    case = Case(settings, planning.for_host(settings))
     if not case.intercepts:
         yield ok("intercept", "nothing is to be intercepted: intercept-inbound and intercept-outbound are not set")
-    for probe in PROBES:
+    yield from ask(case, PROBES)
+
+
+def ask(case: Case, probes: Iterable[Probe]) -> Iterator[Finding]:
+    """What these find, one after the other. What the self-probe meets is explained by what was found before."""
+    cause = None
+    for probe in probes:
         try:
-            yield from probe(case)
+            for found in probe(case):
+                yield selfprobe.explained(found, cause)
+                cause = cause or (found if found.level == PROBLEM and found.name != selfprobe.NAME else None)
         except (RelayError, OSError, ValueError) as error:
             yield _not_examined(probe, error)
 

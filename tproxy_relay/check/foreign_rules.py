@@ -10,15 +10,12 @@ from tproxy_relay.check import firewall
 from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
 from tproxy_relay.check.firewall import ALL_BITS, Packet
-from tproxy_relay.intercept import routing
+from tproxy_relay.intercept import foreign_routing, routing
 from tproxy_relay.intercept.plan import Family
 from tproxy_relay.settings import PortRange
 
 _MATCH_ALL = {"priority", "src", "fwmark", "fwmask", "not", "table", "action", "protocol", "suppress_prefixlen"}
 """What a rule of routing may say without being about some addresses or ports only."""
-
-_DEAD_ENDS = {"6", "7", "8"}
-"""linux/rtnetlink.h: RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT."""
 
 
 def probe_routing_table(case: Case) -> Iterator[Finding]:
@@ -139,41 +136,11 @@ def _of_family(case: Case, family: Family) -> dict[str, dict[str, firewall.Chain
 
 
 def _foreign_rules(case: Case, family: Family) -> list[dict[str, Any]]:
-    """All but the relay's, and the three that the kernel begins with."""
-    there = case.host.rules_of_routing(family)
-    return [
-        one
-        for one in there
-        if one["priority"] not in (0, 32766, 32767) and one.get("protocol") != str(routing.PROTOCOL)
-    ]
+    return foreign_routing.foreign(case.host.rules_of_routing(family))
 
 
 def _diverts(case: Case, family: Family, one: dict[str, Any]) -> bool:
-    """True if a packet with one of our marks, and no bits of others, could match it and would not come to our rules."""
-    if "fwmark" in one:
-        marks = case.plan.marks
-        value, mask = _fwmark(one)
-        equal = [(mark ^ value) & mask == 0 for mark in (marks.inbound, marks.outbound)]
-        if all(equal) if "not" in one else not any(equal):
-            return False
-    if one.get("action") in _DEAD_ENDS:
-        return True
-    if "table" not in one:
-        return False
-    routes = case.host.routes(family, str(one["table"]))
-    return any(_prefix_length(route) > one.get("suppress_prefixlen", -1) for route in routes)
-
-
-def _prefix_length(route: dict[str, Any]) -> int:
-    destination = str(route.get("dst", "default"))
-    if destination == "default":
-        return 0
-    _, slash, length = destination.partition("/")
-    return int(length) if slash else 128
-
-
-def _fwmark(one: dict[str, Any]) -> tuple[int, int]:
-    return int(str(one["fwmark"]), 0), int(str(one.get("fwmask", hex(ALL_BITS))), 0)
+    return foreign_routing.diverts(case.plan, one, lambda table: case.host.routes(family, table))
 
 
 def _uses_of_marks(case: Case) -> Iterator[tuple[int, int, str]]:
@@ -181,7 +148,7 @@ def _uses_of_marks(case: Case) -> Iterator[tuple[int, int, str]]:
     for family in case.plan.families:
         for one in _foreign_rules(case, family):
             if "fwmark" in one:
-                value, mask = _fwmark(one)
+                value, mask = foreign_routing.fwmark(one)
                 yield value, mask, f"IPv{family} rule of routing {one['priority']} ({_shown(one)})"
     for _, rule in firewall.all_rules(case.firewall):
         for value, mask in rule.marks:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tproxy_relay.intercept import programs
+from tproxy_relay.intercept import nft_listing, programs
 from tproxy_relay.intercept.plan import Family
 from tproxy_relay.system import privileges
 
@@ -68,14 +68,7 @@ class Host:
         """Every object in nftables; nothing without nft."""
         if programs.find("nft") is None:
             return []
-        try:
-            return _nft_objects("ruleset")
-        except ValueError:
-            # nft 1.0.6 has no word for `flags owner`, which a running relay's table has: it prints whatever is in
-            # memory there. Chains by themselves are printed without their table.
-            chains = [one["chain"] for one in _nft_objects("chains") if "chain" in one]
-            names = [(one["family"], one["table"], one["name"]) for one in chains]
-            return [part for name in names for part in _nft_objects("chain", *name)]
+        return nft_listing.ruleset()
 
     @functools.cached_property
     def iptables_rules(self) -> list[tuple[str, str]]:
@@ -135,11 +128,6 @@ def _descriptors(pid: str) -> Iterator[str]:
     for name in names:
         with contextlib.suppress(OSError):  # closed by now
             yield os.readlink(f"/proc/{pid}/fd/{name}")
-
-
-def _nft_objects(*what: str) -> list[dict[str, Any]]:
-    """ValueError if it is not JSON."""
-    return list(json.loads(programs.run(["nft", "-j", "list", *what]).stdout)["nftables"])
 
 
 def ask(*argv: str) -> list[dict[str, Any]]:

@@ -11,25 +11,32 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from tproxy_relay.check import host
 from tproxy_relay.check.context import Case
-from tproxy_relay.check.finding import Finding, ok, problem, warning
+from tproxy_relay.check.finding import PROBLEM, Finding, ok, problem, warning
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import programs, ruleset
 from tproxy_relay.intercept.plan import Family
-from tproxy_relay.net import proc_net
+from tproxy_relay.net import probe_networks, proc_net, unix_sockets
 
 CONNECT_TIMEOUT = 0.8
 """Seconds for a connection within this host, which takes a millisecond."""
 
+TURN_TIMEOUT = 15.0
+"""Seconds for others to finish, who take one, and some more for what gets no answer."""
+_TURN = "tproxy_relay/self-probe"
+"""The abstract name (unix(7)) that whoever tries has in this network namespace."""
+
+NAME = "self-probe"
+
 CLIENT_LINK, SERVER_LINK = "tprchk0", "tprchk1"
-_NETWORKS = ("192.0.2", "198.51.100", "203.0.113")
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
-WORKS, DIRECT, REFUSED, LOST, STUCK = "works", "direct", "refused", "lost", "stuck"
+WORKS, DIRECT, REFUSED, LOST, STUCK, TURNED_AWAY = "works", "direct", "refused", "lost", "stuck", "turned away"
 
 _MEANING = {
     DIRECT: ("goes direct", "the ruleset does not take it to the relay"),
@@ -51,15 +58,41 @@ def probe_connections(case: Case) -> Iterator[Finding]:
     """Each direction that is intercepted, by each family."""
     if not case.intercepts or not case.relay_listens or ruleset.status(case.plan).state == "absent":
         return
-    if not (case.host.may(host.SYS_ADMIN) and case.host.may(host.NET_ADMIN)):
-        yield warning("self-probe", "no connection was tried", "that takes root", f"sudo {case.command()}")
+    yield from try_connections(case)
+
+
+def try_connections(case: Case) -> Iterator[Finding]:
+    """The same for a relay that is known to be there, with its rules."""
+    if not case.host.may(host.NET_ADMIN):
+        yield warning(NAME, "no connection was tried", "that takes root", f"sudo {case.command()}")
         return
+    if case.settings.target is not None:
+        yield ok(NAME, f"no connection was tried: all of them would go to the target {case.settings.target}")
+        return
+    user = not case.host.may(host.SYS_ADMIN)
     try:
-        with Namespace(user=False) as client, Namespace(user=False) as server:
+        with _alone(), Namespace(user=user) as client, Namespace(user=user) as server:
             with _wired(case, client, server) as families:
                 yield from _try_all(case, client, server, families)
-    except RelayError as error:
-        yield warning("self-probe", f"no connection was tried ({error})", "so nobody knows whether they are relayed")
+    except (RelayError, OSError) as error:
+        yield warning(NAME, f"no connection was tried ({error})", "so nobody knows whether they are relayed")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """The links and the addresses are there once: a relay and a person may both want to try. RelayError if that takes
+    too long."""
+    deadline = time.monotonic() + TURN_TIMEOUT
+    with socket.socket(socket.AF_UNIX) as turn:
+        while True:
+            try:
+                turn.bind(unix_sockets.abstract(_TURN))
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RelayError("somebody else tries connections all the time") from error
+                time.sleep(0.02)
+        yield
 
 
 def _try_all(case: Case, client: Namespace, server: Namespace, families: list[Family]) -> Iterator[Finding]:
@@ -68,10 +101,10 @@ def _try_all(case: Case, client: Namespace, server: Namespace, families: list[Fa
         if not ranges:
             continue
         if direction == "inbound" and plan.interface:
-            yield ok("self-probe", f"inbound was not tried: it is limited to interface {plan.interface}")
+            yield ok(NAME, f"inbound was not tried: it is limited to interface {plan.interface}")
             continue
         if direction == "outbound" and plan.exempt_uid == os.geteuid():
-            yield ok("self-probe", "outbound was not tried: this account is exempt")
+            yield ok(NAME, "outbound was not tried: this account is exempt")
             continue
         for family in families:
             taken_at = ranges[0].first if plan.mode == "tproxy" else getattr(plan, f"{direction}_port")
@@ -82,11 +115,23 @@ def _try_all(case: Case, client: Namespace, server: Namespace, families: list[Fa
 
 def _judged(case: Case, what: str, result: str) -> Finding:
     if result == WORKS:
-        return ok("self-probe", f"an {what} is relayed")
+        return ok(NAME, f"an {what} is relayed")
+    if result == TURNED_AWAY:
+        return ok(NAME, f"an {what} comes to the relay, whose settings refuse it")
     meaning, why = _MEANING[result]
-    again = case.holder is None and ruleset.status(case.plan).problems
-    remedy = case.command("rules apply" if again else "rules status")
-    return problem("self-probe", f"an {what} {meaning}", why, remedy)
+    return problem(NAME, f"an {what} {meaning}", why, _again(case))
+
+
+def _again(case: Case) -> str:
+    """Have the relay begin anew, with its connections living on; the rules of nobody are put back."""
+    return f"kill -HUP {case.holder}" if case.holder else case.command("rules apply")
+
+
+def explained(found: Finding, cause: Finding | None) -> Finding:
+    """A finding of this probe beside the first problem that others have found, which is then what is to be mended."""
+    if found.name != NAME or found.level != PROBLEM or cause is None or not cause.remedy:
+        return found
+    return replace(found, why=cause.what, remedy=cause.remedy)
 
 
 def attempt(
@@ -108,9 +153,20 @@ def attempt(
         except OSError:
             return LOST
         mine = sock.getsockname()[1]
-        if not any((one.local_port, one.remote_port) == (taken_at, mine) for one in proc_net.tcp_sockets()):
-            return DIRECT
-        return WORKS if _passes(sock, listener) else STUCK
+        if any((one.local_port, one.remote_port) == (taken_at, mine) for one in proc_net.tcp_sockets()):
+            return WORKS if _passes(sock, listener) else TURNED_AWAY if _was_reset(sock) else STUCK
+        return TURNED_AWAY if _was_reset(sock) else DIRECT
+
+
+def _was_reset(sock: socket.socket) -> bool:
+    """True if somebody has taken the connection and did not want it: the relay has, as the server here wants all."""
+    try:
+        sock.setblocking(False)
+        return not sock.recv(1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _passes(sock: socket.socket, listener: socket.socket) -> bool:
@@ -129,51 +185,71 @@ def _passes(sock: socket.socket, listener: socket.socket) -> bool:
 @contextlib.contextmanager
 def _wired(case: Case, client: Namespace, server: Namespace) -> Iterator[list[Family]]:
     """Tie both to this host. The families that this works with."""
+    ends = ((client, CLIENT_LINK), (server, SERVER_LINK))
     try:
-        for namespace, link in ((client, CLIENT_LINK), (server, SERVER_LINK)):
-            _ip(
-                f"link add {link} type veth peer name far netns {namespace.pid}",
-                f"link set {link} addrgenmode none",
-                f"link set {link} up",
-            )
-            namespace.ip("link set lo up", "link set far addrgenmode none", "link set far up")
-        families: list[Family] = []
-        for family in case.plan.families:
-            with contextlib.suppress(RelayError):
-                _address_family(case, family, client, server)
-                families.append(family)
+        _ip(*(line for namespace, link in ends for line in _link(link, namespace.pid)))
+        near = (line for number, (_, link) in enumerate(ends) for line in _addresses(case, number, link))
+        _ip(*near, force=True)
+        for number, (namespace, _) in enumerate(ends):
+            far = (line for family in case.plan.families for line in _far(address(case, family, number), family))
+            namespace.run(["ip", "-force", "-batch", "-"], "\n".join([*_FAR_LINK, *far, ""]), check=False)
+        families = [family for family in case.plan.families if _is_ours(address(case, family, 1).near, family)]
         if not families:
             raise RelayError("no addresses for it")
         yield families
     finally:
-        for link in (CLIENT_LINK, SERVER_LINK):
-            programs.run(["ip", "link", "del", link], check=False)
+        _ip(*(f"link del {link}" for _, link in ends), force=True)
         _await_gone()
 
 
-def _address_family(case: Case, family: Family, client: Namespace, server: Namespace) -> None:
-    for number, (namespace, link) in enumerate(((client, CLIENT_LINK), (server, SERVER_LINK))):
+_FAR_LINK = ("link set lo up", "link set far addrgenmode none", "link set far up")
+
+
+def _link(name: str, to: int) -> Iterator[str]:
+    yield f"link add {name} type veth peer name far netns {to}"
+    yield from (f"link set {name} addrgenmode none", f"link set {name} up")
+
+
+def _addresses(case: Case, number: int, link: str) -> Iterator[str]:
+    for family in case.plan.families:
         one = address(case, family, number)
-        nodad = " nodad" if family == 6 else ""
         if family == 6:  # neighbours are asked from an address of the link
-            _ip(f"addr add fe80::1/64 dev {link} nodad")
-            namespace.ip("addr add fe80::2/64 dev far nodad")
-        _ip(f"addr add {one.near}/{one.length} dev {link}{nodad}")
-        namespace.ip(f"addr add {one.far}/{one.length} dev far{nodad}", f"route add default via {one.near}")
+            yield f"addr add fe80::1/64 dev {link} nodad"
+        yield f"addr add {one.near}/{one.length} dev {link}{' nodad' if family == 6 else ''}"
+
+
+def _far(one: Address, family: Family) -> Iterator[str]:
+    if family == 6:
+        yield "addr add fe80::2/64 dev far nodad"
+    yield f"addr add {one.far}/{one.length} dev far{' nodad' if family == 6 else ''}"
+    yield f"route add default via {one.near}"
+
+
+def _is_ours(near: str, family: Family) -> bool:
+    """True if this host has the address: it has none of a family that is switched off."""
+    with socket.socket(_FAMILIES[family]) as sock:
+        try:
+            sock.bind((near, 0))
+        except OSError:
+            return False
+    return True
 
 
 def address(case: Case, family: Family, number: int) -> Address:
     """Of the client's link (0) or the server's (1)."""
     if family == 6:
-        return Address(f"2001:db8:7006:{number}::2", f"2001:db8:7006:{number}::1", 64)
+        return Address(f"{probe_networks.IPV6}:{number}::2", f"{probe_networks.IPV6}:{number}::1", 64)
     used = [one for interface in case.host.interfaces for one in interface.addresses]
     used += [str(route.get("dst")) for route in case.host.routes(4, "main")]
-    network = next((one for one in _NETWORKS if not any(word.startswith(f"{one}.") for word in used)), _NETWORKS[0])
+    free = (one for one in probe_networks.IPV4 if not any(word.startswith(f"{one}.") for word in used))
+    network = next(free, probe_networks.IPV4[0])
     return Address(f"{network}.{4 * number + 2}", f"{network}.{4 * number + 1}", 30)
 
 
-def _ip(*lines: str) -> None:
-    programs.run(["ip", "-batch", "-"], "\n".join([*lines, ""]))
+def _ip(*lines: str, force: bool = False) -> None:
+    """With `force` a line that fails is passed over."""
+    options = ["-force"] if force else []
+    programs.run(["ip", *options, "-batch", "-"], "\n".join([*lines, ""]), check=not force)
 
 
 def _await_gone() -> None:

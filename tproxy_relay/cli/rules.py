@@ -7,7 +7,7 @@ What `apply` installs is held by nobody and stays until `remove`. A running rela
 import json
 
 from tproxy_relay.cli.arguments import Arguments
-from tproxy_relay.intercept import backends, foreign_nat, lock, plan, ruleset
+from tproxy_relay.intercept import backends, lock, planning, ruleset
 from tproxy_relay.intercept.lock import Holder, Lock
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.intercept.ruleset import Ruleset, Status
@@ -17,7 +17,7 @@ from tproxy_relay.settings import Settings
 
 def run(settings: Settings, arguments: Arguments) -> int:
     """Do what `arguments.action` says and print the answer. Returns the exit code; raises RelayError."""
-    wanted = plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations())
+    wanted = planning.for_host(settings)
     if arguments.action == "show":
         return _show(wanted, settings, arguments.json)
     if arguments.action == "apply":

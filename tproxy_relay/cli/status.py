@@ -54,6 +54,9 @@ def _facts(status: Document) -> Iterator[tuple[str, str]]:
             parts = (f"{part}% {_at_most(lengths[f'p{part}'])}" for part in (50, 90, 99))
             yield name, ", ".join(parts)
     yield "ruleset", _ruleset(status["ruleset"])
+    tried = status.get("self_probe")  # a relay of an earlier version does not say
+    if tried:
+        yield "self-probe", f"{clock(tried['time'])} {'; '.join(tried['found'])}"
     waiting = [f"{one['waiting']} at {one['name']}" for one in status["listeners"] if one["waiting"]]
     overflows = f"; {status['listen_overflows']} lost on this host" if status["listen_overflows"] else ""
     yield "in backlog", (", ".join(waiting) or "nobody") + overflows

@@ -149,7 +149,8 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "interface",
             option_addresses.INTERFACE,
             "NAME",
-            "Listen on this network interface only, and intercept only what arrives there.",
+            "Listen on this network interface only, and intercept only what arrives there. It may come after "
+            "the relay, and go and come back.",
             unset="all interfaces",
         ),
         Option(
@@ -244,6 +245,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             option_types.seconds("never"),
             "SECONDS",
             "Kill and replace a worker whose accept loop has shown no sign of life for this long.",
+        ),
+        Option(
+            "self-probe",
+            option_types.seconds("never"),
+            "SECONDS",
+            "Try a connection through the relay this often, and when something is suspicious, between two network "
+            "namespaces that live for a moment; status says what has come of it. Its records have self_probe.",
         ),
     ),
     "Connecting upstream": (

@@ -22,6 +22,7 @@ from tproxy_relay.errors import RelayError
 from tproxy_relay.guard import messages
 from tproxy_relay.guard.formers import Formers
 from tproxy_relay.guard.netlink import Changes
+from tproxy_relay.guard.surroundings import Surroundings
 from tproxy_relay.intercept import backends, routing
 from tproxy_relay.intercept.backend import Backend
 from tproxy_relay.intercept.backend_nft import Nft
@@ -81,21 +82,10 @@ class Guard:
             start.backend, start.plan, hold=hold, warn=lambda line: self.send(messages.Warned(line))
         )
         self._changes = Changes(nftables=chosen.reports_changes)
-        self._ruleset = self._install(start.plan, chosen)
+        self._surroundings = Surroundings(self._changes, self.send)
+        self._ruleset = _install(start.plan, chosen, start.state)
         self._checked_at = time.monotonic()
         self._check_at = self._checked_at + self._interval
-
-    def _install(self, plan: Plan, chosen: Backend) -> Ruleset:
-        """Held by a child, if the rules are to go with the relay and the kernel can do that."""
-        ruleset = Ruleset(plan, chosen)
-        try:
-            ruleset.install(self._state)
-        except ProgramError:
-            if not (plan.on_failure == "open" and isinstance(chosen, Nft)):
-                raise
-            ruleset = Ruleset(plan, Nft())
-            ruleset.install(self._state)
-        return ruleset
 
     @property
     def backend(self) -> str:
@@ -125,6 +115,8 @@ class Guard:
             self._handle_ready()
             if time.monotonic() >= self._check_at:
                 self._check()
+            if time.monotonic() >= self._surroundings.look_at:
+                self._surroundings.look(self._ruleset.backend)
         self._formers.part()
         self._last_step()
         self._lock.close()
@@ -134,7 +126,7 @@ class Guard:
         self._selector.register(one, selectors.EVENT_READ, _Source(turn, handle))
 
     def _handle_ready(self) -> None:
-        wake_at = min(self._check_at, self._until)
+        wake_at = min(self._check_at, self._until, self._surroundings.look_at)
         ready = [key for key, _ in self._selector.select(max(0.0, wake_at - time.monotonic()))]
         for key in sorted(ready, key=lambda key: key.data.turn):
             if self._selector.get_map().get(key.fd) is key:  # what came before it may have let go of it
@@ -165,7 +157,7 @@ class Guard:
             self._until = 0.0
 
     def _on_change(self) -> None:
-        if self._changes.read():
+        if self._surroundings.read():
             self._check_soon()
 
     def _on_owner_output(self) -> None:
@@ -221,7 +213,7 @@ class Guard:
         """Compare the kernel with the plan, and put back what is gone."""
         interval = self._interval
         try:
-            self._changes.read()  # what has come is what is checked now
+            self._surroundings.read()  # what has come is what is checked now
             restored = self._ruleset.restore(self._state)
             if restored:
                 self.send(messages.Restored("; ".join(restored), self._state))
@@ -233,6 +225,7 @@ class Guard:
         except RelayError as error:
             interval = CHECK_INTERVAL
             self._trouble(error)
+        self._surroundings.tell()
         self._checked_at = time.monotonic()
         self._check_at = self._checked_at + interval
 
@@ -313,6 +306,19 @@ class Guard:
                 step()
             except RelayError as error:
                 self.send(messages.Trouble(str(error)))
+
+
+def _install(plan: Plan, chosen: Backend, state: State) -> Ruleset:
+    """Held by a child, if the rules are to go with the relay and the kernel can do that."""
+    ruleset = Ruleset(plan, chosen)
+    try:
+        ruleset.install(state)
+    except ProgramError:
+        if not (plan.on_failure == "open" and isinstance(chosen, Nft)):
+            raise
+        ruleset = Ruleset(plan, Nft())
+        ruleset.install(state)
+    return ruleset
 
 
 def _refuse(message: Message, _: list[int]) -> None:

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 from tproxy_relay import errors
 from tproxy_relay.errors import RelayError
 from tproxy_relay.guard import guard_process, messages
+from tproxy_relay.guard.guard_log import GuardLog
 from tproxy_relay.guard.messages import Event, Refused, Replaced
+from tproxy_relay.guard.reports import Reports
 from tproxy_relay.intercept import ruleset
 from tproxy_relay.intercept.plan import Plan, State
 from tproxy_relay.ipc.channel import Channel
@@ -49,7 +51,10 @@ class Health(NamedTuple):
     """What could not be done, until it can."""
 
 
-_AFTER_TROUBLE = (messages.Trouble, messages.Failed, messages.Warned)
+_AFTER_TROUBLE = (
+    *(messages.Trouble, messages.Failed, messages.Warned),
+    *(messages.HostChanged, messages.Counted),  # which say nothing of the rules
+)
 """Events after which there may be trouble; after any other one there is none."""
 
 
@@ -68,8 +73,8 @@ class Interception:
         self._answer: Replaced | Refused | None = None
         self._chosen: str | None = None
         self._trouble: str | None = None
-        self._ending = False
-        self._handed_over = self._orphaned = False
+        self.reports, self._log = Reports(), GuardLog()
+        self._ending = self._handed_over = self._orphaned = False
         self._stderr = [2] if talk and sys.__stderr__ else []
         """For the guard, in the place of the other relay's."""
         self._started_at = time.monotonic()
@@ -80,13 +85,13 @@ class Interception:
             messages.Failed: self._on_failed,
             messages.Restored: self._on_restored,
             messages.Trouble: self._on_trouble,
-            messages.Well: lambda _: None,
             messages.Changed: self._on_changed,
             Replaced: self._on_replaced,
             Refused: self._on_refused,
             messages.Serving: self._on_serving,
-            messages.Orphaned: lambda _: None,  # no matter of a relay that has not handed over
-            messages.Warned: lambda event: log.warning(event.message),
+            **dict.fromkeys((messages.Well, messages.Orphaned), lambda _: None),  # the latter: for one that handed over
+            **dict.fromkeys((messages.HostChanged, messages.Counted), self.reports.take),
+            messages.Warned: lambda event: self._log.warned(event.message),
             messages.Unknown: self._on_unknown,
         }
         self._talk = talk or self._start_guard()
@@ -201,7 +206,6 @@ class Interception:
                     log.warning("the guard of the ruleset is of another version, and tells of %r", message["event"])
             if self._ends():
                 return
-            log.error("the guard of the ruleset has died, starting another one")
             self._replace_guard()
 
     def _ends(self) -> bool:
@@ -215,6 +219,7 @@ class Interception:
 
     def _replace_guard(self) -> None:
         """With a pause, if this one has not lived for long or cannot be started. The new one puts the rules back."""
+        self._log.died()
         with self._changed:
             self._forget_guard()
             self._on_refused(Refused("the guard of the ruleset has died", 1))
@@ -223,7 +228,7 @@ class Interception:
                     self._talk = self._start_guard()
                     return
                 except RelayError as error:
-                    log.error("%s", error)
+                    self._log.not_started(error)
 
     def _is_done(self) -> bool:
         return self._ending or self._handed_over
@@ -242,6 +247,7 @@ class Interception:
             return
         if not isinstance(event, _AFTER_TROUBLE):
             self._trouble = None
+            self._log.well()
         self._handlers[type(event)](event)
 
     def _on_installed(self, event: messages.Installed) -> None:
@@ -249,7 +255,7 @@ class Interception:
         if self._reached is None:
             log.info("ruleset installed", extra={"backend": event.backend, "plan": self._plan.digest})
         else:
-            log.warning("ruleset restored", extra={"what": "the guard had died"})
+            self._log.restored("the guard had died")
         self._set_reached(event.state)
 
     def _on_failed(self, event: messages.Failed) -> None:
@@ -261,10 +267,10 @@ class Interception:
 
     def _on_trouble(self, event: messages.Trouble | messages.Failed) -> None:
         self._trouble = event.message
-        log.error("the ruleset could not be changed: %s", event.message)
+        self._log.in_trouble(event.message)
 
     def _on_restored(self, event: messages.Restored) -> None:
-        log.warning("ruleset restored", extra={"what": event.what})
+        self._log.restored(event.what)
         self._set_reached(event.state)
 
     def _on_serving(self, event: messages.Serving) -> None:

@@ -213,6 +213,20 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class HostChanged:
+    """Others have changed rules, rules of routing or links of this host."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How many first packets of connections the rules have taken since they were loaded, by direction; a packet that
+    was sent again counts again."""
+
+    inbound: int = 0
+    outbound: int = 0
+
+
+@dataclass(frozen=True)
 class Unknown:
     """An event of another version of the program."""
 
@@ -233,6 +247,8 @@ Event = (
     | Serving
     | Orphaned
     | Warned
+    | HostChanged
+    | Counted
     | Unknown
 )
 
@@ -248,6 +264,8 @@ _EVENTS: dict[str, type[Event]] = {
     "serving": Serving,
     "orphaned": Orphaned,
     "warning": Warned,
+    "host-changed": HostChanged,
+    "counted": Counted,
 }
 _NAMES = {kind: name for name, kind in _EVENTS.items()}
 

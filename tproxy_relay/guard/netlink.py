@@ -1,84 +1,71 @@
-"""Changes to rules: the kernel reports them, over netlink, to whoever asks (netlink(7), rtnetlink(7)).
+"""Changes to rules: the kernel reports them, over netlink, to whoever asks (net/rtnetlink.py).
 
 What changed is not read here, only that something did. The legacy iptables report nothing.
 """
 
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tproxy_relay.intercept.routing import PROTOCOL
+from tproxy_relay.net import rtnetlink
+from tproxy_relay.net.rtnetlink import Message
 
 _NETLINK_NETFILTER = 12
 """linux/netlink.h."""
 _NFNLGRP_NFTABLES = 7
 """linux/netfilter/nfnetlink.h; needs CAP_NET_ADMIN."""
-_RTNLGRP_LINK, _RTNLGRP_IPV4_ROUTE, _RTNLGRP_IPV4_RULE, _RTNLGRP_IPV6_ROUTE, _RTNLGRP_IPV6_RULE = 1, 7, 8, 11, 19
-"""linux/rtnetlink.h. Links, because routes of a link that goes down are dropped without a word."""
-_RTM_NEWROUTE, _RTM_DELROUTE = 24, 25
-
-_HEADER = struct.Struct("@IHHII")
-"""linux/netlink.h, struct nlmsghdr: length, type, and what is of no interest here."""
-_RTM_PROTOCOL = _HEADER.size + 5
+_ROUTING = (
+    rtnetlink.LINK,  # routes of a link that goes down are dropped without a word
+    rtnetlink.IPV4_ROUTE,
+    rtnetlink.IPV4_RULE,
+    rtnetlink.IPV6_IFADDR,  # with the first address comes IPv6
+    rtnetlink.IPV6_ROUTE,
+    rtnetlink.IPV6_RULE,
+)
+_RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
+"""linux/rtnetlink.h."""
+_PROTOCOL = 5
 """linux/rtnetlink.h, struct rtmsg: where in a message about a route it says whose route it is."""
+_ADDRESS = struct.Struct("@4BI")
+"""linux/if_addr.h, struct ifaddrmsg: family, length of the prefix, flags, scope, number of the interface."""
+_LO = 1
+"""The number of lo in each network namespace (net/core/net_namespace.c)."""
+
+
+PROBE_LINKS = "tprchk"
+"""What the names of the links begin with that the self-probe makes for a moment (check/selfprobe.py)."""
 
 
 class Changes:
-    """Hears of changes to rules of nftables or of routing, to links or to routes."""
+    """Hears of changes to rules of nftables or of routing, to links, to routes, or to the IPv6 addresses of lo."""
 
     def __init__(self, *, nftables: bool) -> None:
         self.sockets: list[socket.socket] = []
         """Readable when something has changed."""
         self.complete = nftables
         """False if some changes are not reported: then one has to check from time to time."""
-        routing = (_RTNLGRP_LINK, _RTNLGRP_IPV4_ROUTE, _RTNLGRP_IPV4_RULE, _RTNLGRP_IPV6_ROUTE, _RTNLGRP_IPV6_RULE)
-        wanted: dict[int, Sequence[int]] = {socket.NETLINK_ROUTE: routing}
+        wanted: dict[int, Sequence[int]] = {socket.NETLINK_ROUTE: _ROUTING}
         if nftables:
             wanted[_NETLINK_NETFILTER] = (_NFNLGRP_NFTABLES,)
         for protocol, groups in wanted.items():
             try:
-                self.sockets.append(_listen(protocol, groups))
+                self.sockets.append(rtnetlink.listen(protocol, groups))
             except OSError:  # not in this kernel, or kept from us by a service manager
                 self.complete = False
 
     def read(self) -> bool:
         """True if a change that may concern us has been reported since the last call."""
-        return any([_concerns_us(message) for sock in self.sockets for message in _messages(sock)])
+        return any([_concerns_us(message) for sock in self.sockets for message in rtnetlink.messages(sock)])
 
 
-def _listen(protocol: int, groups: Sequence[int]) -> socket.socket:
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, protocol)
-    try:
-        sock.bind((0, sum(1 << (group - 1) for group in groups)))
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _messages(sock: socket.socket) -> Iterator[bytes]:
-    """What has come; an empty one where the kernel had more to tell than the socket could hold (ENOBUFS)."""
-    while True:
-        try:
-            datagram = sock.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            datagram = b""
-        yield from _split(datagram)
-
-
-def _split(datagram: bytes) -> Iterator[bytes]:
-    if len(datagram) < _HEADER.size:
-        yield b""
-    while len(datagram) >= _HEADER.size:
-        length = max(_HEADER.size, _HEADER.unpack_from(datagram)[0])
-        yield datagram[:length]
-        datagram = datagram[(length + 3) & ~3 :]
-
-
-def _concerns_us(message: bytes) -> bool:
-    """Routes of others come and go all the time on a router."""
-    if len(message) <= _RTM_PROTOCOL or _HEADER.unpack_from(message)[1] not in (_RTM_NEWROUTE, _RTM_DELROUTE):
-        return True
-    return message[_RTM_PROTOCOL] == PROTOCOL
+def _concerns_us(message: Message) -> bool:
+    """Routes of others come and go all the time on a router, addresses are renewed, the self-probe's links are there
+    for a moment; lo, where our route leads, has an address as long as IPv6 is on."""
+    if PROBE_LINKS.encode() in message.body:
+        return False
+    if message.kind in (_RTM_NEWROUTE, _RTM_DELROUTE):
+        return len(message.body) <= _PROTOCOL or message.body[_PROTOCOL] == PROTOCOL
+    if message.kind in (_RTM_NEWADDR, _RTM_DELADDR):
+        return len(message.body) < _ADDRESS.size or _ADDRESS.unpack_from(message.body)[4] == _LO
+    return True

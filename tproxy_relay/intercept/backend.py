@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tproxy_relay.intercept.nft_owner import NftOwner
-from tproxy_relay.intercept.plan import Plan, State
+from tproxy_relay.intercept.plan import Family, Plan, State
 
 
 class Step(NamedTuple):
@@ -45,6 +45,11 @@ class Backend(ABC):
     @abstractmethod
     def refuses_without_listener(self) -> bool:
         """True if active rules with `on-failure closed` refuse what they have no listener for."""
+
+    def can_do(self, family: Family) -> bool:
+        """False if there can be no rules for that family here. Raises CapabilityMissingError without the right to
+        ask."""
+        return True
 
     @abstractmethod
     def steps(self, plan: Plan, state: State) -> list[Step]:

@@ -28,6 +28,16 @@ class Iptables(Backend):
     def refuses_without_listener(self) -> bool:
         return False
 
+    def can_do(self, family: Family) -> bool:
+        if not self._has(family):
+            return False
+        try:
+            # The table, because without naming one the legacy kind lists none that is not loaded.
+            programs.run([self._program(family, "-save"), "-t", "mangle"])
+        except programs.ProgramError:
+            return False
+        return True
+
     def steps(self, plan: Plan, state: State) -> list[Step]:
         return [
             Step(self._restore(family), self._text(plan, state, family, self._before(family)))

@@ -1,15 +1,13 @@
 """Rules by nft: one table of our own."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from tproxy_relay.errors import RelayError
-from tproxy_relay.intercept import nft, programs
+from tproxy_relay.intercept import nft, nft_listing, programs
 from tproxy_relay.intercept.backend import Backend, Count, Labels, Step
 from tproxy_relay.intercept.nft_owner import NftOwner
 from tproxy_relay.intercept.plan import Plan, State
-from tproxy_relay.intercept.programs import ProgramError
 
 
 class Nft(Backend):
@@ -109,17 +107,8 @@ class Nft(Backend):
 
     @staticmethod
     def _table() -> list[dict[str, Any]]:
-        """The table as `nft -j` lists it; empty if it is not there. Raises if nft cannot say."""
-        argv = ["nft", "-j", "list", "table", "inet", nft.TABLE]
-        done = programs.run(argv, check=False)
-        if done.returncode:
-            if "no such file or directory" in done.stderr.lower():
-                return []
-            raise programs.refusal(argv, done.stderr or done.stdout)
-        try:
-            return list(json.loads(done.stdout)["nftables"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ProgramError(f"`{' '.join(argv)}` did not answer in JSON") from error
+        """The table as nft lists it; empty if it is not there. Raises if nft cannot say."""
+        return nft_listing.table("inet", nft.TABLE)
 
 
 def _counter(rule: dict[str, Any]) -> tuple[int | None, int | None]:

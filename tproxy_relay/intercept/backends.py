@@ -7,7 +7,7 @@ from tproxy_relay.intercept import nft, programs
 from tproxy_relay.intercept.backend import Backend
 from tproxy_relay.intercept.backend_iptables import Iptables
 from tproxy_relay.intercept.backend_nft import Nft
-from tproxy_relay.intercept.plan import Plan
+from tproxy_relay.intercept.plan import Family, Plan
 from tproxy_relay.intercept.programs import ProgramError
 
 
@@ -26,6 +26,15 @@ def choose(name: str, plan: Plan, *, hold: bool = False, warn: Callable[[str], N
             raise ProgramError(f"neither nft nor iptables works here: {error}") from error
         warn(f"using iptables, because nft does not work here: {error}")
         return of_name("iptables")
+
+
+def can_do(name: str, plan: Plan, family: Family) -> bool:
+    """False if the backend that is chosen for that name has no rules for the family here. True where it cannot be
+    told."""
+    try:
+        return choose(name, plan).can_do(family)
+    except RelayError:
+        return True
 
 
 def of_name(name: str, *, hold: bool = False) -> Backend:

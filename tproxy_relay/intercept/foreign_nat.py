@@ -8,25 +8,20 @@ takes connection tracking; so it is done only there.
 import json
 
 from tproxy_relay.errors import RelayError
-from tproxy_relay.intercept import programs
+from tproxy_relay.intercept import legacy_tables, nft_listing
 from tproxy_relay.intercept.iptables_save import PREFIX
 from tproxy_relay.intercept.nft import TABLE
 
 
 def rewrites_destinations() -> bool:
     """True if there are nat rules for what arrives; False too if this account may not look."""
-    return _in_nftables() or any(_in_legacy_iptables(names, program) for names, program in _LEGACY.items())
-
-
-_LEGACY = {"/proc/net/ip_tables_names": "iptables-legacy-save", "/proc/net/ip6_tables_names": "ip6tables-legacy-save"}
-"""Where the kernel lists the legacy tables that are in use (others must not be asked for: that would load them)."""
+    return _in_nftables() or _in_legacy_iptables()
 
 
 def _in_nftables() -> bool:
     try:
-        done = programs.run(["nft", "-j", "list", "ruleset"], check=False)
-        entries = json.loads(done.stdout)["nftables"]
-    except (RelayError, ValueError, KeyError):
+        entries = nft_listing.ruleset()
+    except RelayError:
         return False
     chains = [entry["chain"] for entry in entries if "chain" in entry]
     every = {
@@ -47,12 +42,6 @@ def _place(rule: dict[str, str]) -> tuple[str, str, str]:
     return rule["family"], rule["table"], rule["chain"]
 
 
-def _in_legacy_iptables(names: str, program: str) -> bool:
-    try:
-        with open(names, encoding="ascii") as tables:
-            if "nat" not in tables.read().split():
-                return False
-        saved = programs.run([program, "-t", "nat"], check=False).stdout
-    except (OSError, RelayError):
-        return False
-    return any(line.startswith("-A PREROUTING") and PREFIX not in line for line in saved.splitlines())
+def _in_legacy_iptables() -> bool:
+    families = legacy_tables.saved("-t", "nat", table="nat")
+    return any(line.startswith("-A PREROUTING") and PREFIX not in line for lines in families for line in lines)

@@ -10,6 +10,7 @@ Three bits of the fwmark say what a packet is; all other bits belong to others a
 import hashlib
 import ipaddress
 import json
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, get_args
@@ -202,15 +203,16 @@ def _listen(bind: tuple[str, ...]) -> dict[Family, str]:
         addresses = [ipaddress.ip_address(text) for text in bind]
         mine = [address for address in addresses if address.version == family]
         mine.sort(key=lambda address: (not address.is_unspecified, not address.is_loopback))
-        if mine and (family == IPV4 or _has_ipv6()):
+        if mine and (family == IPV4 or _kernel_has_ipv6()):
             chosen[family] = str(mine[0])
     return chosen
 
 
-def _has_ipv6() -> bool:
-    """True if any interface has an IPv6 address: without one there is nothing to intercept, and no route to add."""
+def _kernel_has_ipv6() -> bool:
+    """True unless it is not in the kernel, or was kept out at boot (ipv6.disable=1). Where it is off for now
+    (net.ipv6.conf.all.disable_ipv6) it may come."""
     try:
-        with open("/proc/net/if_inet6", encoding="ascii") as addresses:
-            return bool(addresses.read(1))
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
     except OSError:
         return False
+    return True

@@ -3,19 +3,24 @@
     P      IN   from lo      skip to P+2
     P      OUT  from lo      look in the table
     P+1    IN                look in the table
+    P+1    OUT  from lo      unreachable, with `on-failure closed`
     P+2    nothing, where the skip lands
 
 IN counts only for packets that came in by an interface. The kernel asks the same rules twice more, both times as if
 from lo: when it checks a packet's source (src_valid_mark), and for the SYN-ACKs of our listeners, which inherit the
 mark (tcp_fwmark_accept). One global rule for the mark would lose all traffic on hosts with either setting.
+
+IPv6 may be switched on and off. The rules are there all the while; the route cannot be, while it is off, and is put
+there when it comes. What a program here sends in the moment before must not leave unrelayed if that is to be refused.
 """
 
+import contextlib
 import json
 from typing import Any
 
 from tproxy_relay.errors import SystemRefusedError
 from tproxy_relay.intercept import programs
-from tproxy_relay.intercept.plan import Family, Plan
+from tproxy_relay.intercept.plan import IPV4, IPV6, Family, Plan
 
 ALL_FAMILIES: tuple[Family, ...] = (4, 6)
 
@@ -24,14 +29,29 @@ PROTOCOL = 206
 whatever the plan was, and nobody else's are taken for ours."""
 
 
+_UNREACHABLE = "7"
+"""linux/fib_rules.h, FR_ACT_UNREACHABLE, as `ip -N` writes it."""
+
+
+def ipv6_is_on() -> bool:
+    """True if any interface has an IPv6 address. Without one there is nothing to intercept, and no route can be
+    added (net.ipv6.conf.all.disable_ipv6)."""
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as addresses:
+        return bool(addresses.read(1))
+    # Not in this kernel, or /proc is mounted with subset=pid (proc(5)).
+    return any(one.get("addr_info") for one in ask(IPV6, "address", "show"))
+
+
 def rules(plan: Plan) -> list[str]:
     """The rules of routing as the words after `ip rule add`, for each family the same."""
     first, mask, table = plan.route_priority, f"{plan.mark_mask:#x}", plan.route_table
     inbound, outbound = f"fwmark {plan.marks.inbound:#x}/{mask}", f"fwmark {plan.marks.outbound:#x}/{mask}"
+    refused = [f"pref {first + 1} {outbound} iif lo unreachable protocol {PROTOCOL}"]
     return [
         f"pref {first} {inbound} iif lo goto {first + 2} protocol {PROTOCOL}",
         f"pref {first} {outbound} iif lo lookup {table} protocol {PROTOCOL}",
         f"pref {first + 1} {inbound} lookup {table} protocol {PROTOCOL}",
+        *(refused if plan.on_failure == "closed" and plan.outbound else []),
         f"pref {first + 2} nop protocol {PROTOCOL}",
     ]
 
@@ -96,7 +116,7 @@ def listing() -> list[str]:
 
 def foreign_routes(plan: Plan, family: Family) -> list[str]:
     """Destinations of the routes of somebody else in our table."""
-    routes = _ask(family, "route", "show", "table", str(plan.route_table))
+    routes = ask(family, "route", "show", "table", str(plan.route_table))
     return [str(one.get("dst")) for one in routes if one.get("protocol") != str(PROTOCOL)]
 
 
@@ -105,14 +125,16 @@ def _commands(plan: Plan) -> list[str]:
 
 
 def _wanted(plan: Plan, family: Family) -> list[str]:
-    return _commands(plan) if plan.needs_routing and family in plan.families else []
+    if not plan.needs_routing or family not in plan.families:
+        return []
+    return _commands(plan)[0 if family == IPV4 or ipv6_is_on() else 1 :]
 
 
 def _there(family: Family) -> list[str]:
     """What of ours the kernel has, as the lines that would add it."""
-    routes = _ask(family, "route", "show", "table", "all", "proto", str(PROTOCOL))
+    routes = ask(family, "route", "show", "table", "all", "proto", str(PROTOCOL))
     found = [f"route add {route(one['table'])}" for one in routes if "table" in one]
-    ours = (one for one in _ask(family, "rule", "show") if one.get("protocol") == str(PROTOCOL))
+    ours = (one for one in ask(family, "rule", "show") if one.get("protocol") == str(PROTOCOL))
     return found + [f"rule add {_words(one)}" for one in ours]
 
 
@@ -134,13 +156,16 @@ def _words(one: dict[str, Any]) -> str:
         words.append(f"goto {one['goto']}")
     elif "table" in one:
         words.append(f"lookup {one['table']}")
+    elif one.get("action") == _UNREACHABLE:
+        words.append("unreachable")
     elif "nop" in one:
         words.append("nop")
     return " ".join([*words, f"protocol {PROTOCOL}"])
 
 
-def _ask(family: Family, *words: str) -> list[dict[str, Any]]:
-    """What `ip -json` answers, with numbers for names; nothing for a family or table that the kernel does not have."""
+def ask(family: Family, *words: str) -> list[dict[str, Any]]:
+    """What `ip -json` answers, with numbers for names; nothing for a family or table that the kernel does not have.
+    Raises ProgramError if `ip` cannot be run."""
     done = programs.run(["ip", "-N", "-json", f"-{family}", *words], check=False)
     try:
         answer = json.loads(done.stdout or "[]")

@@ -38,20 +38,24 @@ _PASSED_ON = (
 )
 """Of our environment; above all no TPROXY_RELAY_*, LOG_LEVEL or LISTEN_FDS of whoever runs the tests."""
 
+_DEFAULTS = {"--workers": "1", "--self-probe": "0"}
+"""A self-probe would be one more connection in the log."""
+
 Line = dict[str, Any]
 """One JSON line of the relay's log."""
 
 
 class RelayProcess:
-    """`tproxy-relay run` with some options, and one worker unless they say otherwise: started and ready on entry into
-    the `with`, gone after it."""
+    """`tproxy-relay run` with some options, and one worker and no self-probe unless they say otherwise: started and
+    ready on entry into the `with`, gone after it."""
 
     def __init__(self, host: Host, options: Sequence[str], wrapper: Sequence[str] = ()) -> None:
         """`wrapper` is a command that becomes the relay, such as `prlimit --nofile=200`. With `--config` among the
         options nothing is added to them, not even the JSON log, which that file must want then."""
         self.options = tuple(options)
-        if "--workers" not in self.options and "--config" not in self.options:
-            self.options += ("--workers", "1")
+        if "--config" not in self.options:
+            for name, value in _DEFAULTS.items():
+                self.options += () if name in self.options else (name, value)
         self._wrapper = tuple(wrapper)
         self._host = host
         self._process: subprocess.Popen[bytes] | None = None

@@ -29,7 +29,7 @@ MAX_AT_ONCE = 200
 MAX_CHUNKS = 16
 """Pieces of the workers' logs that may wait for it too, up to 64 KiB each; more wait in the workers."""
 
-DROP_REPORT_INTERVAL = 1.0
+DROP_REPORT_INTERVAL = 60.0
 """Seconds between two lines about dropped records, at least."""
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,9 @@ IP_BIND_ADDRESS_NO_PORT = 24
 """linux/in.h: bind() to an address with port 0 leaves the port to connect(), so that one port serves many
 destinations. Works at level SOL_IP on IPv6 sockets too."""
 
+IP_FREEBIND = 15
+"""linux/in.h: bind() to an address that is not there yet. Works at level SOL_IP on IPv6 sockets too."""
+
 SO_ORIGINAL_DST = 80
 """linux/netfilter_ipv4.h, level SOL_IP: the address before a REDIRECT or DNAT, as a sockaddr_in."""
 
@@ -25,6 +28,25 @@ IP6T_SO_ORIGINAL_DST = 80
 
 SO_MAX_PACING_RATE = 47
 """asm-generic/socket.h: bytes a second that a socket may send; cut into even pieces by TCP itself (Linux 4.20)."""
+
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
+"""asm-generic/socket.h: a classic BPF program that says of each packet how much of it the socket gets."""
+
+SO_BINDTOIFINDEX = 62
+"""asm-generic/socket.h: SO_BINDTODEVICE (socket(7)) by the number of the interface, which it also tells (Linux 5.0)."""
+
+BPF_LD_W_ABS, BPF_JEQ_K, BPF_RET = 0x20, 0x15, 0x06
+"""linux/bpf_common.h: load a word of the packet, compare it with a constant, end with a constant."""
+
+SKF_AD_IFINDEX = 0xFFFFF000 + 8
+"""linux/filter.h, SKF_AD_OFF + SKF_AD_IFINDEX: where a program finds the number of the interface that a packet came in
+by."""
+
+SOCK_FILTER = struct.Struct("@HBBI")
+"""linux/filter.h, struct sock_filter: code, jump if true, jump if false, constant."""
+
+SOCK_FPROG = struct.Struct("@HP")
+"""linux/filter.h, struct sock_fprog: how many of them, and the address of the first."""
 
 SIOCOUTQ = 0x5411
 """linux/sockios.h (equal to TIOCOUTQ): bytes in a TCP socket's send queue that the peer has not acknowledged."""

@@ -5,13 +5,14 @@ says what and how to mend it, with an exit code of its own.
 """
 
 import errno
+import ipaddress
 import logging
 import os
 import socket
 from collections.abc import MutableMapping, Sequence
 
 from tproxy_relay.errors import CapabilityMissingError, KernelUnsupportedError, SystemRefusedError
-from tproxy_relay.net import endpoint, sockets
+from tproxy_relay.net import endpoint, ingress, linux, rtnetlink, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.settings import Mode, Settings
@@ -108,6 +109,15 @@ def tune(listener: Listener, tuning: Tuning) -> None:
     _prepare(listener.sock, tuning, listener.wanted)
 
 
+def confine(listener: Listener, interface: str | None) -> None:
+    """Let in only clients that come in by the interface of that name, as it is now: nobody while there is none; None:
+    those of all interfaces. To be called again when it has come, or was made again. Raises SystemRefusedError."""
+    if interface is None:
+        ingress.open_to_all(listener.sock)
+    else:
+        _keep_to(listener.sock, listener.name, interface)
+
+
 def close_all(listeners: list[Listener]) -> None:
     """Close every listener, and empty the list: what is still on it may be open, what is not is closed."""
     for listener in listeners:
@@ -134,16 +144,27 @@ def _refuse_overlap(wanted: Endpoint, kept: Sequence[Listener]) -> None:
 
 def _open_one(wanted: Endpoint, settings: Settings, tuning: Tuning) -> Listener | None:
     sock = _open(wanted, settings)
-    return None if sock is None else _prepare(sock, tuning, wanted)
+    if sock is None:
+        return None
+    if settings.interface:  # before it listens
+        try:
+            _keep_to(sock, str(wanted), settings.interface)
+        except BaseException:
+            sock.close()
+            raise
+    return _prepare(sock, tuning, wanted)
 
 
 def _open(address: Endpoint, settings: Settings) -> socket.socket | None:
     """A bound socket; None for an IPv6 address that every host with IPv6 has, on one without."""
     try:
-        sock = bound(address, settings.interface)
+        sock = bound(address, settings.interface if _is_link_local(address) else None)
     except OSError as error:
         if error.filename is not None:
-            _refuse_interface(error)
+            raise SystemRefusedError(
+                f"cannot listen on {address}: {error.filename} has that address, and there is no interface of that "
+                "name (`ip link` lists them)"
+            ) from error
         _pass_over_or_raise(address, error)
         return None
     try:
@@ -161,15 +182,18 @@ def _open(address: Endpoint, settings: Settings) -> socket.socket | None:
 
 def bound(address: Endpoint, interface: str | None) -> socket.socket:
     """A socket bound to that address as a listener's is, before it is transparent: then it would take any address, a
-    mistyped one too. Raises OSError, with `interface` as its filename if that is what it is about."""
+    mistyped one too. Raises OSError, with `interface` as its filename if there is none of that name."""
     sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if interface:
-            _bind_to_interface(sock, interface)
-        sock.bind(address.sockaddr)
+        if address.host == "::1":  # each host has it, as soon as IPv6 is on
+            sock.setsockopt(socket.SOL_IP, linux.IP_FREEBIND, 1)
+        index = rtnetlink.index_of(interface) if interface else 0
+        if interface and not index:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), interface)
+        sock.bind((*address.sockaddr[:3], index) if index and _is_link_local(address) else address.sockaddr)
         return sock
     except BaseException:
         sock.close()
@@ -198,22 +222,26 @@ def _remedy(address: Endpoint, error: OSError) -> str:
     return os.strerror(error.errno or 0)
 
 
-def _bind_to_interface(sock: socket.socket, interface: str) -> None:
+def _is_link_local(address: Endpoint) -> bool:
+    """The kernel binds a socket with such an address to the interface that has it."""
+    return address.family == socket.AF_INET6 and ipaddress.ip_address(address.host).is_link_local
+
+
+def _keep_to(sock: socket.socket, name: str, interface: str) -> None:
+    index = rtnetlink.index_of(interface)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, interface) from error
-
-
-def _refuse_interface(error: OSError) -> None:
-    """In the user's words, what `_bind_to_interface` has raised. Returns if there are none for it."""
-    interface = error.filename
-    if error.errno == errno.ENODEV:
-        raise SystemRefusedError(f"no interface {interface!r} on this host (`ip link` lists them)") from error
-    if error.errno == errno.EPERM:
-        raise CapabilityMissingError(
-            f"cannot bind to {interface or 'all interfaces'}: CAP_NET_RAW is missing; {HOW_TO_GIVE}"
+        ingress.keep_to(sock, index)
+    except PermissionError as error:
+        if index:
+            raise SystemRefusedError(
+                f"{name} is bound to an interface {interface} that was made again, and hears nobody: to bind it anew "
+                "takes CAP_NET_RAW, which is missing; restart the relay"
+            ) from error
+        raise SystemRefusedError(
+            f"no interface {interface!r} on this host (`ip link` lists them); to wait for it takes CAP_NET_ADMIN"
         ) from error
+    except OSError as error:
+        raise SystemRefusedError(f"{name} cannot be limited to interface {interface}: {error.strerror}") from error
 
 
 def _make_transparent(sock: socket.socket, address: Endpoint) -> None:
@@ -252,18 +280,13 @@ def _make_fit(listener: Listener, settings: Settings) -> None:
     address."""
     if settings.mode == "tproxy" and not sockets.is_transparent(listener.sock):
         _make_transparent(listener.sock, listener.endpoint)
-    if _interface_of(listener.sock) != (settings.interface or ""):
+    if ingress.bound_to(listener.sock) and not _is_link_local(listener.wanted):  # by one that did not know better
         try:
-            _bind_to_interface(listener.sock, settings.interface or "")
-        except OSError as error:
-            _refuse_interface(error)
-            raise
-
-
-def _interface_of(sock: socket.socket) -> str:
-    """The interface that it is bound to; '' for all (SO_BINDTODEVICE of socket(7))."""
-    name = sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)  # IFNAMSIZ of linux/if.h
-    return name.rstrip(b"\0").decode()
+            listener.sock.setsockopt(socket.SOL_SOCKET, linux.SO_BINDTOIFINDEX, 0)
+        except PermissionError as error:
+            raise CapabilityMissingError(
+                f"cannot unbind {listener.name} from its interface: CAP_NET_RAW is missing; {HOW_TO_GIVE}"
+            ) from error
 
 
 def _unfit(sock: socket.socket, mode: Mode, stored: bool) -> str | None:

@@ -8,6 +8,10 @@ _LISTEN = "0A"
 """net/tcp_states.h, TCP_LISTEN, as /proc/net/tcp writes it."""
 
 
+_SYN_RECV = "03"
+"""The same of TCP_NEW_SYN_RECV, which is shown as TCP_SYN_RECV."""
+
+
 class TcpSocket(NamedTuple):
     """A TCP socket, whoever's it is."""
 
@@ -28,6 +32,16 @@ def tcp_sockets() -> Iterator[TcpSocket]:
                 continue  # the title
             local, remote = (int(field.rsplit(":", 1)[1], 16) for field in fields[1:3])
             yield TcpSocket(local, remote, fields[3] == _LISTEN, fields[9])
+
+
+def half_open() -> bool:
+    """True if some client's SYN has come to a listener of this network namespace, and its handshake is under way."""
+    return any(
+        fields[3] == _SYN_RECV
+        for table in ("tcp", "tcp6")
+        for fields in map(str.split, _lines(table))
+        if len(fields) >= 10
+    )
 
 
 def listening_ports() -> set[int]:

@@ -5,6 +5,7 @@ It is built once, when the connection is over; the access line and the counters 
 
 from typing import NamedTuple
 
+from tproxy_relay.net import probe_networks
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.linux import TcpInfo
 from tproxy_relay.outcome import Outcome
@@ -38,6 +39,11 @@ class ConnectionRecord(NamedTuple):
     client_tcp: TcpInfo | None
     upstream_tcp: TcpInfo | None
 
+    @property
+    def of_self_probe(self) -> bool:
+        """True for a connection by which the relay has tried itself, and which is nobody's."""
+        return self.orig_dst is not None and probe_networks.has_both(self.client, self.orig_dst)
+
     def as_fields(self) -> dict[str, object]:
         """The fields of the access line; facts that there are none of are left out."""
         fields: dict[str, object] = {"id": self.id, "listener": self.listener, "client": str(self.client)}
@@ -61,4 +67,6 @@ class ConnectionRecord(NamedTuple):
             if info is not None:
                 fields[side + "_rtt_ms"] = info.rtt_us / 1000
                 fields[side + "_retransmits"] = info.retransmits
+        if self.of_self_probe:
+            fields["self_probe"] = True
         return fields

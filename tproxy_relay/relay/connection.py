@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 
 from tproxy_relay.logs import formatters
-from tproxy_relay.net import endpoint, orig_dst, sockets
+from tproxy_relay.net import endpoint, ingress, orig_dst, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.listeners import Listener
 from tproxy_relay.outcome import Outcome
@@ -97,6 +97,8 @@ class Connection:
     def run(self) -> None:
         """Serve it from here to its record, and pump from client to server: the life of thread A."""
         try:
+            if self._context.settings.interface:
+                ingress.open_to_all(self.client_leg.sock)  # the interface may be made again
             sockets.tune(self.client_leg.sock, self._context.tuning.to_client)
             self._resolve()
             self.relay = Relay(self.client_leg, self._connect(), self._context.watch, self._context.cpu)
@@ -289,6 +291,9 @@ class Connection:
 
     def _write(self, record: ConnectionRecord) -> None:
         fields = record.as_fields()
+        if record.of_self_probe:  # what it has found is told by status
+            formatters.note(access_log, logging.DEBUG, "connection closed", fields)
+            return
         if not record.outcome.ordinary:
             self._context.registry.refused.append({"time": time.time(), **fields})
         level = logging.INFO if record.outcome.ordinary else logging.WARNING

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tproxy_relay.errors import CapabilityMissingError, ConfigError, SystemRefusedError
-from tproxy_relay.intercept import foreign_nat, plan
+from tproxy_relay.intercept import backends, plan, planning, routing
 from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.net import endpoint, listeners, sockets
 from tproxy_relay.net.endpoint import Endpoint
@@ -79,6 +79,12 @@ class Generation:
         """Set what the connections that the listeners accept inherit. Raises SystemRefusedError."""
         for listener in self.listeners:
             listeners.tune(listener, self.tuning)
+        self.confine()
+
+    def confine(self) -> None:
+        """Let in only clients that come in by `interface`, as it is now. Raises SystemRefusedError."""
+        for listener in self.listeners:
+            listeners.confine(listener, self.settings.interface)
 
 
 def prepare(settings: Settings, kept: Sequence[Listener], *, number: int, inherited: bool) -> Generation:
@@ -146,7 +152,7 @@ def wanted_plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Pla
     at all), and its listeners have these ports. None if nothing is to be intercepted. Raises RelayError."""
     if not (settings.intercept_inbound or settings.intercept_outbound):
         return None
-    wanted = plan.of_settings(settings, beside_nat=foreign_nat.rewrites_destinations())
+    wanted = _as_can_be(planning.for_host(settings), settings)
     for port in wanted.listener_ports - own_ports:
         raise ConfigError(f"none of the inherited sockets listens on port {port}, where interception leads")
     if settings.intercept_outbound and not mark and wanted.exempt_uid is None:
@@ -155,6 +161,14 @@ def wanted_plan(settings: Settings, mark: int, own_ports: frozenset[int]) -> Pla
             f"{listeners.HOW_TO_GIVE}. Or let its workers run as an account of their own, and name that one with --user"
         )
     return wanted
+
+
+def _as_can_be(wanted: Plan, settings: Settings) -> Plan:
+    """Without IPv6, where that is off and the programs for its rules are not there: no reason not to start."""
+    if plan.IPV6 not in wanted.families or routing.ipv6_is_on() or backends.can_do(settings.backend, wanted, plan.IPV6):
+        return wanted
+    log.warning("IPv6 is off, and ip6tables does not work here: IPv4 only, until a reload finds it otherwise")
+    return replace(wanted, listen={plan.IPV4: wanted.listen[plan.IPV4]}) if plan.IPV4 in wanted.families else wanted
 
 
 def resolve_target(settings: Settings) -> Endpoint | None:

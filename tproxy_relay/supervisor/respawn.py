@@ -5,6 +5,7 @@ import time
 from collections import deque
 
 from tproxy_relay.errors import SystemRefusedError
+from tproxy_relay.logs.repeats import Complaint
 from tproxy_relay.supervisor.state import RelayState
 
 MAX_DEATHS = 5
@@ -45,6 +46,7 @@ class Respawn:
         self._state = state
         self._deaths = Deaths()
         self._due: list[float] = []
+        self._lack = Complaint()
 
     @property
     def recent_deaths(self) -> int:
@@ -78,8 +80,11 @@ class Respawn:
     def _start(self) -> None:
         try:
             self._state.workers.start(self._state.generation)
+            if self._lack.ends():
+                log.info("workers can be started again")
         except SystemRefusedError as error:
-            log.error("%s", error)
+            if self._lack.begins(str(error)):
+                log.error("%s", error)
             self._due.append(time.monotonic() + RETRY_INTERVAL)
 
     def cancel(self) -> None:

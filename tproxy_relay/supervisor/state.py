@@ -42,6 +42,8 @@ class RelayState:
         """The generation in force; None at the start."""
         self.interception: Interception | None = None
         """The ruleset; None if nothing is intercepted."""
+        self.missing_interface: str | None = None
+        """The interface that the settings name, while there is none of that name: nobody can come in."""
         self.reloads = self.reloads_refused = 0
 
     @property

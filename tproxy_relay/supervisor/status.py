@@ -4,7 +4,7 @@ import logging
 import os
 import selectors
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tproxy_relay import __version__
 from tproxy_relay.admin import address
@@ -12,19 +12,18 @@ from tproxy_relay.admin.address import AdminSocket
 from tproxy_relay.admin.api import Api
 from tproxy_relay.admin.history import History, Sample
 from tproxy_relay.errors import RelayError
-from tproxy_relay.guard.guard_client import Health
 from tproxy_relay.ipc.histogram import Histogram
 from tproxy_relay.ipc.scoreboard import Numbers, Traffic
 from tproxy_relay.logs.recent import Problems
+from tproxy_relay.logs.repeats import Complaint
 from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.net import listeners, proc_net
 from tproxy_relay.outcome import Outcome
-from tproxy_relay.supervisor.respawn import DEATHS_PERIOD, Respawn
-from tproxy_relay.supervisor.state import Phase, RelayState
+from tproxy_relay.supervisor import health
+from tproxy_relay.supervisor.health import Health
+from tproxy_relay.supervisor.respawn import Respawn
+from tproxy_relay.supervisor.state import RelayState
 from tproxy_relay.supervisor.worker_process import Stage, WorkerProcess
-
-NEARLY_FULL = 0.9
-"""Of max-connections."""
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +32,26 @@ class Status:
     """The document of /status, the samples behind it, and the sockets where it is answered."""
 
     def __init__(
-        self, state: RelayState, respawn: Respawn, selector: selectors.BaseSelector, writer: LogWriter
+        self,
+        state: RelayState,
+        respawn: Respawn,
+        selector: selectors.BaseSelector,
+        writer: LogWriter,
+        health: Health,
     ) -> None:
+        """`health` is filled by others, and by this one with what the relay itself knows."""
         self.problems = Problems()
         """A handler for the log of this process."""
         self._state = state
         self._respawn = respawn
         self._selector = selector
         self._writer = writer
+        self._health = health
         self._started = time.time()
         self._history = History()
         self._overflows_before = proc_net.listen_overflows()
         self._admin: AdminSocket | None = None
-        self._admin_trouble = ""
+        self._admin_trouble = Complaint()
         self._api: Api | None = None
 
     # --- where it can be asked
@@ -74,11 +80,10 @@ class Status:
         try:
             if wanted is not None:
                 self._api.open_public(address.listen(wanted))
-            self._admin_trouble = ""
+            self._admin_trouble.ends()
         except RelayError as error:
-            if str(error) != self._admin_trouble:
+            if self._admin_trouble.begins(str(error)):
                 log.error("%s", error)
-            self._admin_trouble = str(error)
 
     def close_public(self) -> None:
         """Answer at the relay's own socket only."""
@@ -123,26 +128,36 @@ class Status:
 
     @property
     def why_not_ready(self) -> str | None:
-        """Why it takes no new connections; None if it does."""
+        """Why it takes no new connections, or why none of them come; None if all is well."""
         if self._state.ending:
             return f"the relay is {self._state.phase.value}"
-        return None if any(worker.stage is Stage.SERVING for worker in self.askable) else "no worker is at work"
+        if not any(worker.stage is Stage.SERVING for worker in self.askable):
+            return "no worker is at work"
+        self._note_own_problems()
+        serious = self._health.serious
+        return f"degraded: {'; '.join(map(str, serious))}" if serious else None
+
+    def _note_own_problems(self) -> None:
+        self._health.put(health.OWN, health.of_relay(self._state, self._respawn), logs=False)
 
     @property
     def status(self) -> dict[str, object]:
         """The document of /status, as JSON takes it, but for what is asked of the workers."""
         state, now = self._state, time.time()
         numbers, traffic = state.workers.numbers, state.workers.traffic
-        health = None if state.interception is None else state.interception.health
-        complaints = list(self._complaints(numbers, health))
+        ruleset = None if state.interception is None else state.interception.health
+        self._note_own_problems()
+        problems = self._health.problems
         return {
             "version": __version__,
             "pid": os.getpid(),
             "started": round(self._started, 3),
             "uptime_seconds": round(now - self._started, 3),
             "state": state.phase.value,
-            "health": "degraded" if complaints else "ok",
-            "complaints": complaints,
+            "health": "degraded" if problems else "ok",
+            "complaints": [str(one.problem) for one in problems],
+            "problems": [one.as_json() for one in problems],
+            "self_probe": self._health.self_probe,
             "connections": self._connections(numbers, now),
             "bytes": {"up": traffic.bytes_up, "down": traffic.bytes_down},
             "rates": self._history.rates(),
@@ -159,7 +174,7 @@ class Status:
             "reloads": state.reloads,
             "reloads_refused": state.reloads_refused,
             "log_dropped": self.log_dropped,
-            "ruleset": None if health is None else health._asdict(),
+            "ruleset": None if ruleset is None else ruleset._asdict(),
             "last_problems": self.problems.last,
         }
 
@@ -184,29 +199,6 @@ class Status:
             "bytes": {"up": traffic.bytes_up, "down": traffic.bytes_down},
             "room": self._state.generation.limits.room,
         }
-
-    def _complaints(self, numbers: Numbers, health: Health | None) -> Iterator[str]:
-        """What an operator should know of, in words."""
-        state, wanted, most = self._state, self._state.generation.pool.size, self._state.generation.limits.most
-        running = state.phase is Phase.RUNNING
-        if not running:
-            yield f"the relay is {state.phase.value}"
-        if running and health is not None and health.trouble:
-            yield f"the ruleset could not be changed: {health.trouble}"
-        if running and health is not None and health.state != "active":
-            yield f"the ruleset is {health.state}: new connections do not come here"
-        serving = sum(worker.stage is Stage.SERVING for worker in state.workers)
-        if running and serving < wanted:
-            yield f"{serving} of {wanted} workers are at work"
-        recent_deaths = self._respawn.recent_deaths
-        if recent_deaths:
-            yield f"{recent_deaths} workers have died within {DEATHS_PERIOD:g} s; the log says how"
-        if any(worker.stalled for worker in state.workers):
-            yield "a worker stalls"
-        if numbers.live >= most:
-            yield f"full: {numbers.live} connections, max-connections is {most}; new ones wait or are refused"
-        elif numbers.live >= NEARLY_FULL * most:
-            yield f"nearly full: {numbers.live} of {most} connections"
 
 
 def _lengths(histogram: Histogram) -> dict[str, object]:

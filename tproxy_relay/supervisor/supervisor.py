@@ -3,7 +3,8 @@
 Its workers come in generations. The first one is started at the start, a new one at every reload; when all of a
 new generation are ready, it takes the new clients, and the one before finishes its connections and ends. Everything
 happens in one thread, whatever comes: a signal, a word or the end of a worker, another relay, or the time. The loop is
-here; what is done then is done by managers: `rollout`, `respawn`, `shutdown`, `status` and `takeover_server`.
+here; what is done then is done by managers: `rollout`, `respawn`, `shutdown`, `status`, `links`, `doctor` and
+`takeover_server`.
 """
 
 import logging
@@ -21,7 +22,10 @@ from tproxy_relay.logs.writer import LogWriter
 from tproxy_relay.net import listeners
 from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import takeover_client
+from tproxy_relay.supervisor.doctor import Doctor
 from tproxy_relay.supervisor.generation import Generation, prepare
+from tproxy_relay.supervisor.health import Health
+from tproxy_relay.supervisor.links import Links
 from tproxy_relay.supervisor.respawn import Respawn
 from tproxy_relay.supervisor.rollout import Rollout
 from tproxy_relay.supervisor.shutdown import Shutdown
@@ -84,14 +88,20 @@ class Supervisor:
         self._pipes = LogPipes(writer)
         self._state = RelayState(environ)
         self._respawn = Respawn(self._state)
-        self._status = Status(self._state, self._respawn, self._selector, writer)
+        health = Health()
+        self._status = Status(self._state, self._respawn, self._selector, writer, health)
         self._takeover_server = TakeoverServer(self._selector, self._state)
         self._rollout = Rollout(self._state, self._respawn, self._status, writer, reread)
         self._shutdown = Shutdown(
             self._state, self._rollout, self._respawn, self._status, self._takeover_server, self._pipes
         )
+        self._links = Links(self._selector, self._state)
         heartbeat = Heartbeat(self._state, self._status)
-        self._managers: Sequence[Manager] = (self._shutdown, self._respawn, self._status, heartbeat, self._rollout)
+        self._doctor = Doctor(self._selector, self._state, health)
+        self._managers: Sequence[Manager] = (
+            *(self._shutdown, self._respawn, self._status, heartbeat, self._rollout),
+            *(self._links, self._doctor),
+        )
 
     # --- the start
 
@@ -146,6 +156,7 @@ class Supervisor:
     def _give_up_start(self) -> None:
         self._state.workers.dismiss(self._state.workers)
         self._status.close()
+        self._links.close()
 
     # --- the loop
 
@@ -153,6 +164,8 @@ class Supervisor:
         """Until told to stop. Returns the exit code."""
         while len(self._state.workers) or not self._state.ending:
             self._turn()
+        self._links.close()
+        self._doctor.close()
         self._shutdown.close()
         return 1 if self._shutdown.failed else 0
 

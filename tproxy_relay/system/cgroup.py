@@ -8,15 +8,15 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 
 
-def texts(controller: str, file: str) -> Iterator[str]:
-    """What the file says of our own group, and of each one around it that has it."""
+def texts(controller: str, *files: str) -> Iterator[str]:
+    """What the files say, with a blank between, of our own group and of each one around it that has them."""
     for root, group in _groups(controller):
         folder = root / group.lstrip("/")
         for one in (folder, *folder.parents):
             if not one.is_relative_to(root):
                 break
             try:
-                yield (one / file).read_text("ascii").strip()
+                yield " ".join((one / file).read_text("ascii").strip() for file in files)
             except (OSError, UnicodeError):
                 pass  # the outermost one has no limits
 

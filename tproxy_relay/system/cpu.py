@@ -26,19 +26,20 @@ def allowed() -> list[int]:
 
 def worth() -> int:
     """How many workers can be busy at the same time: as many as there are processors, or fewer if the cgroup gets less
-    time than that (cpu.max, cgroups(7))."""
+    time than that (cpu.max of version 2, cpu.cfs_quota_us of version 1; cgroups(7))."""
     return max(1, math.ceil(min(_quota(), len(allowed()))))
 
 
 def _quota() -> float:
-    """Processors' worth of time; infinite without a limit, or where cgroup v2 is not in use."""
-    return min(map(_worth_of, cgroup.texts("cpu", "cpu.max")), default=math.inf)
+    """Processors' worth of time; infinite without a limit."""
+    limits = [*cgroup.texts("cpu", "cpu.max"), *cgroup.texts("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    return min(map(_worth_of, limits), default=math.inf)
 
 
 def _worth_of(limit: str) -> float:
     try:
         quota, period = limit.split()
-        return int(quota) / int(period)
+        return int(quota) / int(period) if int(quota) > 0 else math.inf  # version 1 has -1 for none
     except (ValueError, ZeroDivisionError):
         return math.inf  # `max`
 

@@ -21,7 +21,7 @@ from tproxy_relay.system.limits import Limits
 from tproxy_relay.worker.eviction import Eviction
 from tproxy_relay.worker.rate_limit import RateLimit
 
-REPORT_PAUSE = 1.0
+REPORT_PAUSE = 60.0
 """Seconds from one line about a full relay to the next one."""
 TRIM_INTERVAL = 1.0
 """Seconds between two trims of the threads that nobody needs any more."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tproxy_relay import session_query
+from tproxy_relay.logs.repeats import Seldom
 from tproxy_relay.relay import snapshot
 from tproxy_relay.relay.connection import Connection
 from tproxy_relay.relay.registry import Registry
@@ -28,6 +29,7 @@ PIECE, LARGE_PIECE = 32, 512
 
 T = TypeVar("T")
 
+_seldom = Seldom()
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +45,8 @@ def send(registry: Registry[Connection], query: Query | None, to: socket.socket)
     try:
         threading.Thread(target=run, name="sessions", daemon=True).start()
     except RuntimeError as error:
-        log.warning("the live connections cannot be shown", extra={"why": str(error)})
+        if _seldom.is_due("no thread"):  # somebody may ask every second
+            log.warning("the live connections cannot be shown", extra={"why": str(error)})
         to.close()
 
 

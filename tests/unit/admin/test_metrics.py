@@ -18,6 +18,7 @@ STATUS: dict[str, Any] = {
     "version": "1.0",
     "started": 1e9,
     "health": "ok",
+    "problems": [{"name": "full", "class": "minor"}, *[{"name": "self-probe", "class": "relay"}] * 2],
     "connections": {"accepted": 100, "active": 7, "closed": {"completed": 90, "denied": 3}, "most": 1000},
     "bytes": {"up": 5, "down": 70},
     "connect_seconds": LENGTHS,
@@ -51,6 +52,8 @@ def test_all_numbers() -> None:
     wanted = {
         "info{version=1.0}": 1,
         "connections_limit": 1000,
+        "problem{class=minor,name=full}": 1,
+        "problem{class=relay,name=self-probe}": 1,
         "relayed_bytes_total{direction=up}": 5,
         "relayed_bytes_total{direction=down}": 70,
         "connect_duration_seconds_bucket{le=0.001}": 4,

@@ -55,3 +55,13 @@ def test_without_a_relay_or_its_rules_nothing_is_tried() -> None:
     one = case()
     one.relay_listens = True
     assert not [*selfprobe.probe_connections(one)], "there are no rules"
+
+
+@pytest.mark.usefixtures("network")
+def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfprobe, "TURN_TIMEOUT", 0.0)
+    with selfprobe._alone():
+        (found,) = selfprobe.try_connections(case())
+    assert found.level == "warning" and "somebody else" in found.what
+    with selfprobe._alone():
+        assert True, "its turn is over"

@@ -41,6 +41,7 @@ SAMPLES = {
     "cpu-affinity": ("on", "off"),
     "user": ("relay", "0"),
     "stall-timeout": ("0", "2.5"),
+    "self-probe": ("0", "3600"),
     "preserve-source": ("address", "full"),
     "target": ("a:1", "[::1]:2"),
     "allow": ("10.0.0.0/8,[::1]:80", "192.0.2.7:22-25"),

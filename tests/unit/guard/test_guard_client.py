@@ -211,7 +211,7 @@ def test_trouble_is_known_until_it_is_over(said: Lines) -> None:
     programs.run("ip -6 rule del pref 7008".split())
     wait_until(lambda: interception.health.trouble, "the guard cannot put the rule back")
     assert "routing table 7006" in str(interception.health.trouble)
-    programs.run(f"ip -6 rule add {routing.rules(CLOSED)[3]}".split())
+    programs.run(f"ip -6 rule add {routing.rules(CLOSED)[-1]}".split())
     wait_until(lambda: interception.health.trouble is None, "somebody else has put it back")
     assert not said.of("ruleset restored")
     interception.remove()

@@ -39,6 +39,9 @@ EVENTS: list[tuple[Event, dict[str, Any]]] = [
     (messages.Orphaned(), {"event": "orphaned"}),
     (messages.Orphaned(at_once=True), {"event": "orphaned", "at_once": True}),
     (messages.Warned("so"), {"event": "warning", "message": "so"}),
+    (messages.HostChanged(), {"event": "host-changed"}),
+    (messages.Counted(), {"event": "counted"}),
+    (messages.Counted(3, 4), {"event": "counted", "inbound": 3, "outbound": 4}),
 ]
 
 

@@ -25,9 +25,14 @@ def heard(changes: Changes) -> bool:
         ("ip route add local 192.0.2.0/24 dev lo table 9", False),
         ("ip -6 route add local 2001:db8::/64 dev lo table 9 proto 206", True),
         ("ip link set lo down", True),
+        ("sysctl -q -w net.ipv6.conf.lo.disable_ipv6=1", True),
+        ("ip -6 address add 2001:db8::1 dev lo", True),
+        ("ip -6 address add 2001:db8::2/64 dev one", False),
+        ("ip -4 address add 192.0.2.1 dev lo", False),
     ],
 )
 def test_a_change_is_told_once(command: str, concerns_us: bool) -> None:
+    programs.run("ip link add one type veth peer name two".split())
     changes = Changes(nftables=True)
     assert changes.complete and not heard(changes)
     programs.run(command.split())

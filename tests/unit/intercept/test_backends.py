@@ -60,6 +60,20 @@ def test_iptables_is_one_of_the_two(version: str, named: str, name: str, only: C
     assert backends.of_name("iptables").name == name
 
 
+@pytest.mark.parametrize(
+    "ip6tables_save, possible",
+    [("exit 0", True), ("echo 'no such table' >&2; exit 3", False), ("echo 'Permission denied' >&2; exit 4", True)],
+)
+def test_a_family_for_which_the_programs_do_not_work(
+    ip6tables_save: str, possible: bool, only: Callable[..., None]
+) -> None:
+    assert backends.can_do("nft", PLAN, 6)
+    only(iptables="echo legacy", iptables_save="exit 0")
+    assert backends.can_do("iptables", PLAN, 4) and not backends.can_do("iptables", PLAN, 6), "there is none"
+    only(ip6tables_save=ip6tables_save)
+    assert backends.can_do("iptables", PLAN, 6) is possible
+
+
 # --- what is there
 
 

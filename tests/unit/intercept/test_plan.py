@@ -147,8 +147,8 @@ def test_one_listening_address_of_each_family(bind: tuple[str, ...], expected: d
     assert module.of_settings(Settings(bind=bind)).listen == expected
 
 
-def test_a_host_without_ipv6_has_no_ipv6_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_has_ipv6", lambda: False)
+def test_a_kernel_without_ipv6_has_no_ipv6_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_kernel_has_ipv6", lambda: False)
     assert module.of_settings(Settings()).families == (4,)
 
 

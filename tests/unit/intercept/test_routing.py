@@ -1,7 +1,10 @@
 """The rules of routing: their words, and their life beside those of others."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
+import children
 import pytest
 from plans import PLAN, VARIANTS
 
@@ -29,6 +32,13 @@ def test_the_words() -> None:
         "route add local default dev lo table 7006 proto 206",
         *(f"rule add {rule}" for rule in routing.rules(PLAN)),
     ]
+
+
+def test_what_would_leave_unrelayed_is_refused_if_it_must_not() -> None:
+    refusal = "pref 7007 fwmark 0x2000000/0x7000000 iif lo unreachable protocol 206"
+    closed = replace(PLAN, on_failure="closed")
+    assert [rule for rule in routing.rules(closed) if rule not in routing.rules(PLAN)] == [refusal]
+    assert routing.rules(replace(closed, outbound=())) == routing.rules(PLAN)
 
 
 def ip(words: str) -> str:
@@ -83,6 +93,39 @@ def test_what_is_gone_is_missing_and_comes_back() -> None:
             routing.install(PLAN, added)
             assert added[family] == [line]
             assert sorted(routing.listing()) == sorted(whole)
+
+
+def switch_ipv6(on: bool) -> None:
+    programs.run(["sysctl", "-q", "-w", f"net.ipv6.conf.all.disable_ipv6={int(not on)}"])
+
+
+@in_network
+def test_while_ipv6_is_off_its_rules_wait_for_the_route() -> None:
+    closed = replace(PLAN, on_failure="closed")
+    switch_ipv6(False)
+    assert not routing.ipv6_is_on()
+    routing.install(closed, {})
+    assert routing.missing(closed, 6) == [] and len(routing.listing()) == 11
+    switch_ipv6(True)
+    assert routing.ipv6_is_on() and len(routing.missing(closed, 6)) == 1
+    routing.install(closed, {})
+    assert routing.missing(closed, 6) == [] and len(routing.listing()) == 12
+    switch_ipv6(False)
+    assert routing.missing(closed, 6) == []
+    assert routing.uninstall() and routing.listing() == []
+
+
+IS_ON = "from tproxy_relay.intercept import routing; print(routing.ipv6_is_on())"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_whether_ipv6_is_on_without_proc_net(on: bool, require_or_skip: Callable[[str], NoReturn]) -> None:
+    hide = "mount -t proc -o subset=pid proc /proc"
+    switch = f"sysctl -q -w net.ipv6.conf.all.disable_ipv6={int(not on)}"
+    network = "ip link set lo up && sysctl -q -w net.ipv6.conf.lo.disable_ipv6=0"
+    prefix = ("unshare", "-nm", "sh", "-c", f'{network} && {switch} && {hide} && exec "$@"', "sh")
+    done = children.run_python(IS_ON, prefix=children.need(prefix, require_or_skip))
+    assert done.stdout.strip() == str(on), done.stderr
 
 
 @in_network

@@ -53,6 +53,7 @@ def test_every_field_of_the_access_line_is_documented() -> None:
         client_tcp=tcp,
         upstream_tcp=tcp,
     )
+    assert record.of_self_probe
     assert set(table("access-log.rst", after="The access line")) == set(record.as_fields())
 
 

@@ -30,6 +30,10 @@ tests:
         values: '1 0x20'
       - series: 'tproxy_relay_healthy{instance="b"}'
         values: '1x20'
+      - series: 'tproxy_relay_problem{instance="a", name="self-probe", class="relay"}'
+        values: '_ 1x5'
+      - series: 'tproxy_relay_problem{instance="a", name="full", class="minor"}'
+        values: '_ 1x5'
       - series: 'tproxy_relay_connections_closed_total{instance="a", outcome="connect-refused"}'
         values: '0+10x60'
       - series: 'tproxy_relay_connections_closed_total{instance="a", outcome="completed"}'
@@ -40,6 +44,14 @@ tests:
         values: '0+100x60'
     alert_rule_test:
       - {eval_time: 1m, alertname: TproxyRelayUnhealthy}
+      - {eval_time: 0m, alertname: TproxyRelayDegraded}
+      - eval_time: 1m
+        alertname: TproxyRelayDegraded
+        exp_alerts:
+          - exp_labels: {severity: critical, instance: a, name: self-probe, class: relay}
+            exp_annotations:
+              summary: "Connections do not come to the relay at a as they should: self-probe"
+              description: "`tproxy-relay status` names who is in the way, and the command that mends it."
       - eval_time: 10m
         alertname: TproxyRelayUnhealthy
         exp_alerts:

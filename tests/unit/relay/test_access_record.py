@@ -74,3 +74,10 @@ def test_what_there_is_not_is_left_out() -> None:
         "id", "listener", "client", "source", "outcome", "error", "bytes_up", "bytes_down", "seconds",
     }  # fmt: skip
     assert bare["bytes_up"] == 0, "nothing is a number too"
+
+
+def test_the_self_probe_is_marked() -> None:
+    assert "self_probe" not in FULL.as_fields()
+    assert "self_probe" not in FULL._replace(orig_dst=None).as_fields()
+    probe = FULL._replace(client=Endpoint("192.0.2.2", 4000), orig_dst=Endpoint("192.0.2.6", 80))
+    assert probe.as_fields()["self_probe"] is True

@@ -17,6 +17,7 @@ from tproxy_relay.admin.client import Client
 from tproxy_relay.errors import RelayError, SystemRefusedError
 from tproxy_relay.ipc.scoreboard import Numbers
 from tproxy_relay.outcome import Outcome
+from tproxy_relay.supervisor.health import MINOR, Health, Problem
 from tproxy_relay.supervisor.respawn import Respawn
 from tproxy_relay.supervisor.state import Phase, RelayState
 from tproxy_relay.supervisor.status import Status, failed
@@ -31,7 +32,8 @@ class Relay:
         self.state.workers, self.state.current, self.state.phase = hands.workers, hands.generation, Phase.RUNNING
         self.state.current = replace(hands.generation, pool=replace(hands.generation.pool, size=1))
         self.respawn = Respawn(self.state)
-        self.status = Status(self.state, self.respawn, hands.selector, hands.log)  # type: ignore[arg-type]
+        self.health = Health()
+        self.status = Status(self.state, self.respawn, hands.selector, hands.log, self.health)  # type: ignore[arg-type]
 
     @property
     def complaints(self) -> Any:
@@ -165,3 +167,16 @@ def test_it_stops_with_its_sockets(relay: Relay, tmp_path: Path) -> None:
     relay.status.listen(path)
     relay.status.close()
     assert not os.path.exists(path)
+
+
+def test_what_the_doctor_has_found(relay: Relay) -> None:
+    relay.hands.serving()
+    relay.health.put("look", [Problem("full", "it is rather full", kind=MINOR)])
+    assert relay.complaints == ["it is rather full"] and relay.status.why_not_ready is None
+    relay.health.put("look", [Problem("marks", "nft rule x sets marks", "nft delete x")])
+    assert relay.complaints == ["nft rule x sets marks; do: nft delete x"]
+    assert relay.status.why_not_ready == "degraded: nft rule x sets marks; do: nft delete x"
+    (found,) = relay.status.status["problems"]  # type: ignore[misc]
+    assert (found["name"], found["remedy"], found["class"]) == ("marks", "nft delete x", "relay")
+    relay.health.put("look", [])
+    assert relay.status.status["health"] == "ok" and relay.status.why_not_ready is None

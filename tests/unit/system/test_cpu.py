@@ -2,9 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import children
 import pytest
@@ -44,7 +44,7 @@ def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(cpu, "allowed", lambda: list(range(64)))
     assert cpu.worth() == 64
     own.write_text("1:name=systemd:/x\n")
-    assert cpu.worth() == 64, "only version 1"
+    assert cpu.worth() == 64, "of a controller that says nothing of time"
     own.write_text("1:name=systemd:/x\n0::/system.slice/relay.service\n")
     assert cpu.worth() == 64
     for text, worth in (
@@ -56,6 +56,48 @@ def test_a_quota_of_the_cgroup_is_worth_fewer(monkeypatch: pytest.MonkeyPatch, t
     assert cpu.worth() == 4
     (folder / "cpu.max").write_text("100000 100000")
     assert cpu.worth() == 1
+
+
+V1 = Path("/sys/fs/cgroup/cpu")
+WORTH = """
+import os, sys
+with open(sys.argv[1] + "/cgroup.procs", "w") as joined:
+    joined.write(str(os.getpid()))
+from tproxy_relay.system import cpu
+cpu.allowed = lambda: list(range(64))
+print(cpu.worth())
+"""
+
+
+@pytest.fixture
+def v1_group(require_or_skip: Callable[[str], NoReturn]) -> Iterator[Path]:
+    """A control group of version 1 with a group in it."""
+    outer = V1 / f"tproxy-relay-test-{os.getpid()}"
+    made: list[Path] = []
+    try:
+        for folder in (outer, outer / "inner"):
+            folder.mkdir()
+            made.append(folder)
+    except OSError as error:
+        if os.path.exists(V1 / "cpu.cfs_quota_us"):
+            require_or_skip(f"no control group can be made: {error}")
+        pytest.skip("this machine has version 2 only")
+    else:
+        yield outer / "inner"
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "worth"), [(-1, -1, 64), (150000, -1, 2), (-1, 300000, 3), (20000, 90000, 1)]
+)
+def test_a_quota_of_version_1(v1_group: Path, inner: int, outer: int, worth: int) -> None:
+    """As the kernel has it; groups of version 1 have their quota in a file of its own."""
+    (v1_group.parent / "cpu.cfs_quota_us").write_text(str(outer))
+    (v1_group / "cpu.cfs_quota_us").write_text(str(inner))
+    done = children.run_python(WORTH, str(v1_group))
+    assert done.stdout.strip() == str(worth), done.stderr
 
 
 @pytest.mark.parametrize(

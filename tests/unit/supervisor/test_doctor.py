@@ -1,0 +1,159 @@
+"""The doctor's manager, with processes that say what the test wants them to."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hands import Hands
+from plans import PLAN
+
+from tproxy_relay.guard.guard_client import Health as RulesetHealth
+from tproxy_relay.guard.messages import Counted, HostChanged
+from tproxy_relay.guard.reports import Reports
+from tproxy_relay.intercept import plan as plans
+from tproxy_relay.intercept.plan import Plan
+from tproxy_relay.supervisor import doctor, doctor_hours
+from tproxy_relay.supervisor.doctor import Doctor
+from tproxy_relay.supervisor.health import Health
+from tproxy_relay.supervisor.state import Phase, RelayState
+
+FOUND = {"name": "marks", "level": "problem", "what": "nft rule x sets marks", "why": "lost", "remedy": "nft delete x"}
+TRIED = {"name": "self-probe", "level": "ok", "what": "an inbound connection is relayed", "why": "", "remedy": ""}
+LOST = {**TRIED, "level": "problem", "what": "an inbound connection is lost"}
+DONE = {"done": True}
+
+
+class Ruleset:
+    """In the place of an Interception."""
+
+    def __init__(self) -> None:
+        self.reports = Reports()
+        self.plan = PLAN
+        self.health = RulesetHealth("active", "nft", PLAN.digest, None)
+
+    def replace(self, plan: Plan) -> None:
+        """As Interception's."""
+        self.plan = plan
+
+
+class Practice:
+    """A relay, its doctor, and what that says next."""
+
+    def __init__(self, hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hands = hands
+        self.state = RelayState({})
+        settings = replace(hands.generation.settings, self_probe=600.0)
+        self.state.workers, self.state.phase = hands.workers, Phase.RUNNING
+        self.state.current = replace(hands.generation, plan=PLAN, settings=settings)
+        self.ruleset = Ruleset()
+        self.state.interception = self.ruleset  # type: ignore[assignment]
+        self.health = Health()
+        self.doctor = Doctor(hands.selector, self.state, self.health)
+        self.script = ""
+        monkeypatch.setattr(doctor.children, "module_command", lambda _: [sys.executable, "-c", self.script])
+
+    def says(self, *lines: dict[str, Any]) -> None:
+        """From now on; it echoes the parts that it was asked for in a line of its own."""
+        text = "\n".join(map(json.dumps, lines))
+        self.script = f"import sys; sys.stdin.readline(); print({text!r})"
+
+    def visited(self, now: float) -> None:
+        """Until the one that is due at that time has come and gone."""
+        self.doctor.tick(now)
+        assert self.doctor.deadline is not None and self.doctor._visit is not None, "nobody was sent"
+        self.hands.turn_until(lambda: self.doctor._visit is None, "it has ended")
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong."""
+        return [one.problem.what for one in self.health.problems]
+
+
+@pytest.fixture
+def practice(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> Iterator[Practice]:
+    monkeypatch.setattr(doctor_hours, "SETTLED", 0.0)
+    monkeypatch.setattr(doctor_hours, "FIRST_TRY", 0.0)
+    made = Practice(hands, monkeypatch)
+    yield made
+    made.doctor.close()
+
+
+def test_what_is_found_is_a_problem_until_it_is_not_found(practice: Practice) -> None:
+    practice.says({"finding": FOUND}, {"finding": {**FOUND, "level": "warning"}}, {"finding": TRIED}, DONE)
+    practice.visited(time.monotonic())
+    assert practice.problems == ["nft rule x sets marks: lost"]
+    assert practice.health.self_probe is not None
+    assert practice.health.self_probe["found"] == ["an inbound connection is relayed"]
+    practice.says({"finding": LOST}, DONE)
+    practice.visited(time.monotonic() + 60)
+    assert practice.problems == ["an inbound connection is lost"]
+    practice.says({"finding": TRIED}, DONE)
+    practice.visited(time.monotonic() + 120)
+    assert practice.problems == []
+
+
+def test_another_plan_is_put_in_force(practice: Practice) -> None:
+    later = replace(PLAN, route_priority=5267)
+    practice.says({"plan": plans.to_json(later), "why": "a VPN"}, DONE)
+    practice.visited(time.monotonic())
+    assert practice.ruleset.plan == later == practice.state.generation.plan
+
+
+def test_a_change_sends_it(practice: Practice) -> None:
+    practice.says(DONE)
+    practice.visited(time.monotonic())
+    later = time.monotonic() + 100
+    practice.doctor.tick(later)
+    assert practice.doctor._visit is None, "nothing has happened"
+    practice.ruleset.reports.take(HostChanged())
+    practice.visited(later)
+
+
+def test_connections_that_do_not_come_send_it(practice: Practice) -> None:
+    practice.says({"finding": {**TRIED, "level": "warning", "what": "no connection was tried (no namespace)"}}, DONE)
+    practice.visited(time.monotonic())
+    later = time.monotonic() + 100
+    practice.ruleset.reports.take(Counted(8, 4))
+    practice.visited(later)
+    assert practice.problems == [], "they may be on their way"
+    practice.ruleset.reports.take(Counted(9, 4))
+    practice.visited(later + 13)
+    assert practice.problems == ["13 connections were taken by the rules, and none came to the relay"]
+    practice.ruleset.reports.take(Counted(0, 0))
+    practice.visited(later + 60)
+    assert practice.problems == []
+
+
+@pytest.mark.parametrize("script", ["", "import os; os._exit(3)", "print('nonsense')"])
+def test_one_that_does_not_come_to_its_end_changes_nothing(practice: Practice, script: str) -> None:
+    practice.says({"finding": FOUND}, DONE)
+    practice.visited(time.monotonic())
+    practice.script = script
+    practice.visited(time.monotonic() + 60)
+    assert len(practice.problems) == 1
+    assert practice.hands.logged("this host could not be looked at")
+
+
+def test_one_that_hangs_is_killed(practice: Practice, monkeypatch: pytest.MonkeyPatch) -> None:
+    practice.script = "import time; time.sleep(1000)"
+    now = time.monotonic()
+    practice.doctor.tick(now)
+    practice.doctor.tick(now + 1)
+    assert practice.doctor._visit is not None and practice.doctor.deadline == practice.doctor._visit.until
+    practice.doctor.tick(now + doctor.TIMEOUT + 1)
+    assert practice.doctor._visit is None
+
+
+def test_none_is_sent_by_a_relay_that_ends_or_takes_nothing(practice: Practice) -> None:
+    practice.says(DONE)
+    practice.state.interception = None
+    practice.doctor.tick(time.monotonic())
+    assert practice.doctor.deadline is None
+    practice.state.interception = practice.ruleset  # type: ignore[assignment]
+    practice.state.phase = Phase.DRAINING
+    practice.doctor.tick(time.monotonic())
+    assert practice.doctor.deadline is None
