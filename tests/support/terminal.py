@@ -25,11 +25,11 @@ class Terminal:
         """`command`: its words, or a line for the shell, which is bash or zsh."""
         self._folder = Path(tempfile.mkdtemp(prefix="tproxy-relay-tmux-"))
         self._socket = str(self._folder / "socket")
-        size = ["-x", str(columns), "-y", str(rows)]
+        where = ["-x", str(columns), "-y", str(rows), "-c", str(self._folder)]  # nohup leaves a file there
         (self._folder / "rc").write_text("PS1='PROMPT> '\n")
         shells = {"bash": ["bash", "--noprofile", "--rcfile", str(self._folder / "rc")], "zsh": ["zsh", "-f"]}
         environment = {**os.environ, "TERM": "screen-256color", "LC_ALL": "C.UTF-8", "PS1": "PROMPT> "}
-        self._tmux("-f", os.devnull, "new-session", "-d", *size, *shells[shell], env=environment)
+        self._tmux("-f", os.devnull, "new-session", "-d", *where, *shells[shell], env=environment)
         self.wait_for("PROMPT>")
         self.type(command if isinstance(command, str) else shlex.join(command), "Enter")
 
