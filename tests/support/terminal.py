@@ -21,16 +21,17 @@ def program() -> str | None:
 class Terminal:
     """A server of tmux that is ours alone, with one window. `shell` runs in it, the command is typed into it."""
 
-    def __init__(self, columns: int, rows: int, command: Sequence[str]) -> None:
+    def __init__(self, columns: int, rows: int, command: Sequence[str] | str, shell: str = "bash") -> None:
+        """`command`: its words, or a line for the shell, which is bash or zsh."""
         self._folder = Path(tempfile.mkdtemp(prefix="tproxy-relay-tmux-"))
         self._socket = str(self._folder / "socket")
-        size = ["-x", str(columns), "-y", str(rows)]
+        where = ["-x", str(columns), "-y", str(rows), "-c", str(self._folder)]  # nohup leaves a file there
         (self._folder / "rc").write_text("PS1='PROMPT> '\n")
-        shell = ["bash", "--noprofile", "--rcfile", str(self._folder / "rc")]
-        environment = {**os.environ, "TERM": "screen-256color", "LC_ALL": "C.UTF-8"}
-        self._tmux("-f", os.devnull, "new-session", "-d", *size, *shell, env=environment)
+        shells = {"bash": ["bash", "--noprofile", "--rcfile", str(self._folder / "rc")], "zsh": ["zsh", "-f"]}
+        environment = {**os.environ, "TERM": "screen-256color", "LC_ALL": "C.UTF-8", "PS1": "PROMPT> "}
+        self._tmux("-f", os.devnull, "new-session", "-d", *where, *shells[shell], env=environment)
         self.wait_for("PROMPT>")
-        self.type(shlex.join(command), "Enter")
+        self.type(command if isinstance(command, str) else shlex.join(command), "Enter")
 
     def __enter__(self) -> "Terminal":
         return self
@@ -38,7 +39,15 @@ class Terminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def hang_up(self) -> None:
+        """The window is gone, as when the connection of an ssh session is; no error if it is already."""
         subprocess.run(["tmux", "-S", self._socket, "kill-server"], check=False, capture_output=True)
+
+    def close(self) -> None:
+        """Leave nothing. May be called again."""
+        self.hang_up()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _tmux(self, *words: str, env: dict[str, str] | None = None) -> str:

@@ -17,6 +17,7 @@ from tproxy_relay.settings import Settings
 from tproxy_relay.supervisor import generation
 from tproxy_relay.supervisor.supervisor import Supervisor
 from tproxy_relay.system import privileges, proc_title, reaper
+from tproxy_relay.system.terminal import Terminal
 from tproxy_relay.system.wakeup import Wakeup
 
 LOG_FLUSH = 1.0
@@ -38,6 +39,7 @@ def run(
     already hands over. Raises RelayError if it cannot begin."""
     proc_title.become(proc_title.SUPERVISOR)
     wakeup = Wakeup()
+    terminal = Terminal(wakeup.notify)  # before HUP is caught
     wakeup.catch((*SIGNALS, *((signal.SIGCHLD,) if os.getpid() == 1 else ())))
     if os.getpid() == 1:
         reaper.reap_orphans(())  # of those that ended before, no signal will tell
@@ -46,7 +48,7 @@ def run(
     writer.start()
     try:
         generation.warn_of_nonlocal_bind()
-        supervisor = Supervisor(reread, environ, wakeup, writer)
+        supervisor = Supervisor(reread, environ, wakeup, writer, terminal)
         code = supervisor.run() if supervisor.start(settings, take_over=take_over) else 0
     except BaseException:
         writer.stop(LOG_FLUSH)

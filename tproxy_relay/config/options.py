@@ -380,8 +380,9 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             "keepalive",
             option_types.whole(0, option_types.MAX_KEEPALIVE, "; 0: off"),
             "SECONDS",
-            "Ask a peer that has been silent for so many seconds whether it is still there (TCP "
-            "keepalive, towards both sides).",
+            "Ask a peer that has been silent for so many seconds whether it is still there (TCP keepalive, towards "
+            "both sides). It is given up when no answer has come for twelve times as long: 60 lives through an "
+            "outage of ten minutes.",
         ),
         Option(
             "user-timeout",

@@ -7,36 +7,26 @@ What differs from nft, and cannot be helped:
 - REJECT exists in the table `filter` only, and rules are not tied to a process.
 """
 
-import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from tproxy_relay.intercept import forgotten
 from tproxy_relay.intercept.iptables_save import PREFIX, TABLES, Saved
+from tproxy_relay.intercept.iptables_words import NOT_SYN as _NOT_SYN
+from tproxy_relay.intercept.iptables_words import SYN as _SYN
+from tproxy_relay.intercept.iptables_words import TCP as _TCP
+from tproxy_relay.intercept.iptables_words import Rule
+from tproxy_relay.intercept.iptables_words import bits as _bits
+from tproxy_relay.intercept.iptables_words import by_ports as _by_ports
+from tproxy_relay.intercept.iptables_words import marked as _marked
 from tproxy_relay.intercept.plan import CONNTRACK_ZONE, NEVER, Family, Plan, State
-from tproxy_relay.settings import PortRange
 
-_TCP = "-p tcp"
-_SYN = "-p tcp -m tcp --syn"
-_NOT_SYN = "-p tcp -m tcp ! --syn"
 _SYN_ACK = "-p tcp -m tcp --tcp-flags SYN,ACK SYN,ACK"
 _ACK = "-p tcp -m tcp --tcp-flags SYN,RST,ACK ACK"
 _ICMP: dict[Family, str] = {4: "icmp", 6: "icmpv6"}
 _ERRORS: dict[Family, str] = {4: "-p icmp -m icmp ! --icmp-type redirect", 6: "-p icmpv6"}
 """The socket match looks at no others but errors and, of IPv4, redirects (nf_socket_ipv4.c, nf_socket_ipv6.c)."""
-
-
-class Rule(NamedTuple):
-    """What a rule matches and does, and the comment that it carries."""
-
-    match: str
-    then: str
-    label: str
-
-    @property
-    def text(self) -> str:
-        """The rule in the words of iptables, as it stands after `-A CHAIN`."""
-        return f'{self.match} -m comment --comment "{self.label}" {self.then}'.strip()
 
 
 _OWN_ZONE = f"-j CT --zone {CONNTRACK_ZONE}"
@@ -208,10 +198,11 @@ def _own_errors(plan: Plan, family: Family) -> Iterator[Rule]:
 def _from_lo(plan: Plan, family: Family) -> Iterator[Rule]:
     ours = f"{_TCP} -m mark --mark {_bits(plan, plan.marks.relay)}"
     to_us = f"{_TCP} -m mark --mark {_bits(plan, plan.marks.outbound)}"
-    if plan.inbound and plan.keeps_source:
+    if plan.speaks_here:
         remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.relay)}"
-        yield Rule(f"{ours} -m conntrack --ctdir ORIGINAL", remember, "from the relay to a server here")
+        yield Rule(f"{ours} -m connmark --mark {_bits(plan, 0)}", remember, "from the relay to this host")
     yield Rule(ours, "-j ACCEPT", "from the relay")
+    yield from forgotten.iptables_from_lo(plan)
     if plan.mode != "tproxy" or not plan.outbound:
         return
     # xt_TPROXY drops packets of established sockets that are not transparent. A bare SYN would also match a server
@@ -224,11 +215,14 @@ def _from_lo(plan: Plan, family: Family) -> Iterator[Rule]:
 
 def _output(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
     divert = f"-j MARK --set-xmark {_bits(plan, plan.marks.outbound)}"
-    if plan.inbound and plan.keeps_source:
+    yield from forgotten.iptables_of_servers(plan)
+    if plan.speaks_here:
         # First, because with tcp_fwmark_accept=1 the answers of a server here carry the relay's mark too.
-        answers = f"{_TCP} -m conntrack --ctdir REPLY -m connmark --mark {_bits(plan, plan.marks.relay)}"
-        yield Rule(answers, divert, "answers of servers here to the address of a client")
-        yield Rule(answers, "-j RETURN", "answers of servers here to the address of a client")
+        answers = f"{_TCP} -m connmark --mark {_bits(plan, plan.marks.relay)}"
+        answers += " -m addrtype --src-type LOCAL ! --dst-type LOCAL"
+        yield Rule(answers, divert, "answers to the relay in the name of others")
+        yield Rule(answers, "-j RETURN", "answers to the relay in the name of others")
+    if plan.inbound and plan.keeps_source:
         # Not where both sides share an entry: this would be the client's mark then.
         unmarked = f"-m connmark --mark {_bits(plan, 0)} -m addrtype ! --src-type LOCAL"
         remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.relay)}"
@@ -241,6 +235,7 @@ def _output(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
     if plan.mode != "tproxy" or not plan.outbound:
         return
     yield from _exempt(plan, family)
+    yield from forgotten.iptables_of_programs(plan)
     if state == "active":
         remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.outbound)}"
         yield from _by_ports(_SYN, plan.outbound, remember, "outbound")
@@ -301,15 +296,6 @@ def _zone_output(plan: Plan) -> Iterator[Rule]:
     yield from _by_ports(match, plan.inbound, _OWN_ZONE, "server side of a connection that keeps its port", "--dports")
 
 
-def _by_ports(
-    match: str, ranges: Sequence[PortRange], then: str, label: str, which_port: str = "--dports"
-) -> Iterator[Rule]:
-    """One rule for every seven ranges: multiport takes fifteen numbers (iptables-extensions(8)), a range has two."""
-    for start in range(0, len(ranges), 7):
-        ports = ",".join(str(one).replace("-", ":") for one in itertools.islice(ranges, start, start + 7))
-        yield Rule(f"{match} -m multiport {which_port} {ports}".strip(), then, label)
-
-
 def _never(family: Family) -> Iterator[Rule]:
     for network in NEVER[family]:
         yield Rule(f"-d {network}", "-j RETURN", "never intercepted")
@@ -331,12 +317,3 @@ def _on_ip(plan: Plan, family: Family) -> str:
 
 def _arrives(plan: Plan) -> str:
     return f"-i {plan.interface}" if plan.interface else "! -i lo"
-
-
-def _marked(plan: Plan, bits: int, direction: str) -> str:
-    """Of a connection with that mark, in that direction."""
-    return f"-m connmark --mark {_bits(plan, bits)} -m conntrack --ctdir {direction}"
-
-
-def _bits(plan: Plan, bits: int) -> str:
-    return f"{bits:#x}/{plan.mark_mask:#x}"

@@ -16,16 +16,20 @@ TPROXY exists in prerouting only (nft_tproxy.c). So what programs here send is m
 lo (routing.py), and meets TPROXY when it comes in from there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from tproxy_relay.intercept import forgotten
+from tproxy_relay.intercept.nft_words import NOT_SYN as _NOT_SYN
+from tproxy_relay.intercept.nft_words import SYN as _SYN
+from tproxy_relay.intercept.nft_words import Rule
+from tproxy_relay.intercept.nft_words import is_marked as _is
+from tproxy_relay.intercept.nft_words import ports as _ports
+from tproxy_relay.intercept.nft_words import set_mark as _set
 from tproxy_relay.intercept.plan import CONNTRACK_ZONE, NEVER, Family, Plan, State
-from tproxy_relay.settings import PortRange
 
 TABLE = "tproxy_relay"
 
-_SYN = "tcp flags & (fin | syn | rst | ack) == syn"
-_NOT_SYN = "tcp flags & (fin | syn | rst | ack) != syn"
 _NAMES: dict[Family, str] = {4: "ip", 6: "ip6"}
 _SYN_ACK = "tcp flags & (syn | ack) == (syn | ack)"
 _ACK = "tcp flags & (syn | rst | ack) == ack"
@@ -34,13 +38,6 @@ _ERRORS: dict[Family, str] = {
     6: "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem }",
 }
 """What a router or host says of a packet that it did not pass on (RFC 792, RFC 4443). No redirects."""
-
-
-class Rule(NamedTuple):
-    """A statement and the comment that it carries."""
-
-    text: str
-    label: str
 
 
 _TRACKED = Rule("ct state invalid return", "keeps connections tracked")
@@ -190,10 +187,11 @@ def _own_errors(plan: Plan) -> Iterator[Rule]:
 
 def _from_lo(plan: Plan) -> Iterator[Rule]:
     ours, to_us = _is(plan, "meta mark", plan.marks.relay), _is(plan, "meta mark", plan.marks.outbound)
-    if plan.inbound and plan.keeps_source:
-        remember = _set(plan, "ct mark", plan.marks.relay)
-        yield Rule(f"{ours} ct direction original {remember} counter accept", "from the relay to a server here")
+    if plan.speaks_here:
+        remember = f"{_is(plan, 'ct mark', 0)} {_set(plan, 'ct mark', plan.marks.relay)}"
+        yield Rule(f"{ours} {remember} counter accept", "from the relay to this host")
     yield Rule(f"{ours} accept", "from the relay")
+    yield from forgotten.nft_from_lo(plan)
     if plan.mode != "tproxy" or not plan.outbound:
         return
     for family in plan.families:
@@ -207,10 +205,11 @@ def _from_lo(plan: Plan) -> Iterator[Rule]:
 
 def _output(plan: Plan, state: State) -> Iterator[Rule]:
     divert = _set(plan, "meta mark", plan.marks.outbound)
-    if plan.imitates and plan.keeps_source:
+    if plan.speaks_here:
         # First, because with tcp_fwmark_accept=1 the answers of a server here carry the relay's mark too.
-        answers = f"ct direction reply {_is(plan, 'ct mark', plan.marks.relay)}"
-        yield Rule(f"{answers} {divert} counter accept", "answers of servers here to the address of a client")
+        answers = f"{_is(plan, 'ct mark', plan.marks.relay)} fib saddr type local fib daddr type != local"
+        yield Rule(f"{answers} {divert} counter accept", "answers to the relay in the name of others")
+    if plan.imitates and plan.keeps_source:
         # Not where both sides share an entry: this would be the client's mark then.
         unmarked = _is(plan, "ct mark", 0)
         ours = f"{_is(plan, 'meta mark', plan.marks.relay)} {_SYN} {unmarked} fib saddr type != local"
@@ -218,11 +217,13 @@ def _output(plan: Plan, state: State) -> Iterator[Rule]:
     if plan.mode == "tproxy" and plan.imitates:
         answer = f'oifname != "lo" {_is(plan, "meta mark", plan.marks.relay)} {_SYN_ACK}'
         yield Rule(f"{answer} {_set(plan, 'ct mark', plan.marks.inbound)}", "the relay answers a client")
+    yield from forgotten.nft_of_servers(plan)
     if plan.mode != "tproxy" or not plan.outbound:
         return
     yield from _exempt(plan)
     relayed = f"ct direction original {_is(plan, 'ct mark', plan.marks.outbound)}"
     yield Rule(f"{relayed} {divert} counter accept", "packets of relayed connections")
+    yield from forgotten.nft_of_programs(plan)
     if state != "active":
         return
     remember = _set(plan, "ct mark", plan.marks.outbound)
@@ -307,16 +308,3 @@ def _arrives(plan: Plan) -> str:
 
 def _never(family: Family) -> str:
     return f"{_NAMES[family]} daddr {{ {', '.join(NEVER[family])} }}"
-
-
-def _set(plan: Plan, what: str, bits: int) -> str:
-    others = f"{what} set {what} & {0xFFFFFFFF & ~plan.mark_mask:#010x}"
-    return f"{others} | {bits:#010x}" if bits else others
-
-
-def _is(plan: Plan, what: str, bits: int) -> str:
-    return f"{what} & {plan.mark_mask:#010x} == {bits:#010x}"
-
-
-def _ports(ranges: Sequence[PortRange]) -> str:
-    return "{ " + ", ".join(map(str, ranges)) + " }"

@@ -143,6 +143,11 @@ class Plan:
         return bool(self.inbound and self.listen) and (self.mode == "tproxy" or self.keeps_source)
 
     @property
+    def speaks_here(self) -> bool:
+        """True if the relay speaks to programs on this host in the name of others, and must get their answers."""
+        return bool(self.mode == "tproxy" and self.outbound) or bool(self.inbound and self.keeps_source)
+
+    @property
     def needs_routing(self) -> bool:
         """False only where the kernel rewrites addresses and nobody borrows one."""
         return self.mode == "tproxy" or self.keeps_source

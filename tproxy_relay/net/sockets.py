@@ -20,8 +20,12 @@ SEND_TICK = 1.0
 """Seconds after which a send() that found no room returns, so that its thread can see whether it is still
 wanted. shutdown(SHUT_RD) wakes a reader; nothing that sends no FIN wakes a writer."""
 
-KEEPALIVE_PROBES = 4
-"""Unanswered probes, a quarter of the idle time apart, after which the peer counts as gone."""
+PROBES_IN_IDLE_TIME = 4
+"""Keepalive probes follow each other a quarter of the idle time apart, or a second: TCP_KEEPINTVL knows no less."""
+
+KEEPALIVE_PATIENCE = 12
+"""Idle times for which probes may stay unanswered; then the peer counts as gone. Networks come back: switches boot,
+lines are redialled, laptops wake up. With the default of 60 seconds an outage of eleven minutes is outlived."""
 
 _RESET_ON_CLOSE = linux.LINGER.pack(1, 0)
 _FIN_ON_CLOSE = linux.LINGER.pack(0, 0)
@@ -32,7 +36,8 @@ class Tuning:
     """What every socket of the relay is set to, on both legs."""
 
     keepalive: int
-    """Seconds of silence before the first probe; 0: none."""
+    """Seconds of silence before the first probe; 0: none. The peer counts as gone after KEEPALIVE_PATIENCE times as
+    long without an answer, or after `user_timeout`, if there is one."""
     user_timeout: float
     """Seconds that sent data may stay unacknowledged (TCP_USER_TIMEOUT, tcp(7)); 0: the kernel's choice."""
     mark: int
@@ -53,11 +58,11 @@ class Tuning:
             (sol, socket.SO_SNDTIMEO, linux.pack_timeval(SEND_TICK)),
         ]
         if self.keepalive:
-            interval = max(1, self.keepalive // KEEPALIVE_PROBES)
+            interval = max(1, self.keepalive // PROBES_IN_IDLE_TIME)
             options.append((sol, socket.SO_KEEPALIVE, 1))
             options.append((tcp, socket.TCP_KEEPIDLE, self.keepalive))
             options.append((tcp, socket.TCP_KEEPINTVL, interval))
-            options.append((tcp, socket.TCP_KEEPCNT, KEEPALIVE_PROBES))
+            options.append((tcp, socket.TCP_KEEPCNT, self.keepalive * KEEPALIVE_PATIENCE // interval))
         if self.user_timeout:
             options.append((tcp, socket.TCP_USER_TIMEOUT, max(1, round(self.user_timeout * 1000))))
         if self.mark:

@@ -115,11 +115,14 @@ class LocalAddresses:
 def sources(settings: Settings, client: Endpoint, destination: Endpoint) -> tuple[str, ...]:
     """Whose address to try towards this destination, best first.
 
-    A client on this host is never imitated: its address is taken. Nor is its port towards a server on this
-    host: two sockets would have the same four numbers. Nor a port that is intercepted itself: the ruleset could not
-    tell the client's packets from the server's, which takes a connection tracking zone (intercept/nft.py).
+    A client on this host is never imitated: its address is taken. Nor is one whose address means something on one link
+    only (fe80::1%eth0): it would tie our socket to that link. Nor is its port towards a server on this host: two
+    sockets would have the same four numbers. Nor a port that is intercepted itself: the ruleset could not tell the
+    client's packets from the server's, which takes a connection tracking zone (intercept/nft.py).
     """
-    if settings.preserve_source == "no" or client.family != destination.family or sockets.is_local_address(client):
+    if settings.preserve_source == "no" or client.family != destination.family:
+        return (RELAY,)
+    if client.scope_id or sockets.is_local_address(client):
         return (RELAY,)
     ambiguous = any(ports.covers(client.port) for ports in settings.intercept_inbound)
     if settings.preserve_source == FULL and not ambiguous and not sockets.is_local_address(destination):

@@ -36,6 +36,7 @@ from tproxy_relay.supervisor.takeover_server import TakeoverServer
 from tproxy_relay.supervisor.worker_process import Stage, WorkerEvent, WorkerProcess
 from tproxy_relay.supervisor.workers import CHECK_INTERVAL, Workers
 from tproxy_relay.system import reaper, systemd
+from tproxy_relay.system.terminal import Terminal
 from tproxy_relay.system.wakeup import Wakeup
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,11 @@ class Supervisor:
         environ: MutableMapping[str, str],
         wakeup: Wakeup,
         writer: LogWriter,
+        terminal: Terminal,
     ) -> None:
         """`reread` reads the configuration again; it raises RelayError."""
         self._wakeup = wakeup
+        self._terminal = terminal
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeup, selectors.EVENT_READ, wakeup.clear)
         self._pipes = LogPipes(writer)
@@ -99,7 +102,7 @@ class Supervisor:
         heartbeat = Heartbeat(self._state, self._status)
         self._doctor = Doctor(self._selector, self._state, health)
         self._managers: Sequence[Manager] = (
-            *(self._shutdown, self._respawn, self._status, heartbeat, self._rollout),
+            *(terminal, self._shutdown, self._respawn, self._status, heartbeat, self._rollout),
             *(self._links, self._doctor),
         )
 
@@ -220,7 +223,7 @@ class Supervisor:
 
     def _handle_signal(self, number: signal.Signals) -> None:
         if number == signal.SIGHUP:
-            self._rollout.requested = True
+            self._rollout.requested = self._rollout.requested or not self._terminal.takes_hup()
         elif number == signal.SIGUSR1:
             self._show_live()
         elif number == signal.SIGCHLD:

@@ -19,7 +19,7 @@ from rows import Seen
 
 from tproxy_relay.errors import CapabilityMissingError, KernelUnsupportedError, SystemRefusedError
 from tproxy_relay.intercept import programs
-from tproxy_relay.net import endpoint, ingress, linux, listeners, sockets
+from tproxy_relay.net import endpoint, ingress, linux, listeners
 from tproxy_relay.net.sockets import Tuning
 from tproxy_relay.settings import Settings
 
@@ -104,7 +104,7 @@ def test_what_an_accepted_socket_inherits(opened: Callable[..., list[listeners.L
             assert option(accepted, tcp, socket.TCP_NODELAY) != 0
             assert option(accepted, tcp, socket.TCP_KEEPIDLE) == 40
             assert option(accepted, tcp, socket.TCP_KEEPINTVL) == 10
-            assert option(accepted, tcp, socket.TCP_KEEPCNT) == sockets.KEEPALIVE_PROBES
+            assert option(accepted, tcp, socket.TCP_KEEPCNT) == 48
             assert option(accepted, tcp, socket.TCP_USER_TIMEOUT) == 7500
 
 

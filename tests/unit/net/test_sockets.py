@@ -15,6 +15,7 @@ from loopback import FIN, RST
 from tproxy_relay.net import linux, sockets
 from tproxy_relay.net.endpoint import Endpoint
 from tproxy_relay.net.sockets import Tuning
+from tproxy_relay.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -24,8 +25,10 @@ def number(sock: socket.socket, level: int, name: int) -> int:
     return sock.getsockopt(level, name)
 
 
-@pytest.mark.parametrize(("keepalive", "interval"), [(60, 15), (3, 1), (1, 1)])
-def test_an_upstream_socket_is_tuned(keepalive: int, interval: int) -> None:
+@pytest.mark.parametrize(
+    ("keepalive", "interval", "probes"), [(60, 15, 48), (7, 1, 84), (3, 1, 36), (1, 1, 12), (32767, 8191, 48)]
+)
+def test_an_upstream_socket_is_tuned(keepalive: int, interval: int, probes: int) -> None:
     with sockets.upstream_socket(socket.AF_INET, Tuning(keepalive, 2.5, 0)) as sock:
         assert sock.gettimeout() is None
         assert not sock.get_inheritable()
@@ -35,9 +38,22 @@ def test_an_upstream_socket_is_tuned(keepalive: int, interval: int) -> None:
         assert number(sock, socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
         assert number(sock, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == keepalive
         assert number(sock, socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == interval
-        assert number(sock, socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
+        assert number(sock, socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == probes
         assert number(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 2500
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16) == linux.pack_timeval(sockets.SEND_TICK)
+
+
+def test_by_default_an_outage_of_ten_minutes_is_outlived_and_a_dead_peer_is_found_in_a_quarter_of_an_hour() -> None:
+    defaults = Settings()
+    with sockets.upstream_socket(socket.AF_INET, Tuning(defaults.keepalive, defaults.user_timeout, 0)) as sock:
+        idle, interval, probes = (
+            number(sock, socket.IPPROTO_TCP, name)
+            for name in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert idle == defaults.keepalive == 60
+        assert (probes - 1) * interval > 600, "the outage may begin with the first probe, and the last one be answered"
+        assert idle + probes * interval < 15 * 60
+        assert number(sock, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0, "nor does data that is not acknowledged"
 
 
 def test_what_is_off_is_left_to_the_kernel() -> None:

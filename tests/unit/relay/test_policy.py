@@ -120,6 +120,9 @@ CLIENT, NEIGHBOUR = Endpoint("198.51.100.7", 4000), Endpoint(LOCAL, 4000)
         ("full", CLIENT, Endpoint("2001:db8::1", 80), ("relay",)),
         ("address", Endpoint("2001:db8::7", 4000), Endpoint(ELSEWHERE, 80), ("relay",)),
         ("full", Endpoint("2001:db8::7", 4000), Endpoint("2001:db8::1", 80), ("full", "address")),
+        ("full", Endpoint("fe80::7", 4000, 2), Endpoint("2001:db8::1", 80), ("relay",)),
+        ("address", Endpoint("fe80::7", 4000, 2), Endpoint("2001:db8::1", 80), ("relay",)),
+        ("address", Endpoint("169.254.7.7", 4000), Endpoint(ELSEWHERE, 80), ("address",)),
     ],
 )
 def test_whose_address_the_server_sees(

@@ -1,0 +1,111 @@
+"""What a HUP means, in processes with a terminal of their own. e2e/test_hangup.py has the relay and real shells."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from children import environment
+from deadlines import PATIENCE
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+CODE = """
+import os, signal, sys, time
+from tproxy_relay.system.terminal import Terminal
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+terminal = Terminal(lambda number: say("notified", number.name))
+signal.signal(signal.SIGHUP, lambda number, frame: say("HUP", "terminal" if terminal.takes_hup() else "reload"))
+say("ready", terminal.deadline is not None)
+end = time.monotonic() + 60
+while os.getppid() == int(sys.argv[1]) and time.monotonic() < end:
+    if terminal.deadline is not None and time.monotonic() >= terminal.deadline:
+        terminal.tick(time.monotonic())
+        if terminal.deadline is None:
+            say("closed")
+    time.sleep(0.01)
+"""
+
+
+class Child:
+    """A process that says what comes, with a terminal or without."""
+
+    def __init__(self, prefix: tuple[str, ...], stdin: int) -> None:
+        command = [*prefix, sys.executable, "-c", CODE, str(os.getpid())]
+        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, text=True, env=environment())
+
+    def says(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def hup(self) -> None:
+        self.process.send_signal(signal.SIGHUP)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def in_terminal(*prefix: str) -> Iterator[tuple[Child, int]]:
+    """The child, whose terminal is gone when the descriptor is closed: it is the leader of its session, as what
+    `ssh -t` runs is."""
+    master, slave = os.openpty()
+    child = Child(("setsid", "--ctty", *prefix), slave)
+    os.close(slave)
+    try:
+        assert child.says() == "ready True"
+        yield child, master
+    finally:
+        child.end()
+        with contextlib.suppress(OSError):
+            os.close(master)
+
+
+def test_a_hup_while_the_terminal_is_there_is_a_wish_to_reload() -> None:
+    with in_terminal() as (child, _):
+        child.hup()
+        assert child.says() == "HUP reload"
+
+
+def test_the_end_of_the_terminal_is_to_be_the_end() -> None:
+    with in_terminal() as (child, master):
+        os.close(master)
+        assert child.says() == "notified SIGTERM"
+        assert child.says() == "HUP terminal"
+        child.hup()
+        assert child.says() == "HUP terminal", "from the shell, when it ends: it is no second TERM, nor a reload"
+
+
+def test_a_hup_right_before_the_terminal_goes_is_about_that() -> None:
+    """zsh sends one to its jobs when it exits, and then the terminal goes. Jobs get no second one."""
+    with in_terminal() as (child, master):
+        child.hup()
+        assert child.says() == "HUP reload"
+        os.close(master)
+        assert {child.says(), child.says()} == {"notified SIGTERM", "HUP terminal"}
+
+
+def test_under_nohup_it_goes_on() -> None:
+    with in_terminal("nohup") as (child, master):
+        os.close(master)
+        assert child.says() == "HUP terminal"
+        assert child.says() == "closed"
+        child.hup()
+        assert child.says() == "HUP reload"
+
+
+def test_without_a_terminal_every_hup_is_a_wish_to_reload() -> None:
+    child = Child(("setsid",), subprocess.DEVNULL)
+    try:
+        assert child.says() == "ready False"
+        child.hup()
+        assert child.says() == "HUP reload"
+    finally:
+        child.end()
