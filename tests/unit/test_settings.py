@@ -51,6 +51,7 @@ NOT_DEFAULT = Settings(
     log_format="json",
     log_file="/var/log/relay.log",
     admin=HostPort("127.0.0.1", 9106),
+    self_probe=0.0,
 )
 """No field has its default."""
 
