@@ -148,8 +148,10 @@ def attempt(
             each.settimeout(CONNECT_TIMEOUT)
         try:
             sock.connect((destination, port))
-        except ConnectionError:
+        except ConnectionRefusedError:
             return REFUSED
+        except ConnectionError:
+            return TURNED_AWAY  # it was connected for a moment
         except OSError:
             return LOST
         mine = sock.getsockname()[1]
