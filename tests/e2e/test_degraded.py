@@ -15,7 +15,7 @@ from deadlines import wait_until
 from doctors import Doctor
 from health_views import SOON, is_ok, names, status, status_once
 from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, ping, processes
-from neighbour_cases import BY_NFT, PREROUTING, by_iptables
+from neighbour_cases import BY_NFT, PREROUTING, TAILSCALE, by_iptables, docker
 from neighbour_trials import LOST, RELAYED, Neighbour, chain, seen, spoil
 
 from tproxy_relay.lab import Lab, RelayProcess
@@ -28,30 +28,6 @@ NAMED += ("no tracking to a server here, source kept",)
 
 NOBODY_KNOWS = chain("filter hook input priority -10", "tcp dport 8000 numgen inc mod 1 == 0 drop")
 """A filter that is not understood: `check` cannot say that it drops everything."""
-
-TAILSCALE = (
-    *("ip route add throw 10.81.1.0/24 table 52", "ip -6 route add throw fd81:1::/64 table 52"),
-    *("ip route add default via 10.81.2.2 table 52", "ip -6 route add default via fd81:2::2 table 52"),
-    *("ip rule add pref 5270 lookup 52", "ip -6 rule add pref 5270 lookup 52"),
-)
-"""An exit node, with access to the local network."""
-
-
-def docker(program: str) -> tuple[str, ...]:
-    """A container, which is the server, is published at the relay's host."""
-    if program == "nft":
-        rules = "".join(
-            f"add table {table}; add chain {table} {name} {{ type nat hook {hook} priority -100; }}; "
-            f"add rule {table} {name} fib daddr type local tcp dport 8000 dnat to {to}; "
-            for table, to in (("ip docker", "10.81.2.2"), ("ip6 docker", "fd81:2::2"))
-            for name, hook in (("pre", "prerouting"), ("out", "output"))
-        )
-        return (f"nft '{rules}'",)
-    return tuple(
-        f"{name} -t nat -A {hook} -p tcp -m addrtype --dst-type LOCAL --dport 8000 -j DNAT --to-destination {to}"
-        for name, to in ((program, "10.81.2.2"), (program.replace("iptables", "ip6tables"), "fd81:2::2"))
-        for hook in ("PREROUTING", "OUTPUT")
-    )
 
 
 @contextlib.contextmanager

@@ -253,3 +253,27 @@ HARMLESS = (
 
 FIREWALLD = chain(PREROUTING, "meta nfproto ipv6 fib saddr . mark . iif oif missing drop")
 """Harmless as long as nothing outbound is intercepted."""
+
+TAILSCALE = (
+    *("ip route add throw 10.81.1.0/24 table 52", "ip -6 route add throw fd81:1::/64 table 52"),
+    *("ip route add default via 10.81.2.2 table 52", "ip -6 route add default via fd81:2::2 table 52"),
+    *("ip rule add pref 5270 lookup 52", "ip -6 rule add pref 5270 lookup 52"),
+)
+"""An exit node, with access to the local network."""
+
+
+def docker(program: str) -> tuple[str, ...]:
+    """A container, which is the server, is published at the relay's host."""
+    if program == "nft":
+        rules = "".join(
+            f"add table {table}; add chain {table} {name} {{ type nat hook {hook} priority -100; }}; "
+            f"add rule {table} {name} fib daddr type local tcp dport 8000 dnat to {to}; "
+            for table, to in (("ip docker", "10.81.2.2"), ("ip6 docker", "fd81:2::2"))
+            for name, hook in (("pre", "prerouting"), ("out", "output"))
+        )
+        return (f"nft '{rules}'",)
+    return tuple(
+        f"{name} -t nat -A {hook} -p tcp -m addrtype --dst-type LOCAL --dport 8000 -j DNAT --to-destination {to}"
+        for name, to in ((program, "10.81.2.2"), (program.replace("iptables", "ip6tables"), "fd81:2::2"))
+        for hook in ("PREROUTING", "OUTPUT")
+    )
