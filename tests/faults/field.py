@@ -20,6 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
 
+import flush_trials
 from doctors import Doctor, program_in
 from field_cases import CASES, Case
 from health_views import SOON, is_ok, status
@@ -33,7 +34,8 @@ HEAD = ("what happens", "by", "direct", *BACKENDS, "why it differs")
 RECORD_TIMEOUT = 2.0
 TURNS = 4
 """A rule for each family has a remedy for each."""
-COMPLETE = "complete"
+SERVED = ("complete", flush_trials.LIVES)
+"""What clients see that are served."""
 NOT_HERE = "-"
 """In the column of rules with which the case cannot be."""
 
@@ -48,7 +50,7 @@ class Played:
     def seen(self, family: str, direct: str) -> str:
         """What a client sees: at once, or when the relay has mended it, or when the remedies have been run."""
         saw = self._attempt(family)
-        if saw == direct or self._case.reason:
+        if saw in (direct, self._case.relayed):
             return saw
         if self._settled(family, direct) == direct:
             return direct
@@ -75,11 +77,11 @@ class Played:
     def _attempt(self, family: str) -> str:
         """What a client sees, and whether it is the relay that it sees it through."""
         one = self._case.trial(self._lab, FAMILIES[family])
-        if one.saw == COMPLETE:
+        if one.saw in SERVED:
             try:
                 self._relay.wait_for_record(lambda line: line["client"] == one.client, RECORD_TIMEOUT)
             except LabError:
-                return "complete, past the relay"
+                return f"{one.saw}, past the relay"
         return phrase(one)
 
 
@@ -91,7 +93,8 @@ def table(cases: Sequence[Case], folder: Path) -> Iterator[list[str]]:
         for family in case.families:
             cells = [by_backend[one][family] if one in by_backend else NOT_HERE for one in BACKENDS]
             row = [case.name, f"IP{family}", direct[family], *cells, ""]
-            yield [*row[:-1], case.reason] if differs(row) else row
+            known = all(cell in (direct[family], case.relayed, NOT_HERE) for cell in cells)
+            yield [*row[:-1], case.reason] if differs(row) and known else row
 
 
 def played_directly(case: Case) -> dict[str, str]:

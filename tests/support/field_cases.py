@@ -22,6 +22,7 @@ from routers import routers
 from transfer_trials import Transfer, transfer, transfer_servers
 
 from tproxy_relay.lab import Lab
+from tproxy_relay.net.endpoint import from_sockaddr
 
 Happen = Callable[[Lab], AbstractContextManager[object]]
 Trial = Callable[[Lab, int], Transfer]
@@ -54,8 +55,10 @@ class Case:
     """What happens then, before the trial."""
     families: tuple[Family, ...] = ("v4", "v6")
     backends: tuple[str, ...] = BACKENDS
+    relayed: str = ""
+    """What clients of a relay see where it cannot be as directly."""
     reason: str = ""
-    """Why it cannot be as directly."""
+    """And why."""
 
 
 def down(way: str, patience: float = TRY_TIMEOUT) -> Trial:
@@ -143,7 +146,6 @@ def cookies(lab: Lab) -> None:
 
 def flood(lab: Lab) -> None:
     """Half-open connections to the server, whoever answers them."""
-    lab.server.set_sysctl(COOKIES, 0)
     for family in FAMILIES.values():
         half_open.half_open(lab, lab.server.address(family), FLOOD)
 
@@ -171,14 +173,16 @@ def published(lab: Lab, family: int) -> Transfer:
     return transfer(lab.client, lab.relay, family, "down", TRY_TIMEOUT)
 
 
-def flushed(way: str) -> Trial:
-    """A live connection, before and after conntrack's table is emptied."""
+def flushed(way: str, first: str) -> Trial:
+    """A live connection, before and after conntrack's table is emptied; `first` (client or server) is the first to send
+    then."""
 
     def trial(lab: Lab, family: int) -> Transfer:
         began = time.monotonic()
         ends = flush_trials.live_connection(lab, way, family)
+        client = str(from_sockaddr(ends[0].getsockname()))
         try:
-            return Transfer("", flush_trials.after_flush(lab, ends, "client"), time.monotonic() - began)
+            return Transfer(client, flush_trials.after_flush(lab, ends, first), time.monotonic() - began)
         finally:
             flush_trials.close(ends)
 
@@ -187,7 +191,8 @@ def flushed(way: str) -> Trial:
 
 def neighbours() -> Iterator[Case]:
     """What others do later, by nft and by either iptables."""
-    named = [(one, "nft", ("nft",)) for one in BY_NFT]
+    # Where a proxy takes what programs send, there is nothing that would be direct.
+    named = [(one, "nft", ("nft",)) for one in BY_NFT if one.finding != "other-proxy"]
     named += [(one, program, BACKENDS) for program in BACKENDS[1:] for one in by_iptables(program)]
     for one, program, backends in named:
         options = (*(INBOUND if INBOUND[0] in one.options else BOTH_WAYS), *_without(INBOUND, one.options))
@@ -226,6 +231,7 @@ CASES = (
             unreachable(kind),
             refusing,
             NOTHING,
+            relayed="connected, ECONNRESET",
             reason=EARLY,
         )
         for kind in ("net", "host", "port", "prohibited")
@@ -277,15 +283,24 @@ CASES = (
         for program in BACKENDS
     ),
     *neighbours(),
-    Case("conntrack -F, inbound", INBOUND, flushed("gateway"), NOTHING, NOTHING),
-    Case("conntrack -F, of a program here", BOTH_WAYS, flushed("local"), NOTHING, NOTHING),
-    Case("conntrack -F, preserve-source to a server here", (*INBOUND, *KEEPS), flushed("host"), NOTHING, NOTHING),
+    Case("conntrack -F, inbound", INBOUND, flushed("gateway", "client"), NOTHING, NOTHING),
+    Case("conntrack -F, of a program here; the server sends", BOTH_WAYS, flushed("local", "server"), NOTHING, NOTHING),
+    Case(
+        "conntrack -F, of a program here; it sends itself",
+        BOTH_WAYS,
+        flushed("local", "client"),
+        NOTHING,
+        NOTHING,
+        relayed="reset",
+        reason="its packet goes to the server, which knows nothing of it",
+    ),
     Case(
         "conntrack -F, mode redirect",
         (*BOTH_WAYS, "--mode", "redirect"),
-        flushed("gateway"),
+        flushed("gateway", "client"),
         NOTHING,
         NOTHING,
+        relayed="reset",
         reason="what the addresses were rewritten from stood in that table only",
     ),
 )
