@@ -150,8 +150,8 @@ class Doctor:
             self._missing.disproved()
 
     @property
-    def _problems(self) -> set[Problem]:
-        return {one.problem for one in self._health.of(LOOK, TRY, MISSING)}
+    def _problems(self) -> set[tuple[str, str]]:
+        return {one.problem.identity for one in self._health.of(LOOK, TRY, MISSING)}
 
     def _unproven(self) -> list[Problem]:
         """Connections are missing, and none can be tried to see whether they are."""
@@ -159,7 +159,7 @@ class Doctor:
         if self._can_try or not self._missing.certain or proc_net.half_open():
             return []
         what = f"{number} connections were taken by the rules, and none came to the relay"
-        return [Problem("missing-connections", what, "tproxy-relay check")]
+        return [Problem("missing-connections", what, "tproxy-relay check", about="all")]
 
     def close(self) -> None:
         """Send nobody any more, and end who is there."""

@@ -123,6 +123,10 @@ def test_connections_that_do_not_come_send_it(practice: Practice) -> None:
     practice.ruleset.reports.take(Counted(9, 4))
     practice.visited(later + 13)
     assert practice.problems == ["13 connections were taken by the rules, and none came to the relay"]
+    practice.ruleset.reports.take(Counted(13, 4))
+    practice.visited(later + 30)
+    assert practice.problems == ["17 connections were taken by the rules, and none came to the relay"]
+    assert len(practice.hands.logged("degraded")) == 1, "one line for one state"
     practice.ruleset.reports.take(Counted(0, 0))
     practice.visited(later + 60)
     assert practice.problems == []
