@@ -52,6 +52,7 @@ PROBES: tuple[Probe, ...] = (
     sysctls.probe_harmless,
     sysctls.probe_nonlocal_bind,
     sysctls.probe_path_mtu,
+    sysctls.probe_idle_connections,
     sysctls.probe_loopback,
     sysctls.probe_interface,
     interfaces.probe_redirect_addresses,
