@@ -67,6 +67,7 @@ PROBES: tuple[Probe, ...] = (
     foreign_packets.probe_redirects,
     foreign_nat.probe_nat,
     foreign_packets.probe_filters,
+    foreign_packets.probe_synproxy,
     foreign_packets.probe_lost_marks,
     foreign_packets.probe_tracking,
     foreign_rules.probe_masquerade,
