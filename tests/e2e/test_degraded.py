@@ -9,10 +9,12 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from deadlines import wait_until
 from doctors import Doctor
+from half_open import SOURCES, half_open, lead_to_nobody
 from health_views import SOON, is_ok, names, status, status_once
 from interception import BACKENDS, BOTH_WAYS, FAMILIES, PORT, EchoServer, ping, processes
 from neighbour_cases import BY_NFT, PREROUTING, TAILSCALE, by_iptables, docker
@@ -166,19 +168,45 @@ def test_connections_that_do_not_come_are_missed_where_none_can_be_tried(fresh_l
         status_once(fresh_lab, is_ok, "it is well again", 2 * SOON)
 
 
-def test_scanners_are_no_reason_to_complain(fresh_lab: Lab) -> None:
-    """Their SYNs come, and nothing more."""
-    with serving(fresh_lab, "--intercept-inbound", str(PORT)) as relay:
-        deaf = "table inet deaf { chain c { type filter hook input priority 0; tcp flags & syn == syn drop; }; }"
-        fresh_lab.client.run(["nft", "-f", "-"], input=deaf)
-        clients = [lost_client(fresh_lab) for _ in range(12)]
+def test_connections_that_do_not_come_by_an_interface_are_missed(fresh_lab: Lab) -> None:
+    """The one that is tried comes, by an interface of its own."""
+
+    def missed(now: dict[str, Any]) -> bool:
+        return names(now) == {"missing-connections"} and all("is relayed" in one for one in now["self_probe"]["found"])
+
+    with serving(fresh_lab, "--intercept-inbound", str(PORT), "--self-probe", "600"), contextlib.ExitStack() as stack:
+        status_once(fresh_lab, lambda now: now["self_probe"], "a connection was tried", 4 * SOON)
+        rule = "iifname rc tcp dport 8000 numgen inc mod 1 == 0 drop"
+        spoil(fresh_lab, (chain("filter hook input priority -10", rule),))
+        for _ in range(6):
+            stack.enter_context(lost_client(fresh_lab))
+        ill = status_once(fresh_lab, missed, "they are missed", 6 * SOON)
+        assert "what comes by other interfaces" in ill["complaints"][0]
+        before = ill["self_probe"]["time"]
+        status_once(
+            fresh_lab, lambda now: missed(now) and now["self_probe"]["time"] > before, "after one more, too", 6 * SOON
+        )
+        stack.close()
+        spoil(fresh_lab, ("nft delete table inet neighbour",))
+        status_once(fresh_lab, is_ok, "it is well again", 4 * SOON)
+
+
+@pytest.mark.parametrize("probe", ["0", "600"])
+@pytest.mark.parametrize("kind", ["deaf", "resets"])
+def test_scanners_are_no_reason_to_complain(fresh_lab: Lab, kind: str, probe: str) -> None:
+    """Their SYNs come, and nothing more; or they take them back."""
+    with serving(fresh_lab, "--intercept-inbound", str(PORT), "--self-probe", probe) as relay:
+        if probe != "0":
+            status_once(fresh_lab, lambda now: now["self_probe"], "a connection was tried", 4 * SOON)
+        lead_to_nobody(fresh_lab)
+        if kind == "resets":
+            fresh_lab.client.run(["ip", "route", "add", "local", SOURCES[socket.AF_INET], "dev", "lo"])
         lines = len(relay.lines())
         until = time.monotonic() + 3 * SOON
         while time.monotonic() < until:
+            half_open(fresh_lab, fresh_lab.server.address(), 4)
             assert is_ok(status(fresh_lab))
         assert not [line for line in relay.lines()[lines:] if line["message"] == "degraded"]
-        for client in clients:
-            client.close()
 
 
 def lost_client(lab: Lab) -> socket.socket:

@@ -73,7 +73,9 @@ def findings(lab: Lab, *options: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("backend", BACKEND_OPTIONS, ids=str)
-@pytest.mark.parametrize("prepare", [trials.with_rules_before_ours, trials.with_rules_for_marks])
+@pytest.mark.parametrize(
+    "prepare", [trials.with_rules_before_ours, trials.with_rules_for_marks, trials.with_one_rule_for_marks]
+)
 def test_rules_of_routing_that_come_first(lab: Lab, prepare: Prepare, backend: tuple[str, ...]) -> None:
     """If the relay does not come before them by itself, `check` names them, and the priority that does."""
     prepare(lab)

@@ -130,6 +130,7 @@ RULES_FOR_MARKS = (
     "nft 'add chain inet mwan3 marks { type filter hook prerouting priority -151; }'",
     "nft 'add rule inet mwan3 marks iifname rc meta mark set meta mark | 0x100'",
 )
+ONE_RULE_FOR_MARKS = tuple(one for one in RULES_FOR_MARKS if "iif rs" not in one)
 WAY_OF_A_CLIENT = (
     # A client that may use the tunnel only, and the tunnel is down.
     *_both("ip {f} rule add pref 20000 from {client} lookup 300"),
@@ -145,6 +146,11 @@ def with_rules_before_ours(lab: Lab) -> None:
 def with_rules_for_marks(lab: Lab) -> None:
     """A chooser of uplinks, which marks all that arrives and has rules of routing for its marks."""
     _do(lab.relay, *RULES_FOR_MARKS)
+
+
+def with_one_rule_for_marks(lab: Lab) -> None:
+    """The same, with no other rule of routing before the relay's."""
+    _do(lab.relay, *ONE_RULE_FOR_MARKS)
 
 
 def with_a_way_of_its_own(lab: Lab) -> None:

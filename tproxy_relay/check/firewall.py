@@ -13,7 +13,7 @@ ALL_BITS = 0xFFFFFFFF
 
 _TO_US = frozenset({"tproxy", "redirect", "dnat"})
 _REWRITES_SOURCE = frozenset({"masquerade", "snat"})
-_ENDS = frozenset({"accept", "drop", "maybe", *_TO_US, *_REWRITES_SOURCE})
+_ENDS = frozenset({"accept", "drop", "maybe", "synproxy", *_TO_US, *_REWRITES_SOURCE})
 _DEPTH = 16
 """Jumps within jumps; nft itself allows no more."""
 

@@ -11,6 +11,7 @@ from tproxy_relay.intercept.iptables_save import PREFIX
 _ACTIONS = {
     **{"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop", "RETURN": "return", "TPROXY": "tproxy"},
     **{"REDIRECT": "redirect", "DNAT": "dnat", "SNAT": "snat", "MASQUERADE": "masquerade"},
+    "SYNPROXY": "synproxy",
 }
 _DECIDES_NOTHING = {"MARK", "CONNMARK", "LOG", "NFLOG", "TCPMSS", "CT", "NOTRACK", "TOS", "DSCP", "TTL", "CHECKSUM"}
 _KINDS = {

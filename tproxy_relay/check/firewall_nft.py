@@ -10,7 +10,7 @@ from tproxy_relay.check.firewall import ALL_BITS, Chain, Change, Condition, Rule
 
 _FAMILIES = {"ip": (4,), "ip6": (6,), "inet": (4, 6)}
 _ACTIONS = {"accept", "drop", "return", "jump", "goto", "reject", "tproxy", "redirect", "dnat", "snat"}
-_ACTIONS |= {"masquerade"}
+_ACTIONS |= {"masquerade", "synproxy"}
 _STATEMENTS = {"counter", "log", "mangle", "set", "notrack", "meter", "quota", "ct helper", "flow"}
 _PORTS = {"tcp dport": "ports", "th dport": "ports", "tcp sport": "sports", "th sport": "sports"}
 _BITS, _ALL_OURS = "some bits", "all bits"

@@ -96,6 +96,23 @@ def probe_redirects(case: Case) -> Iterator[Finding]:
                     return
 
 
+def probe_synproxy(case: Case) -> Iterator[Finding]:
+    """SYNPROXY in input answers SYNs in the relay's place. It is for packets that are not tracked."""
+    seen = set()
+    for what, station, packet, bits in _filtered(case):
+        if station.hook != "input":
+            continue
+        packet = packet._replace(state="untracked")
+        for chain, table in station.chains(case, packet):
+            for rule, certain in firewall.met(chain, table, packet):
+                if rule.action == "synproxy" and rule.where not in seen:
+                    seen.add(rule.where)
+                    make = problem if certain else warning
+                    why = "clients are connected to the kernel's SYNPROXY, and nothing is relayed"
+                    remedy = chain.insert.format(mask=bits)
+                    yield make("synproxy", f"{rule.where} answers {what}", why, remedy)
+
+
 def _sent(case: Case) -> Iterator[tuple[str, Packet]]:
     """The first packets that leave here for the servers, and those that the relay takes before they leave."""
     plan = case.plan

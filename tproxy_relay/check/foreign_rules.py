@@ -42,11 +42,13 @@ def probe_rule_priority(case: Case) -> Iterator[Finding]:
         return
     found = False
     for family in case.plan.families:
-        for one in _foreign_rules(case, family):
-            if one["priority"] > case.plan.route_priority + 2 or not _diverts(case, family, one):
-                continue
+        before = [
+            one
+            for one in _foreign_rules(case, family)
+            if one["priority"] <= case.plan.route_priority + 2 and _diverts(case, family, one)
+        ]
+        for one in sorted(before, key=lambda one: _is_narrow(case, one))[:1]:
             found = True
-            narrow = set(one) - _MATCH_ALL or one.get("src") != "all"
             what = f"IPv{family} rule of routing {one['priority']} comes before the relay's ({_shown(one)})"
             why = "intercepted packets that it matches never reach the relay"
             first = min(rule["priority"] for rule in _foreign_rules(case, family) if rule["priority"] > 0)
@@ -54,9 +56,8 @@ def probe_rule_priority(case: Case) -> Iterator[Finding]:
                 remedy = case.command(route_priority=first - 3)
             else:
                 remedy = f"ip -{family} rule del pref {one['priority']}"
-            make = warning if narrow else problem
+            make = warning if _is_narrow(case, one) else problem
             yield make(f"rule-priority-ipv{family}", what, why, remedy)
-            break
     if not found:
         yield ok("rule-priority", f"no rule of routing before {case.plan.route_priority} takes the relay's packets")
 
@@ -141,6 +142,12 @@ def _foreign_rules(case: Case, family: Family) -> list[dict[str, Any]]:
 
 def _diverts(case: Case, family: Family, one: dict[str, Any]) -> bool:
     return foreign_routing.diverts(case.plan, one, lambda table: case.host.routes(family, table))
+
+
+def _is_narrow(case: Case, one: dict[str, Any]) -> bool:
+    """True if it is about some packets only, or perhaps about none of ours."""
+    about_some = bool(set(one) - _MATCH_ALL) or one.get("src") != "all"
+    return about_some or foreign_routing.is_for_bits_of_others(case.plan, one)
 
 
 def _uses_of_marks(case: Case) -> Iterator[tuple[int, int, str]]:

@@ -11,6 +11,9 @@ from tproxy_relay.net import proc_net
 HARMLESS = ("rp_filter", "src_valid_mark", "tcp_fwmark_accept", "fwmark_reflect")
 """The usual recipes fail with these: their rules of routing match by mark alone (intercept/routing.py)."""
 
+_CONNTRACK_TIMEOUT = 432_000
+"""Seconds: the kernel's own (nf_conntrack_proto_tcp.c, five days)."""
+
 
 def probe_harmless(case: Case) -> Iterator[Finding]:
     """Strict values that other recipes want changed."""
@@ -41,6 +44,20 @@ def probe_path_mtu(_: Case) -> Iterator[Finding]:
         yield warning("path-mtu", f"{name} is 0", why, set_sysctl(name, 1))
     else:
         yield ok("path-mtu", "paths that swallow long packets are found out")
+
+
+def probe_idle_connections(case: Case) -> Iterator[Finding]:
+    """What conntrack has forgotten of an idle connection goes direct, or is reset; the relay's probes renew it."""
+    name = "net.netfilter.nf_conntrack_tcp_timeout_established"
+    seconds, keepalive = number(name), case.settings.keepalive
+    if seconds is None or not (case.plan.outbound or (case.intercepts and case.plan.mode == "redirect")):
+        return
+    if keepalive and seconds <= keepalive:
+        what = f"{name} is {seconds}, and keepalive is {keepalive}"
+        why = "conntrack forgets idle connections before the relay's first probe renews them, and they end"
+        yield warning("conntrack-timeout", what, why, set_sysctl(name, _CONNTRACK_TIMEOUT))
+    else:
+        yield ok("conntrack-timeout", f"conntrack remembers idle connections for {seconds} s")
 
 
 def probe_loopback(case: Case) -> Iterator[Finding]:

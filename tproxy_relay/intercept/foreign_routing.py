@@ -55,19 +55,32 @@ def foreign(rules: Sequence[Rule]) -> list[Rule]:
 
 
 def diverts(plan: Plan, one: Rule, routes: Callable[[str], Sequence[Rule]]) -> bool:
-    """True if a packet with one of our marks, and no bits of others, could match this rule and would not come to ours.
+    """True if a packet with one of our marks, and any bits of others, could match this rule and would not come to ours.
     `routes` are those of a table."""
-    if "fwmark" in one:
-        value, mask = fwmark(one)
-        equal = [(mark ^ value) & mask == 0 for mark in (plan.marks.inbound, plan.marks.outbound)]
-        if all(equal) if "not" in one else not any(equal):
-            return False
+    if _spares(plan, one, known=plan.mark_mask):
+        return False
     if one.get("action") in _DEAD_ENDS:
         return True
     if "table" not in one:
         return False
     shortest: int = one.get("suppress_prefixlen", -1)
     return any(_prefix_length(route) > shortest for route in routes(str(one["table"])))
+
+
+def is_for_bits_of_others(plan: Plan, one: Rule) -> bool:
+    """True if none of our packets matches it before others have set bits of its mark."""
+    return _spares(plan, one, known=_ALL_BITS)
+
+
+def _spares(plan: Plan, one: Rule, *, known: int) -> bool:
+    """True if it matches none of our packets, whatever the other bits of their marks are."""
+    if "fwmark" not in one:
+        return False
+    value, mask = fwmark(one)
+    equal = [(mark ^ value) & mask & known == 0 for mark in (plan.marks.inbound, plan.marks.outbound)]
+    if "not" in one:
+        return all(equal) and not mask & ~known & _ALL_BITS
+    return not any(equal)
 
 
 def fwmark(one: Rule) -> tuple[int, int]:

@@ -71,8 +71,8 @@ Added = dict[Family, list[str]]
 
 
 def install(plan: Plan, added: Added) -> None:
-    """Add what is missing, and note it before. Raises SystemRefusedError if the table is in use by somebody else,
-    ProgramError or CapabilityMissingError."""
+    """Add what is missing, and note it before. Raises SystemRefusedError if the table is in use by somebody else
+    or lo is down, ProgramError or CapabilityMissingError."""
     for family in plan.families if plan.needs_routing else ():
         foreign = foreign_routes(plan, family)
         if foreign:
@@ -83,7 +83,15 @@ def install(plan: Plan, added: Added) -> None:
     for family in ALL_FAMILIES:
         added[family] = missing(plan, family)
         if added[family]:
+            _require_lo()
             programs.run(["ip", f"-{family}", "-batch", "-"], "\n".join([*added[family], ""]))
+
+
+def _require_lo() -> None:
+    """The kernel adds some routes to an interface that is down, and drops what they lead there."""
+    for one in ask(IPV4, "link", "show", "dev", "lo"):
+        if "UP" not in one.get("flags", ("UP",)):
+            raise SystemRefusedError("interface lo is down; intercepted packets are routed to it: ip link set lo up")
 
 
 def take_back(added: Added) -> None:

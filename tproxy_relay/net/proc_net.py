@@ -52,11 +52,27 @@ def listening_ports() -> set[int]:
 def listen_overflows() -> int:
     """How often a connection was lost in this network namespace because the backlog of its listener was full, whoever's
     (TcpExtListenOverflows of nstat(8); proc(5), /proc/net/netstat). 0 where the kernel does not tell."""
+    return _tcp_ext("ListenOverflows")
+
+
+_OF_UNFINISHED = ("EmbryonicRsts", "TCPSynRetrans", "ListenDrops", "SyncookiesSent")
+
+
+def unfinished() -> int | None:
+    """Traces that handshakes have left in this network namespace which came to a listener and were not finished,
+    whoever's, since it began: the client took it back, an answer was sent again or could not be sent, or there was no
+    room (TcpExt of nstat(8): EmbryonicRsts, TCPSynRetrans, ListenDrops, SyncookiesSent). None where the kernel does not
+    tell."""
+    found = [_tcp_ext(name, -1) for name in _OF_UNFINISHED]
+    return None if -1 in found else sum(found)
+
+
+def _tcp_ext(name: str, unknown: int = 0) -> int:
     try:
         names, numbers = (line.split() for line in _lines("netstat") if line.startswith("TcpExt:"))
-        return int(numbers[names.index("ListenOverflows")])
+        return int(numbers[names.index(name)])
     except ValueError:
-        return 0
+        return unknown
 
 
 def _lines(table: str) -> Iterator[str]:

@@ -50,7 +50,9 @@ class Doctor:
         self._hours: Hours | None = None
         self._generation = 0
         self._changes = 0
-        self._missing = Missing()
+        self._missing = Missing(proc_net.unfinished)
+        self._host_changed = False
+        """Since a connection was tried that came."""
         self._replanning = Replanning(state, health)
         self._visit: _Visit | None = None
         self._can_try = False
@@ -87,10 +89,13 @@ class Doctor:
         assert self._state.interception is not None
         reports = self._state.interception.reports
         if reports.changes != self._changes:
-            self._changes = reports.changes
+            self._changes, self._host_changed = reports.changes, True
             hours.changed(now)
         if self._missing.note(reports.counted or Counted(), self._state.workers.numbers.accepted, now):
             hours.suspected(now)
+            self._health.put(MISSING, self._unproven())
+        elif not self._missing.certain:
+            self._health.put(MISSING, [])
 
     def _send(self, hours: Hours, now: float) -> None:
         parts = hours.parts(now)
@@ -147,19 +152,24 @@ class Doctor:
         self._health.self_probe = {"time": round(time.time(), 3), "found": [one["what"] for one in found]}
         self._health.put(TRY, [_problem(one) for one in found if one["level"] == PROBLEM])
         if self._can_try and all(one["level"] != PROBLEM for one in found):
-            self._missing.disproved()
+            self._missing.tried(len(found), time.monotonic(), changed=self._host_changed)
+            self._host_changed = False
 
     @property
-    def _problems(self) -> set[Problem]:
-        return {one.problem for one in self._health.of(LOOK, TRY, MISSING)}
+    def _problems(self) -> set[tuple[str, str]]:
+        return {one.problem.identity for one in self._health.of(LOOK, TRY, MISSING)}
 
     def _unproven(self) -> list[Problem]:
-        """Connections are missing, and none can be tried to see whether they are."""
-        number = self._missing.number
-        if self._can_try or not self._missing.certain or proc_net.half_open():
+        """Connections are missing, and none can be tried to see whether they are; or the one that was tried came by an
+        interface of its own, and those that are missing have not even come to a listener."""
+        if not self._missing.certain or self._health.of(TRY) or proc_net.half_open():
             return []
-        what = f"{number} connections were taken by the rules, and none came to the relay"
-        return [Problem("missing-connections", what, "tproxy-relay check")]
+        if self._missing.traced or (self._can_try and self._missing.traced is None):
+            return []
+        what = f"{self._missing.number} connections were taken by the rules, and none came to the relay"
+        if self._can_try:
+            what += ", but for one that was tried: somebody drops or answers (SYNPROXY) what comes by other interfaces"
+        return [Problem("missing-connections", what, "tproxy-relay check", about="all")]
 
     def close(self) -> None:
         """Send nobody any more, and end who is there."""

@@ -33,6 +33,13 @@ class Problem:
     remedy: str = ""
     """A command that mends it; '' where it takes more than a command."""
     kind: str = RELAY
+    about: str | None = None
+    """Which one of that name, where `what` has numbers that change while it lasts; None: `what` says it."""
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The same as long as it is the same problem."""
+        return self.name, self.what if self.about is None else self.about
 
     def __str__(self) -> str:
         return f"{self.what}; do: {self.remedy}" if self.remedy else self.what
@@ -66,8 +73,8 @@ class Health:
         before, now = self._found.get(source, {}), time.time()
         there = {}
         for one in problems:
-            known = before.get((one.name, one.what))
-            there[one.name, one.what] = Since(one, known.since if known else now)
+            known = before.get(one.identity)
+            there[one.identity] = Since(one, known.since if known else now)
         self._found[source] = there
         if logs:
             for key in there.keys() - before.keys():
@@ -113,9 +120,9 @@ def of_relay(state: RelayState, respawn: Respawn) -> Iterator[Problem]:
     live, most = state.workers.numbers.live, state.generation.limits.most
     if live >= most:
         text = f"full: {live} connections, max-connections is {most}; new ones wait or are refused"
-        yield Problem("full", text, kind=MINOR)
+        yield Problem("full", text, kind=MINOR, about="all")
     elif live >= NEARLY_FULL * most:
-        yield Problem("nearly-full", f"nearly full: {live} of {most} connections", kind=MINOR)
+        yield Problem("nearly-full", f"nearly full: {live} of {most} connections", kind=MINOR, about="all")
 
 
 def _of_ruleset(state: RelayState) -> Iterator[Problem]:
@@ -130,10 +137,11 @@ def _of_ruleset(state: RelayState) -> Iterator[Problem]:
 def _of_workers(state: RelayState, respawn: Respawn, running: bool) -> Iterator[Problem]:
     serving, wanted = sum(worker.stage is Stage.SERVING for worker in state.workers), state.generation.pool.size
     if running and serving < wanted:
-        yield Problem("workers", f"{serving} of {wanted} workers are at work", kind=MINOR if serving else RELAY)
+        text = f"{serving} of {wanted} workers are at work"
+        yield Problem("workers", text, kind=MINOR if serving else RELAY, about="all")
     recent_deaths = respawn.recent_deaths
     if recent_deaths:
         text = f"{recent_deaths} workers have died within {DEATHS_PERIOD:g} s; the log says how"
-        yield Problem("worker-deaths", text, kind=MINOR)
+        yield Problem("worker-deaths", text, kind=MINOR, about="all")
     if any(worker.stalled for worker in state.workers):
         yield Problem("worker-stalls", "a worker stalls", kind=MINOR)

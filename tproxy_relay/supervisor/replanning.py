@@ -36,7 +36,8 @@ class Replanning:
             return False
         if len(self._times) == MOST and now - self._times[0] < PERIOD:
             what = f"somebody changes this host again and again, and the ruleset stays as it is ({why})"
-            self._health.put("replanning", [Problem("host-changes", what, f"kill -HUP {os.getpid()}")])
+            one = Problem("host-changes", what, f"kill -HUP {os.getpid()}", about="all")
+            self._health.put("replanning", [one])
             return False
         self._times.append(now)
         try:

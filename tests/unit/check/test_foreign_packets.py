@@ -5,7 +5,7 @@ that the remedies mend them, is shown in tests/e2e/test_check_neighbours.py.
 import shlex
 
 import pytest
-from doctor import case, levels
+from doctor import PORT, case, levels
 from neighbour_trials import chain
 
 from tproxy_relay.check import foreign_packets
@@ -31,6 +31,23 @@ def test_a_filter_that_drops_what_is_relayed_lets_it_in_by_its_mark() -> None:
     assert found.level == "problem" and "policy drop of nft chain inet somebodys c" in found.what
     programs.run(shlex.split(found.remedy))
     assert levels([*foreign_packets.probe_filters(case())]) == [("filter", "ok")]
+
+
+@pytest.mark.parametrize("condition, level", [("", "problem"), ('iifname "wan" ', "warning")])
+@pytest.mark.parametrize("program", ["nft", "iptables-nft"])
+def test_synproxy_answers_in_the_place_of_the_relay(program: str, condition: str, level: str) -> None:
+    assert not [*foreign_packets.probe_synproxy(case())]
+    for port in (22, PORT.first):
+        if program == "nft":
+            rule = f"{condition}tcp dport {port} ct state invalid,untracked synproxy mss 1460 wscale 7"
+            shell(f"nft 'table inet p{port} {{ chain c {{ type filter hook input priority 0; {rule}; }}; }}'")
+        else:
+            rule = f"{condition.replace('iifname', '-i')}-p tcp --dport {port} -m conntrack --ctstate INVALID,UNTRACKED"
+            shell(f"iptables-nft -A INPUT {rule} -j SYNPROXY --mss 1460")
+    (found,) = foreign_packets.probe_synproxy(case())
+    assert (found.name, found.level) == ("synproxy", level) and "8000" in found.what
+    shell(found.remedy)
+    assert not [*foreign_packets.probe_synproxy(case())]
 
 
 @pytest.mark.parametrize(

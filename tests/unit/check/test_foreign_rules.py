@@ -46,6 +46,20 @@ def test_rules_of_routing_that_come_before_ours() -> None:
 
 
 @in_network
+def test_rules_of_routing_for_bits_of_others_are_no_problem() -> None:
+    """Tailscale's: whether our packets have those bits is not known. Ours go before them all the same, if they may."""
+    programs.run("ip route add default dev lo".split())
+    for pref, rule in ((3, "fwmark 0x80000/0xff0000"), (5210, "fwmark 0x1000/0x4001000")):
+        programs.run(f"ip rule add pref {pref} {rule} lookup main".split())
+    assert [one.level for one in foreign_rules.probe_rule_priority(case())] == ["warning"]
+    for rule in ("not fwmark 0xca6c", "not fwmark 0x80000/0xff0000", "fwmark 0/0xff0000"):
+        programs.run(f"ip rule add pref 100 {rule} lookup main".split())
+        (found,) = foreign_rules.probe_rule_priority(case())
+        assert found.level == "problem" and "rule of routing 100 " in found.what, "for certain is worse than perhaps"
+        programs.run("ip rule del pref 100".split())
+
+
+@in_network
 def test_bits_of_the_mark_that_somebody_uses() -> None:
     assert levels([*foreign_rules.probe_marks(case())]) == [("marks", "ok")]
     programs.run("ip rule add pref 9000 fwmark 0x1000000/0x1000000 lookup main".split())

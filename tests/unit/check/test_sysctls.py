@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from doctor import case, levels
+from doctor import PORT, case, levels
 
 from tproxy_relay.check import sysctls
 from tproxy_relay.intercept import programs
@@ -56,6 +56,19 @@ def test_paths_are_probed() -> None:
     assert levels([*sysctls.probe_path_mtu(case())]) == [("path-mtu", "ok")]
     set_sysctl("ipv4.tcp_mtu_probing", 2)
     assert levels([*sysctls.probe_path_mtu(case())]) == [("path-mtu", "ok")]
+
+
+@pytest.mark.parametrize("mode", ["tproxy", "redirect"])
+def test_conntrack_must_not_forget_idle_connections_before_they_are_probed(mode: str) -> None:
+    outbound = {"intercept_inbound": (), "intercept_outbound": (PORT,), "mode": mode, "keepalive": 60}
+    set_sysctl("netfilter.nf_conntrack_tcp_timeout_established", 61)
+    assert levels([*sysctls.probe_idle_connections(case(**outbound))]) == [("conntrack-timeout", "ok")]
+    set_sysctl("netfilter.nf_conntrack_tcp_timeout_established", 60)
+    (found,) = sysctls.probe_idle_connections(case(**outbound))
+    assert (found.name, found.level) == ("conntrack-timeout", "warning")
+    assert not [*sysctls.probe_idle_connections(case())], "what only comes in does not need conntrack"
+    mend(found.remedy)
+    assert levels([*sysctls.probe_idle_connections(case(**outbound))]) == [("conntrack-timeout", "ok")]
 
 
 def test_lo_must_be_up_and_have_ipv6() -> None:

@@ -155,3 +155,14 @@ def test_a_table_of_somebody_else_is_left_alone(family: Family, route: str) -> N
     with pytest.raises(SystemRefusedError, match=f"routing table 7006 has a route to {route} .*--route-table"):
         routing.install(PLAN, {})
     assert everything() == before
+
+
+@in_network
+@pytest.mark.parametrize("families", [(4, 6), (4,), (6,)])
+def test_lo_that_is_down_is_named(families: tuple[Family, ...]) -> None:
+    ip("link set lo down")
+    plan = replace(PLAN, listen={one: PLAN.listen[one] for one in families})
+    with pytest.raises(SystemRefusedError, match="interface lo is down.*ip link set lo up"):
+        routing.install(plan, {})
+    ip("link set lo up")
+    routing.install(plan, {})

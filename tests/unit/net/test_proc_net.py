@@ -8,7 +8,11 @@ import loopback
 import pytest
 from deadlines import wait_until
 
+from tproxy_relay.intercept import programs
 from tproxy_relay.net import proc_net
+
+DEAF = "table ip deaf { chain c { type filter hook input priority 0; tcp flags & (syn | ack) == (syn | ack) drop; }; }"
+"""Answers to SYNs do not come."""
 
 
 @pytest.mark.usefixtures("ipv6_loopback")
@@ -45,3 +49,16 @@ def test_what_finds_no_room_in_a_backlog_is_counted() -> None:
             client.setblocking(False)
             client.connect_ex(server.getsockname())
         wait_until(lambda: proc_net.listen_overflows() > before, "some were too many")
+
+
+@pytest.mark.usefixtures("network")
+def test_a_handshake_that_is_not_finished_leaves_a_trace() -> None:
+    before = proc_net.unfinished()
+    assert before is not None
+    with loopback.listen() as server, loopback.dial(server.getsockname()), server.accept()[0]:
+        assert proc_net.unfinished() == before, "this one was"
+    programs.run(["nft", "-f", "-"], DEAF)
+    with loopback.listen() as server, socket.socket() as client:
+        client.setblocking(False)
+        client.connect_ex(server.getsockname())
+        wait_until(lambda: (proc_net.unfinished() or 0) > before, "the answer was sent again")

@@ -19,6 +19,7 @@ from tproxy_relay.intercept.plan import Plan
 from tproxy_relay.supervisor import doctor, doctor_hours
 from tproxy_relay.supervisor.doctor import Doctor
 from tproxy_relay.supervisor.health import Health
+from tproxy_relay.supervisor.missing import Missing
 from tproxy_relay.supervisor.state import Phase, RelayState
 
 FOUND = {"name": "marks", "level": "problem", "what": "nft rule x sets marks", "why": "lost", "remedy": "nft delete x"}
@@ -123,9 +124,32 @@ def test_connections_that_do_not_come_send_it(practice: Practice) -> None:
     practice.ruleset.reports.take(Counted(9, 4))
     practice.visited(later + 13)
     assert practice.problems == ["13 connections were taken by the rules, and none came to the relay"]
+    practice.ruleset.reports.take(Counted(13, 4))
+    practice.visited(later + 30)
+    assert practice.problems == ["17 connections were taken by the rules, and none came to the relay"]
+    assert len(practice.hands.logged("degraded")) == 1, "one line for one state"
     practice.ruleset.reports.take(Counted(0, 0))
     practice.visited(later + 60)
     assert practice.problems == []
+
+
+@pytest.mark.parametrize("traces", [0, 100])
+def test_one_that_was_tried_shows_nothing_of_those_that_come_to_nobody(
+    practice: Practice, monkeypatch: pytest.MonkeyPatch, traces: int
+) -> None:
+    counted = [0]
+    monkeypatch.setattr(practice.doctor, "_missing", Missing(lambda: counted[-1]))
+    practice.says({"finding": TRIED}, DONE)
+    practice.visited(time.monotonic())
+    later = time.monotonic() + 100
+    practice.says(DONE)
+    practice.ruleset.reports.take(Counted(8, 4))
+    practice.visited(later)
+    counted.append(traces)
+    practice.ruleset.reports.take(Counted(9, 4))
+    practice.doctor.tick(later + 13)
+    assert bool(practice.problems) == (not traces), "scanners leave traces"
+    assert not practice.problems or "one that was tried" in practice.problems[0]
 
 
 @pytest.mark.parametrize("script", ["", "import os; os._exit(3)", "print('nonsense')"])

@@ -25,6 +25,22 @@ def test_a_problem_is_told_when_it_begins_and_when_it_is_over(monkeypatch: pytes
     assert (over.getMessage(), fields(over)["seconds"]) == ("no longer degraded", 9)
 
 
+def test_a_number_that_grows_is_no_other_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(health.time, "time", lambda: clock[0])
+    found = Health()
+    with lines_module.collected() as said:
+        for number in (12, 16, 18):
+            found.put("numbers", [Problem("missing-connections", f"{number} connections", about="all")])
+            clock[0] += 10
+        (there,) = found.problems
+        assert (there.problem.what, there.since) == ("18 connections", 100.0)
+        found.put("numbers", [])
+    begun, over = said.records
+    assert fields(begun)["what"] == "12 connections"
+    assert (fields(over)["what"], fields(over)["seconds"]) == ("18 connections", 30)
+
+
 def test_each_source_has_its_own() -> None:
     found = Health()
     found.put("look", [ONE])

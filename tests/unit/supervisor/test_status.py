@@ -112,6 +112,10 @@ def test_nearly_full(relay: Relay) -> None:
     limits = relay.hands.generation.limits
     relay.state.current = replace(relay.state.generation, limits=limits._replace(most=1))
     assert relay.complaints == ["full: 1 connections, max-connections is 1; new ones wait or are refused"]
+    (before,) = relay.status.status["problems"]  # type: ignore[misc]
+    relay.hands.connect()
+    (after,) = relay.status.status["problems"]  # type: ignore[misc]
+    assert after["what"].startswith("full: 2 ") and after["since"] == before["since"], "since it is full"
 
 
 def test_its_problems(relay: Relay) -> None:
