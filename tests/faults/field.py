@@ -31,6 +31,8 @@ from tproxy_relay.lab import Lab, LabError, RelayProcess
 
 KEPT = Path(__file__).parents[2] / "docs" / "field.csv"
 HEAD = ("what happens", "by", "direct", *BACKENDS, "why it differs")
+SELF_PROBE = ("--self-probe", "600")
+"""As it is by default, but not for relays in a lab."""
 RECORD_TIMEOUT = 2.0
 TURNS = 4
 """A rule for each family has a remedy for each."""
@@ -105,7 +107,7 @@ def played_directly(case: Case) -> dict[str, str]:
 
 def played(case: Case, backend: str, direct: dict[str, str], folder: Path) -> dict[str, str]:
     """The same with a relay."""
-    with Lab() as lab, case.before(lab), lab.relay_process(*case.options, "--backend", backend) as relay:
+    with Lab() as lab, case.before(lab), lab.relay_process(*case.options, "--backend", backend, *SELF_PROBE) as relay:
         with case.after(lab):
             one = Played(case, lab, relay, folder)
             return {family: one.seen(family, direct[family]) for family in case.families}

@@ -69,7 +69,8 @@ def probe_loopback(case: Case) -> Iterator[Finding]:
         yield problem("lo", "interface lo is down", "intercepted packets are routed to it", "ip link set lo up")
         return
     name = "net.ipv6.conf.lo.disable_ipv6"
-    if 6 in case.plan.families and number(name) == 1:
+    has_ipv6 = any(one.has_any(6) for one in case.host.interfaces if one.name != "lo")
+    if 6 in case.plan.families and has_ipv6 and number(name) == 1:
         yield problem(
             "lo", f"{name} is 1, and this host has IPv6", "intercepted packets are routed to lo", set_sysctl(name, 0)
         )

@@ -72,6 +72,8 @@ def test_conntrack_must_not_forget_idle_connections_before_they_are_probed(mode:
 
 
 def test_lo_must_be_up_and_have_ipv6() -> None:
+    links("veth")
+    programs.run("ip addr add 2001:db8::1/64 dev eth0 nodad".split())
     assert levels([*sysctls.probe_loopback(case())]) == [("lo", "ok")]
     one = case()
     for change in ("ip link set lo down", "sysctl -q -w net.ipv6.conf.lo.disable_ipv6=1"):
@@ -81,6 +83,13 @@ def test_lo_must_be_up_and_have_ipv6() -> None:
         mend(found.remedy)
         one = case()
     assert levels([*sysctls.probe_loopback(one)]) == [("lo", "ok")]
+
+
+def test_where_ipv6_is_switched_off_lo_needs_none() -> None:
+    links("veth")
+    for scope in ("all", "default"):
+        set_sysctl(f"ipv6.conf.{scope}.disable_ipv6", 1)
+    assert levels([*sysctls.probe_loopback(case())]) == [("lo", "ok")]
 
 
 def test_the_interface_that_is_listened_on() -> None:
