@@ -171,14 +171,14 @@ def published(lab: Lab, family: int) -> Transfer:
     return transfer(lab.client, lab.relay, family, "down", TRY_TIMEOUT)
 
 
-def flushed(way: str) -> Trial:
-    """A live connection, before and after conntrack's table is emptied."""
+def flushed(way: str, first: str = "client") -> Trial:
+    """A live connection, before and after conntrack's table is emptied; `first` sends then."""
 
     def trial(lab: Lab, family: int) -> Transfer:
         began = time.monotonic()
         ends = flush_trials.live_connection(lab, way, family)
         try:
-            return Transfer("", flush_trials.after_flush(lab, ends, "client"), time.monotonic() - began)
+            return Transfer("", flush_trials.after_flush(lab, ends, first), time.monotonic() - began)
         finally:
             flush_trials.close(ends)
 
@@ -278,7 +278,7 @@ CASES = (
     ),
     *neighbours(),
     Case("conntrack -F, inbound", INBOUND, flushed("gateway"), NOTHING, NOTHING),
-    Case("conntrack -F, of a program here", BOTH_WAYS, flushed("local"), NOTHING, NOTHING),
+    Case("conntrack -F, of a program here", BOTH_WAYS, flushed("local", "server"), NOTHING, NOTHING),
     Case("conntrack -F, preserve-source to a server here", (*INBOUND, *KEEPS), flushed("host"), NOTHING, NOTHING),
     Case(
         "conntrack -F, mode redirect",
