@@ -237,3 +237,23 @@ def test_many_flushes_end_well(fresh_lab: Lab) -> None:
         all_work(lab, relay)
         assert 1 <= len(warnings(relay)) <= 5
         relay.stop()
+
+
+# --- the marks of others
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clients_are_served_where_another_saves_every_mark_in_conntrack(fresh_lab: Lab, backend: str) -> None:
+    """The relay's connections to servers then have its mark there, too. Programs on its host are not served: `check`
+    says so (tests/support/neighbour_cases.py)."""
+    lab = fresh_lab
+    with echo_servers(lab), lab.relay_process(*BOTH_WAYS, "--backend", backend) as relay:
+        for program in ("iptables-nft", "ip6tables-nft"):
+            lab.relay.run([program, "-t", "mangle", "-A", "POSTROUTING", "-j", "CONNMARK", "--save-mark"])
+        for way in ("gateway", "host"):
+            client, server = ways(lab)[way]
+            for family in FAMILIES.values():
+                with client.connect(server.address(family), PORT) as sock:
+                    assert [ping(sock) for _ in range(3)] == ["", "", ""], way
+                    sock.shutdown(socket.SHUT_WR)
+                    assert relay.record_of(sock)["outcome"] == "completed"

@@ -1,6 +1,7 @@
 """What becomes of a live connection when somebody empties the kernel's table of connections (`conntrack -F`)."""
 
 import contextlib
+import select
 import socket
 
 from interception import PORT, ways
@@ -8,6 +9,8 @@ from interception import PORT, ways
 from tproxy_relay.lab import Lab
 
 LIVES = "lives"
+LOST = "ConnectionResetError"
+"""Whoever sent first: its packet went past the relay, to one who knows nothing of it."""
 
 
 def live_connection(lab: Lab, topology: str, family: int) -> tuple[socket.socket, socket.socket]:
@@ -37,12 +40,15 @@ def after_flush(lab: Lab, ends: tuple[socket.socket, socket.socket], first: str)
 
 
 def exchange(sender: socket.socket, receiver: socket.socket) -> str:
-    """One message, one way."""
+    """One message, one way: `lives`, or what the first end saw that saw anything else. Nobody else sends meanwhile."""
     try:
         sender.sendall(b"x" * 1000)
         got = b""
         while len(got) < 1000:
-            block = receiver.recv(1000 - len(got))
+            readable = select.select([receiver, sender], [], [], receiver.gettimeout())[0]
+            if not readable:
+                raise TimeoutError
+            block = readable[0].recv(1000 - len(got))
             if not block:
                 return "end of file"
             got += block

@@ -3,7 +3,6 @@
 plan.py           what is to be intercepted (frozen)   planning.py       beside what others have on this host
 nft.py            the plan as nft text                  iptables.py       as iptables-restore text
 nft_words.py, iptables_words.py     what several of their rules have in common
-forgotten.py      rules of both for connections that conntrack does not know any more
 routing.py        the rules of routing and the route    iptables_save.py  reading what is there
 backend.py        the face of backend_nft.py (with nft_owner.py) and backend_iptables.py; backends.py chooses
 foreign_nat.py    looks whether somebody else rewrites destinations

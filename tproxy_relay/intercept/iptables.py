@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tproxy_relay.intercept import forgotten
 from tproxy_relay.intercept.iptables_save import PREFIX, TABLES, Saved
 from tproxy_relay.intercept.iptables_words import NOT_SYN as _NOT_SYN
 from tproxy_relay.intercept.iptables_words import SYN as _SYN
@@ -199,10 +198,10 @@ def _from_lo(plan: Plan, family: Family) -> Iterator[Rule]:
     ours = f"{_TCP} -m mark --mark {_bits(plan, plan.marks.relay)}"
     to_us = f"{_TCP} -m mark --mark {_bits(plan, plan.marks.outbound)}"
     if plan.speaks_here:
+        # The first packet of a connection to a server here, or of one that conntrack has forgotten (`conntrack -F`).
         remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.relay)}"
-        yield Rule(f"{ours} -m connmark --mark {_bits(plan, 0)}", remember, "from the relay to this host")
+        yield Rule(f"{ours} {_marked(plan, 0, 'ORIGINAL')}", remember, "from the relay to this host")
     yield Rule(ours, "-j ACCEPT", "from the relay")
-    yield from forgotten.iptables_from_lo(plan)
     if plan.mode != "tproxy" or not plan.outbound:
         return
     # xt_TPROXY drops packets of established sockets that are not transparent. A bare SYN would also match a server
@@ -215,14 +214,12 @@ def _from_lo(plan: Plan, family: Family) -> Iterator[Rule]:
 
 def _output(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
     divert = f"-j MARK --set-xmark {_bits(plan, plan.marks.outbound)}"
-    yield from forgotten.iptables_of_servers(plan)
-    if plan.speaks_here:
+    answers = f"{_TCP} {_marked(plan, plan.marks.relay, 'REPLY')} -m addrtype --src-type LOCAL ! --dst-type LOCAL"
+    to_relay = [Rule(answers, then, "answers to the relay in the name of others") for then in (divert, "-j RETURN")]
+    from_servers = plan.imitates and plan.keeps_source
+    if from_servers:
         # First, because with tcp_fwmark_accept=1 the answers of a server here carry the relay's mark too.
-        answers = f"{_TCP} -m connmark --mark {_bits(plan, plan.marks.relay)}"
-        answers += " -m addrtype --src-type LOCAL ! --dst-type LOCAL"
-        yield Rule(answers, divert, "answers to the relay in the name of others")
-        yield Rule(answers, "-j RETURN", "answers to the relay in the name of others")
-    if plan.inbound and plan.keeps_source:
+        yield from to_relay
         # Not where both sides share an entry: this would be the client's mark then.
         unmarked = f"-m connmark --mark {_bits(plan, 0)} -m addrtype ! --src-type LOCAL"
         remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.relay)}"
@@ -235,7 +232,9 @@ def _output(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
     if plan.mode != "tproxy" or not plan.outbound:
         return
     yield from _exempt(plan, family)
-    yield from forgotten.iptables_of_programs(plan)
+    if not from_servers:
+        # Behind the exemption of the relay: by the rule of another, its own connections may have its mark, too.
+        yield from to_relay
     if state == "active":
         remember = f"-j CONNMARK --set-xmark {_bits(plan, plan.marks.outbound)}"
         yield from _by_ports(_SYN, plan.outbound, remember, "outbound")

@@ -19,7 +19,6 @@ lo (routing.py), and meets TPROXY when it comes in from there.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tproxy_relay.intercept import forgotten
 from tproxy_relay.intercept.nft_words import NOT_SYN as _NOT_SYN
 from tproxy_relay.intercept.nft_words import SYN as _SYN
 from tproxy_relay.intercept.nft_words import Rule
@@ -188,10 +187,11 @@ def _own_errors(plan: Plan) -> Iterator[Rule]:
 def _from_lo(plan: Plan) -> Iterator[Rule]:
     ours, to_us = _is(plan, "meta mark", plan.marks.relay), _is(plan, "meta mark", plan.marks.outbound)
     if plan.speaks_here:
-        remember = f"{_is(plan, 'ct mark', 0)} {_set(plan, 'ct mark', plan.marks.relay)}"
+        # The first packet of a connection to a server here, or of one that conntrack has forgotten (`conntrack -F`).
+        unmarked = f"ct direction original {_is(plan, 'ct mark', 0)}"
+        remember = f"{unmarked} {_set(plan, 'ct mark', plan.marks.relay)}"
         yield Rule(f"{ours} {remember} counter accept", "from the relay to this host")
     yield Rule(f"{ours} accept", "from the relay")
-    yield from forgotten.nft_from_lo(plan)
     if plan.mode != "tproxy" or not plan.outbound:
         return
     for family in plan.families:
@@ -205,11 +205,13 @@ def _from_lo(plan: Plan) -> Iterator[Rule]:
 
 def _output(plan: Plan, state: State) -> Iterator[Rule]:
     divert = _set(plan, "meta mark", plan.marks.outbound)
-    if plan.speaks_here:
+    ends = "fib saddr type local fib daddr type != local"
+    answers = f"ct direction reply {_is(plan, 'ct mark', plan.marks.relay)} {ends}"
+    to_relay = Rule(f"{answers} {divert} counter accept", "answers to the relay in the name of others")
+    from_servers = plan.imitates and plan.keeps_source
+    if from_servers:
         # First, because with tcp_fwmark_accept=1 the answers of a server here carry the relay's mark too.
-        answers = f"{_is(plan, 'ct mark', plan.marks.relay)} fib saddr type local fib daddr type != local"
-        yield Rule(f"{answers} {divert} counter accept", "answers to the relay in the name of others")
-    if plan.imitates and plan.keeps_source:
+        yield to_relay
         # Not where both sides share an entry: this would be the client's mark then.
         unmarked = _is(plan, "ct mark", 0)
         ours = f"{_is(plan, 'meta mark', plan.marks.relay)} {_SYN} {unmarked} fib saddr type != local"
@@ -217,13 +219,14 @@ def _output(plan: Plan, state: State) -> Iterator[Rule]:
     if plan.mode == "tproxy" and plan.imitates:
         answer = f'oifname != "lo" {_is(plan, "meta mark", plan.marks.relay)} {_SYN_ACK}'
         yield Rule(f"{answer} {_set(plan, 'ct mark', plan.marks.inbound)}", "the relay answers a client")
-    yield from forgotten.nft_of_servers(plan)
     if plan.mode != "tproxy" or not plan.outbound:
         return
     yield from _exempt(plan)
     relayed = f"ct direction original {_is(plan, 'ct mark', plan.marks.outbound)}"
     yield Rule(f"{relayed} {divert} counter accept", "packets of relayed connections")
-    yield from forgotten.nft_of_programs(plan)
+    if not from_servers:
+        # Behind the exemption of the relay: by the rule of another, its own connections may have its mark, too.
+        yield to_relay
     if state != "active":
         return
     remember = _set(plan, "ct mark", plan.marks.outbound)

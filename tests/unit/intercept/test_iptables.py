@@ -103,8 +103,7 @@ def test_foreign_bits_of_marks_survive(plan: Plan, state: State) -> None:
     for _, rule in rules(plan, state):
         for value in re.findall(r"--(?:set-xmark|tproxy-mark|mark) (\S+)", rule.text):
             bits, mask = (int(part, 16) for part in value.split("/"))
-            direct = plan.marks.inbound | plan.marks.outbound  # a forgotten one that the relay does not have
-            assert bits in (*plan.marks, direct) or f"mark --mark {value}" in rule.match or " --syn" in rule.match
+            assert bits in plan.marks or f"connmark --mark {value}" in rule.match or " --syn" in rule.match
             assert mask == plan.mark_mask
         assert not re.search(r"--(set-mark|or-mark|and-mark|restore-mark|save-mark)", rule.text)
 
@@ -117,16 +116,21 @@ def test_the_relay_is_exempt_before_anything_is_taken(plan: Plan, state: State) 
             if chain.name in ("OUT", "NAT_OUT", "LO", "CLOSED_OUT"):
                 matches = [rule.match for rule in chain.rules]
                 exempt = [own in match for match in matches] + [True]
-                taking = [
-                    bool(re.search(r"(?<!!) --syn", rule.match)) or "TPROXY --" in rule.then or takes_forgotten(rule)
-                    for rule in chain.rules
-                ]
+                taking = [" --syn" in match or "TPROXY --" in rule.then for match, rule in zip(matches, chain.rules)]
                 assert exempt.index(True) <= [*taking, True].index(True)
 
 
-def takes_forgotten(rule: Rule) -> bool:
-    """And not only of those that are not the relay's own."""
-    return "CONNMARK" in rule.then and "--ctstate NEW" in rule.match and "-m mark --mark 0x0/" not in rule.match
+@every_plan
+def test_only_answers_are_sent_to_the_relay_for_its_own_mark(plan: Plan, state: State) -> None:
+    """And none that carry that mark themselves, unless servers here may have inherited it (tcp_fwmark_accept)."""
+    relays = f"mark --mark {plan.marks.relay:#x}/{plan.mark_mask:#x}"
+    for family in plan.families:
+        out = [rule for chain in iptables.chains(plan, state, family) if chain.name == "OUT" for rule in chain.rules]
+        answers = [n for n, rule in enumerate(out) if f"-m conn{relays}" in rule.match]
+        assert [out[n].then for n in answers[1:]] == ["-j RETURN"] * (plan.speaks_here and state != "closed")
+        assert all("--ctdir REPLY" in out[n].match for n in answers)
+        if answers and not (plan.inbound and plan.keeps_source):
+            assert next(n for n, rule in enumerate(out) if rule.match == f"-m {relays}") < answers[0]
 
 
 @every_plan

@@ -72,8 +72,7 @@ def test_only_bare_syns_are_taken(plan: Plan, state: State) -> None:
     for chain, rule in rules(plan, state):
         takes = re.search(r"\b(tproxy|redirect|dnat)\b", rule.text) or "ct mark set" in rule.text
         answer = chain.name == "output" and SYN_ACK in rule.text or chain.name == "answered" and ACK in rule.text
-        forgotten = chain.name == "output" and NOT_SYN in rule.text and "ct state new" in rule.text
-        assert not takes or SYN in rule.text or answer or forgotten or chain.name in ("from_lo", "nat_keep")
+        assert not takes or SYN in rule.text or answer or chain.name in ("from_lo", "nat_keep")
 
 
 @every_plan
@@ -120,8 +119,7 @@ def test_foreign_bits_of_marks_survive(plan: Plan, state: State) -> None:
         assert len(writes) == rule.text.count("mark set")
         for to, of, kept, added in writes:
             assert to == of and int(kept, 16) == 0xFFFFFFFF ^ plan.mark_mask
-            direct = plan.marks.inbound | plan.marks.outbound  # a forgotten one that the relay does not have
-            assert int(added, 16) in (*plan.marks, direct) if added else SYN in rule.text and to == "ct"
+            assert int(added, 16) in plan.marks if added else SYN in rule.text and to == "ct"
         reads = re.findall(r"mark & (0x\w+) == (0x\w+)", rule.text)
         assert len(reads) == rule.text.count("mark &") - len(writes)
         for mask, value in reads:
@@ -136,6 +134,23 @@ def test_the_relay_is_exempt_before_anything_is_taken(plan: Plan, state: State) 
         exempt = next((number for number, text in enumerate(texts) if text.startswith(own)), len(texts))
         taking = (number for number, text in enumerate(texts) if SYN in text or re.search(r"\btproxy\b", text))
         assert exempt <= next(taking, len(texts))
+
+
+@every_plan
+def test_only_answers_are_sent_to_the_relay_for_its_own_mark(plan: Plan, state: State) -> None:
+    """And none that carry that mark themselves, unless servers here may have inherited it (tcp_fwmark_accept)."""
+    texts = [rule.text for chain, rule in rules(plan, state) if chain.name == "output"]
+    to_relay = [n for n, text in enumerate(texts) if f"meta mark set {own_bits(plan)}" in text]
+    answers = [n for n in to_relay if f"ct mark & {plan.mark_mask:#010x} == {plan.marks.relay:#010x}" in texts[n]]
+    assert len(answers) == bool(plan.mode == "tproxy" and plan.outbound or plan.imitates and plan.keeps_source)
+    assert all(texts[n].startswith("ct direction reply ") for n in answers)
+    if not (plan.imitates and plan.keeps_source):
+        exempt = [n for n, text in enumerate(texts) if text == f"{own_packets(plan)} counter return"]
+        assert all(exempt[0] < n for n in answers)
+
+
+def own_bits(plan: Plan) -> str:
+    return f"meta mark & {0xFFFFFFFF ^ plan.mark_mask:#010x} | {plan.marks.outbound:#010x}"
 
 
 @every_plan
