@@ -19,6 +19,7 @@ table inet tproxy_relay {
         meta mark & 0x07000000 == 0x04000000 accept comment "from the relay"
     }
     chain errors {
+        iifname != "lo" icmp type { destination-unreachable, time-exceeded, parameter-problem } socket wildcard 1 return comment "errors about a port with the number of ours, IPv4"
         iifname != "lo" icmp type { destination-unreachable, time-exceeded, parameter-problem } socket transparent 1 meta mark set meta mark & 0xf8ffffff | 0x01000000 counter accept comment "errors about packets of the relay, IPv4"
     }
     chain answered {

@@ -229,6 +229,8 @@ def relayed_when_it_comes(lab: Lab, options: tuple[str, ...], wrapper: tuple[str
                 assert ping_after_greeting(sock) == ""
                 sock.shutdown(socket.SHUT_WR)
                 assert relay.record_of(sock)["outcome"] == "completed"
+        refused = ["ip", "-6", "rule"]
+        wait_until(lambda: "unreachable" not in lab.relay.run(refused).stdout, "no longer refused")
         assert status(lab)["complaints"] == []
         assert [line for line in relay.lines() if line["levelname"] == "ERROR"] == []
         relay.stop()

@@ -107,6 +107,33 @@ def test_the_relay_is_told(stage: Stage, backend: str, preserve: str) -> None:
             assert record["outcome"] == ("connect-refused" if refused else "connect-unreachable"), name
 
 
+LISTENERS = (15006, 15002)
+STRANGERS = [
+    *(("--backend", backend) for backend in BACKENDS),
+    ("--bind", "127.0.0.1,::1"),
+    ("--mode", "redirect", "--preserve-source", "address"),
+]
+
+
+@pytest.mark.parametrize("options", STRANGERS, ids=" ".join)
+def test_strangers_whose_port_has_the_number_of_a_listener_are_told(stage: Stage, options: tuple[str, ...]) -> None:
+    """They are not relayed. A look for the socket of what the error quotes finds the relay's listener."""
+    lab, _ = stage
+    asked = [(lab.server.address(family), PORTS["port"], PATIENCE) for family in FAMILIES.values()]
+
+    def seen() -> list[str]:
+        answers = [ask(lab.client, *one, port) for one, port in product(asked, (*LISTENERS, 15007))]
+        return [one.saw if one.seconds < SOON else f"{one.saw} late" for one in answers]
+
+    directly = seen()
+    assert set(directly) == {"ECONNREFUSED"}
+    with lab.relay_process(f"--intercept-inbound={PORT}", f"--intercept-outbound={PORT}", *options) as relay:
+        for family in FAMILIES.values():
+            client = transfer(lab.client, lab.server, family, "down", PATIENCE).client
+            relay.wait_for_record(lambda line, name=client: line["client"] == name)
+        assert seen() == directly
+
+
 INTERRUPTION = """\
 table inet interruption {{
   chain forward {{

@@ -1,11 +1,12 @@
 """Sockets that are bound to a device, and an interface without an address: what the relay does about them, as
 docs/interception.rst says."""
 
+import contextlib
 from collections.abc import Iterator
 
 import odd_socket_trials
 import pytest
-from interception import BACKENDS, FAMILIES, PORT, EchoServer, attempt
+from interception import BACKENDS, FAMILIES, PORT, EchoServer, attempt, ping
 
 from tproxy_relay.lab import Lab
 
@@ -21,16 +22,23 @@ def server(fresh_lab: Lab) -> Iterator[EchoServer]:
     made.close()
 
 
+@pytest.mark.parametrize("on_failure", ["open", "closed"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_socket_bound_to_a_device_is_not_relayed(fresh_lab: Lab, server: EchoServer, backend: str) -> None:
-    """What comes in by lo is not for it. So in mode tproxy it goes direct, and redirect has nowhere to send it."""
-    lab, outbound = fresh_lab, ("--intercept-outbound", str(PORT), "--backend", backend)
+def test_a_socket_bound_to_a_device_is_not_relayed(
+    fresh_lab: Lab, server: EchoServer, backend: str, on_failure: str
+) -> None:
+    """What comes in by lo is not for it. So in mode tproxy it goes direct, as what it had connected before does, and
+    redirect has nowhere to send it."""
+    lab, outbound = fresh_lab, ("--intercept-outbound", str(PORT), "--backend", backend, "--on-failure", on_failure)
     for family in FAMILIES.values():
         assert odd_socket_trials.bound_to_device(lab, family) == ANSWERED
-    with lab.relay_process(*outbound) as relay:
+    with contextlib.ExitStack() as stack:
+        older = [stack.enter_context(odd_socket_trials.connected(lab, family)) for family in FAMILIES.values()]
+        relay = stack.enter_context(lab.relay_process(*outbound))
         for family in FAMILIES.values():
             assert attempt(lab.relay, lab.server, family) == ""
             assert odd_socket_trials.bound_to_device(lab, family) == ANSWERED
+        assert [ping(sock) for sock in older] == ["", ""]
         relay.stop()
         assert len(relay.records()) == len(FAMILIES), "none of the bound ones"
     with lab.relay_process(*outbound, "--mode", "redirect") as relay:

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from itertools import product
 
 import pytest
+from admin_views import program, sessions
 from deadlines import wait_until
 from half_open import cookies, half_open, lead_to_nobody, served
 from interception import BACKENDS, FAMILIES, PORT, EchoServer, attempt, echo_servers, opened, ping, ways
 
 from tproxy_relay.lab import Host, Lab, RelayProcess
+from tproxy_relay.net.endpoint import from_sockaddr
 
 SILENT = """\
 table inet silent {
@@ -157,6 +159,36 @@ def test_they_live_while_the_relay_drains_and_others_go_direct(lab: Lab, backend
         with lab.relay_process(*INBOUND, "--backend", backend) as next_one:
             assert not any(map(ping, [*old, *direct])), "with the next relay"
             assert opened(next_one) == 0
+
+
+@pytest.mark.parametrize("on_failure", ["open", "closed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_while_the_relay_drains_whose_socket_is_gone_is_reset(lab: Lab, backend: str, on_failure: str) -> None:
+    """It did not hear of the end. Nobody listens for it any more, and the server knows nothing of it. (Without cookies:
+    the acknowledgement of an echo proves as much as the first one does, and the server here would take it for that.)"""
+    options = (*INBOUND, "--backend", backend, "--on-failure", on_failure)
+    for host in (lab.server, lab.relay):
+        host.set_sysctl(COOKIES, 0)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(echo_servers(lab))
+        relay = stack.enter_context(lab.relay_process(*options))
+        lost, others = ([stack.enter_context(sock) for sock in connected(lab)] for _ in range(2))
+        assert not any(map(ping, [*lost, *others]))
+        names = [str(from_sockaddr(sock.getsockname())) for sock in lost]
+        with deaf(lab.client, "rst"):
+            for one in sessions(lab):
+                if one["client"] in names:
+                    program(lab, "sessions", "--abort", one["id"])
+            assert [relay.record_of(sock)["outcome"] for sock in lost] == ["aborted"] * 4
+        relay.terminate()
+        relay.wait_for_line(lambda line: line["message"] == "ruleset draining")
+        wait_until(lambda: "15006" not in lab.relay.run(["ss", "-Htln"]).stdout, "nobody listens")
+        seen = [ping(sock) for sock in lost]
+        assert ["ConnectionResetError" in one for one in seen] == [True] * 4, seen
+        assert not any(map(ping, others))
+        for sock in others:
+            sock.close()
+        relay.wait_for_line(lambda line: line["message"] == "ruleset removed")
 
 
 @pytest.mark.slow

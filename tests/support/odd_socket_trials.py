@@ -13,9 +13,16 @@ from tproxy_relay.lab import Host, Lab
 def bound_to_device(lab: Lab, family: int) -> str:
     """What a program on the relay's host sees whose socket is bound to the interface towards the server
     (SO_BINDTODEVICE: `curl --interface rs`, NetworkManager's connectivity check)."""
-    with lab.relay.socket(family) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"rs")
+    with _bound(lab, family) as sock:
         return _exchange(sock, lab.server, family)
+
+
+def connected(lab: Lab, family: int) -> socket.socket:
+    """A connection to the server by such a socket, which has been of use."""
+    sock = _bound(lab, family)
+    seen = _exchange(sock, lab.server, family)
+    assert seen == "answered", seen
+    return sock
 
 
 def by_interface_without_address(lab: Lab, family: int) -> str:
@@ -45,6 +52,12 @@ neigh replace fd81:1::2 lladdr {client} dev rc
 def _link_address(host: Host, interface: str) -> str:
     words = host.run(["ip", "-o", "link", "show", "dev", interface]).stdout.split()
     return words[words.index("link/ether") + 1]
+
+
+def _bound(lab: Lab, family: int) -> socket.socket:
+    sock = lab.relay.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"rs")
+    return sock
 
 
 def _exchange(sock: socket.socket, server: Host, family: int) -> str:

@@ -52,10 +52,13 @@ def refuse(router: Host) -> None:
     router.run(["nft", "-f", "-"], input="\n".join([*rules, ""]))
 
 
-def ask(source: Host, address: str, port: int, patience: float) -> Answer:
+def ask(source: Host, address: str, port: int, patience: float, source_port: int = 0) -> Answer:
     """Connect, and wait for the end of it: what connect() says, or 'connected' and what recv() says."""
     began, saw = time.monotonic(), ""
     with source.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+        if source_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("", source_port))
         sock.settimeout(patience)
         try:
             sock.connect((address, port))

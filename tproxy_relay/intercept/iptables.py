@@ -134,7 +134,7 @@ def _all_chains(plan: Plan, state: State, family: Family) -> Iterator[Chain]:
         yield Chain("mangle", "DIVERT", "", divert)
         yield Chain("mangle", "LO", "", tuple(_from_lo(plan, family)))
         if tproxy and plan.inbound:
-            yield Chain("mangle", "ANSWERED", "", tuple(_answered(plan, family)))
+            yield Chain("mangle", "ANSWERED", "", tuple(_answered(plan, state, family)))
         yield Chain("mangle", "PRE", "PREROUTING", tuple(_prerouting(plan, state, family)))
     if plan.imitates:
         yield Chain("mangle", "ERRORS", "PREROUTING", tuple(_errors(family)), _ICMP[family])
@@ -163,9 +163,11 @@ def _prerouting(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
         yield from _by_ports(f"{_arrives(plan)} {_SYN}", plan.inbound, _to_listener(plan, family), "inbound")
 
 
-def _answered(plan: Plan, family: Family) -> Iterator[Rule]:
-    """What clients send without a socket being there, whose SYN was answered: the listener knows the cookie."""
-    yield Rule(_ACK, _to_listener(plan, family), "to the listener")
+def _answered(plan: Plan, state: State, family: Family) -> Iterator[Rule]:
+    """What clients send without a socket being there, whose SYN was answered: the listener knows the cookie. While the
+    relay drains there is none: the server, which knows nothing of the connection, resets it."""
+    if state == "active":
+        yield Rule(_ACK, _to_listener(plan, family), "to the listener")
     # The client did not hear the answer, and this SYN may be left to go direct.
     yield Rule(_SYN, f"-j CONNMARK --set-xmark {_bits(plan, 0)}", "has not heard it, and sends its SYN again")
 

@@ -163,7 +163,10 @@ def _but_errors(plan: Plan, chain: str, label: str) -> Rule:
 def _errors(plan: Plan) -> Iterator[Rule]:
     for family in plan.families if plan.imitates else ():
         take_in = _set(plan, "meta mark", plan.marks.inbound)
-        match = f'iifname != "lo" {_ERRORS[family]} socket transparent 1'
+        match = f'iifname != "lo" {_ERRORS[family]}'
+        if plan.on_address(family) is None:
+            yield Rule(f"{match} socket wildcard 1 return", f"errors about a port with the number of ours, IPv{family}")
+        match = f"{match} socket transparent 1"
         yield Rule(f"{match} {take_in} counter accept", f"errors about packets of the relay, IPv{family}")
 
 

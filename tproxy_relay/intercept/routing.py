@@ -3,7 +3,7 @@
     P      IN   from lo      skip to P+2
     P      OUT  from lo      look in the table
     P+1    IN                look in the table
-    P+1    OUT  from lo      unreachable, with `on-failure closed`
+    P+1    OUT  from lo      unreachable, with `on-failure closed`, while the table is empty
     P+2    nothing, where the skip lands
 
 IN counts only for packets that came in by an interface. The kernel asks the same rules twice more, both times as if
@@ -12,6 +12,7 @@ mark (tcp_fwmark_accept). One global rule for the mark would lose all traffic on
 
 IPv6 may be switched on and off. The rules are there all the while; the route cannot be, while it is off, and is put
 there when it comes. What a program here sends in the moment before must not leave unrelayed if that is to be refused.
+Where the route is, what it does not match goes direct: a socket that is bound to a device has no way over lo.
 """
 
 import contextlib
@@ -46,14 +47,20 @@ def rules(plan: Plan) -> list[str]:
     """The rules of routing as the words after `ip rule add`, for each family the same."""
     first, mask, table = plan.route_priority, f"{plan.mark_mask:#x}", plan.route_table
     inbound, outbound = f"fwmark {plan.marks.inbound:#x}/{mask}", f"fwmark {plan.marks.outbound:#x}/{mask}"
-    refused = [f"pref {first + 1} {outbound} iif lo unreachable protocol {PROTOCOL}"]
     return [
         f"pref {first} {inbound} iif lo goto {first + 2} protocol {PROTOCOL}",
         f"pref {first} {outbound} iif lo lookup {table} protocol {PROTOCOL}",
         f"pref {first + 1} {inbound} lookup {table} protocol {PROTOCOL}",
-        *(refused if plan.on_failure == "closed" and plan.outbound else []),
         f"pref {first + 2} nop protocol {PROTOCOL}",
     ]
+
+
+def refusal(plan: Plan) -> list[str]:
+    """The rule that is there while the route cannot be, as the words after `ip rule add`; none if what is not relayed
+    may leave."""
+    outbound = f"fwmark {plan.marks.outbound:#x}/{plan.mark_mask:#x}"
+    needed = plan.needs_routing and plan.on_failure == "closed" and plan.outbound
+    return [f"pref {plan.route_priority + 1} {outbound} iif lo unreachable protocol {PROTOCOL}"] if needed else []
 
 
 def route(table: object) -> str:
@@ -62,7 +69,7 @@ def route(table: object) -> str:
 
 
 def batch(plan: Plan) -> str:
-    """All of it for one family, as `ip -batch` reads it."""
+    """All of it for one family with its route, as `ip -batch` reads it."""
     return "\n".join([*_commands(plan), ""])
 
 
@@ -101,15 +108,35 @@ def take_back(added: Added) -> None:
 
 
 def tidy(plan: Plan) -> None:
-    """Take away what an earlier plan has left."""
+    """Take away what an earlier plan has left, and the refusal where the route has come."""
     for family in ALL_FAMILIES:
-        _delete(family, [line for line in _there(family) if line not in _wanted(plan, family)])
+        there = _there(family)
+        kept = [*_wanted(plan, family, there), *_refusal(plan, family, there)]
+        _delete(family, [line for line in there if line not in kept])
+
+
+def make_way(plan: Plan) -> None:
+    """Take away the refusal where the route has come, and nothing else."""
+    for family in ALL_FAMILIES:
+        _delete(family, _in_the_way(plan, family, _there(family)))
+
+
+def problems(plan: Plan, *, tidied: bool = True) -> list[str]:
+    """In words, what is missing, and if `tidied` the refusal where it is in spite of the route."""
+    found: list[str] = []
+    for family in plan.families:
+        there = _there(family)
+        wrong = {"missing": _missing(plan, family, there)}
+        if tidied:
+            wrong["in the way"] = _in_the_way(plan, family, there)
+        for state, lines in wrong.items():
+            found += [f"ip -{family}: '{line.replace(' add ', ' ', 1)}' is {state}" for line in lines]
+    return found
 
 
 def missing(plan: Plan, family: Family) -> list[str]:
     """The lines of `batch` for what the kernel does not have."""
-    there = _there(family)
-    return [line for line in _wanted(plan, family) if line not in there]
+    return _missing(plan, family, _there(family))
 
 
 def uninstall() -> bool:
@@ -132,10 +159,28 @@ def _commands(plan: Plan) -> list[str]:
     return [f"route add {route(plan.route_table)}", *(f"rule add {rule}" for rule in rules(plan))]
 
 
-def _wanted(plan: Plan, family: Family) -> list[str]:
+def _missing(plan: Plan, family: Family, there: list[str]) -> list[str]:
+    return [line for line in _wanted(plan, family, there) if line not in there]
+
+
+def _wanted(plan: Plan, family: Family, there: list[str]) -> list[str]:
     if not plan.needs_routing or family not in plan.families:
         return []
-    return _commands(plan)[0 if family == IPV4 or ipv6_is_on() else 1 :]
+    way, *others = _commands(plan)
+    if family == IPV4 or way in there or ipv6_is_on():
+        return [way, *others]
+    return [*others, *_refusal(plan, family, there)]
+
+
+def _refusal(plan: Plan, family: Family, there: list[str]) -> list[str]:
+    """What may stand in for the route that is not there."""
+    lines = [f"rule add {rule}" for rule in refusal(plan)] if family in plan.families else []
+    return lines if _commands(plan)[0] not in there else []
+
+
+def _in_the_way(plan: Plan, family: Family, there: list[str]) -> list[str]:
+    arrived = _commands(plan)[0] in there and family in plan.families
+    return [line for rule in refusal(plan) if arrived and (line := f"rule add {rule}") in there]
 
 
 def _there(family: Family) -> list[str]:

@@ -60,7 +60,7 @@ class Ruleset:
         try:
             routing.install(self.plan, added)
             self.backend.install(self.plan, state)
-            problems = self.problems(state)
+            problems = self.backend.problems(self.plan, state) + routing.problems(self.plan, tidied=False)
             if problems:
                 raise ProgramError(f"the rules were loaded, but the kernel does not have them: {problems[0]}")
         except BaseException:
@@ -80,7 +80,7 @@ class Ruleset:
         try:
             routing.install(plan, added)
             self.backend.replace(plan, state, hold=hold)
-            problems = self.backend.problems(plan, state) + _missing_routing(plan)
+            problems = self.backend.problems(plan, state) + routing.problems(plan, tidied=False)
             if problems:
                 raise ProgramError(f"the rules were loaded, but the kernel does not have them: {problems[0]}")
         except BaseException:
@@ -96,9 +96,10 @@ class Ruleset:
 
     def restore(self, state: State) -> list[str]:
         """Put back what is gone or was changed; what that was. Raises like `install`."""
-        rules, routes = self.backend.problems(self.plan, state), _missing_routing(self.plan)
+        rules, routes = self.backend.problems(self.plan, state), routing.problems(self.plan)
         if routes:
             routing.install(self.plan, {})
+            routing.make_way(self.plan)
         if rules:
             self.backend.install(self.plan, state)
         return rules + routes
@@ -109,7 +110,7 @@ class Ruleset:
 
     def problems(self, state: State) -> list[str]:
         """What is not as it should be; empty if all is well."""
-        return self.backend.problems(self.plan, state) + _missing_routing(self.plan)
+        return self.backend.problems(self.plan, state) + routing.problems(self.plan)
 
 
 def refuse_losses(former: Plan, plan: Plan) -> None:
@@ -162,7 +163,7 @@ def status(plan: Plan) -> Status:
     problems = [f"there are rules of {other.name} too" for other in found[1:]]
     by_state = {state: where.problems(plan, state) for state in STATES}
     state = min(STATES, key=lambda one: len(by_state[one]))
-    problems += by_state[state] + (_missing_routing(plan) if state != "closed" else [])
+    problems += by_state[state] + (routing.problems(plan) if state != "closed" else [])
     return Status("degraded" if problems else state, where.name, problems, where.counts(), lines)
 
 
@@ -178,11 +179,3 @@ def _whatever_comes(step: Callable[[], None]) -> None:
     """A step of rolling back; the error that made it necessary is the one to tell."""
     with contextlib.suppress(RelayError):
         step()
-
-
-def _missing_routing(plan: Plan) -> list[str]:
-    return [
-        f"ip -{family}: '{line.replace(' add ', ' ', 1)}' is missing"
-        for family in plan.families
-        for line in routing.missing(plan, family)
-    ]

@@ -105,7 +105,11 @@ def test_errors_come_to_relays_that_speak_in_the_name_of_others(plan: Plan, stat
             to = {"prerouting": "errors", "output": "own_errors"}[chain.name]
             assert chain.rules[0].text == f"meta l4proto != tcp {f'goto {to}' if plan.imitates else 'return'}"
         if chain.name == "errors":
-            assert len(chain.rules) == len(plan.families)
+            # A listener for all addresses is found for every packet to its port.
+            steps = [re.split(" socket (wildcard|transparent) 1 ", rule.text)[:2] for rule in chain.rules]
+            passed = {family: ["wildcard"] if plan.on_address(family) is None else [] for family in plan.families}
+            assert [step for _, step in steps] == [s for one in passed.values() for s in (*one, "transparent")]
+            assert len({match for match, _ in steps}) == len(plan.families)
             assert all('iifname != "lo" icmp' in rule.text for rule in chain.rules)
             assert not any("redirect" in rule.text or "echo" in rule.text for rule in chain.rules)
         if chain.name == "own_errors":
@@ -223,8 +227,8 @@ def test_listeners_on_all_addresses_are_passed_over_and_others_are_not_found() -
             chain.name for chain, rule in rules(VARIANTS[name], "active") if "socket wildcard 1 return" in rule.text
         ]
 
-    assert passed_over("tproxy") == ["prerouting"]
-    assert passed_over("full") == ["zone_prerouting", "prerouting"]
+    assert passed_over("tproxy") == ["errors", "errors", "prerouting"]
+    assert passed_over("full") == ["zone_prerouting", "errors", "errors", "prerouting"]
     assert passed_over("loopback") == []
 
 

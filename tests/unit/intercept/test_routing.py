@@ -35,10 +35,11 @@ def test_the_words() -> None:
 
 
 def test_what_would_leave_unrelayed_is_refused_if_it_must_not() -> None:
-    refusal = "pref 7007 fwmark 0x2000000/0x7000000 iif lo unreachable protocol 206"
     closed = replace(PLAN, on_failure="closed")
-    assert [rule for rule in routing.rules(closed) if rule not in routing.rules(PLAN)] == [refusal]
-    assert routing.rules(replace(closed, outbound=())) == routing.rules(PLAN)
+    assert routing.refusal(closed) == ["pref 7007 fwmark 0x2000000/0x7000000 iif lo unreachable protocol 206"]
+    assert routing.rules(closed) == routing.rules(PLAN)
+    for other in (PLAN, replace(closed, outbound=()), replace(VARIANTS["redirect"], on_failure="closed")):
+        assert routing.refusal(other) == []
 
 
 def ip(words: str) -> str:
@@ -100,19 +101,52 @@ def switch_ipv6(on: bool) -> None:
 
 
 @in_network
-def test_while_ipv6_is_off_its_rules_wait_for_the_route() -> None:
+def test_while_ipv6_is_off_a_refusal_stands_in_for_its_route() -> None:
     closed = replace(PLAN, on_failure="closed")
+    route, refusal = routing.batch(closed).splitlines()[0], f"rule add {routing.refusal(closed)[0]}"
     switch_ipv6(False)
     assert not routing.ipv6_is_on()
-    routing.install(closed, {})
-    assert routing.missing(closed, 6) == [] and len(routing.listing()) == 11
-    switch_ipv6(True)
-    assert routing.ipv6_is_on() and len(routing.missing(closed, 6)) == 1
-    routing.install(closed, {})
-    assert routing.missing(closed, 6) == [] and len(routing.listing()) == 12
-    switch_ipv6(False)
-    assert routing.missing(closed, 6) == []
+    for _ in range(2):
+        routing.install(closed, {})
+        routing.make_way(closed)
+        routing.tidy(closed)
+        assert routing.problems(closed) == []
+        assert len(routing.listing()) == 10 and f"ip -6 {refusal.replace(' add ', ': ')}" in routing.listing()
+        switch_ipv6(True)
+        assert routing.ipv6_is_on() and routing.missing(closed, 6) == [route]
+        routing.make_way(closed)
+        routing.tidy(closed)
+        assert routing.missing(closed, 6) == [route], "it stays until the route is there"
+        routing.install(closed, {})
+        assert routing.problems(closed, tidied=False) == []
+        assert routing.problems(closed) == [f"ip -6: '{refusal.replace(' add ', ' ')}' is in the way"]
+        routing.make_way(closed)
+        assert routing.problems(closed) == [] and len(routing.listing()) == 10
+        assert not any("unreachable" in line for line in routing.listing())
+        switch_ipv6(False)
+        assert routing.missing(closed, 6) == [refusal]
     assert routing.uninstall() and routing.listing() == []
+
+
+@in_network
+def test_the_refusal_of_a_former_plan_is_tidied_away() -> None:
+    closed = replace(PLAN, on_failure="closed")
+    switch_ipv6(False)
+    for plan in (PLAN, replace(closed, outbound=()), replace(closed, listen=VARIANTS["IPv4"].listen)):
+        routing.install(closed, {})
+        assert any("unreachable" in line for line in routing.listing())
+        routing.install(plan, {})
+        routing.tidy(plan)
+        assert not any("unreachable" in line for line in routing.listing())
+        assert routing.problems(plan) == []
+
+
+@in_network
+def test_ipv6_that_has_a_route_and_no_address_is_left_as_it_is() -> None:
+    closed = replace(PLAN, on_failure="closed")
+    routing.install(closed, {})
+    ip("-6 addr flush dev lo")
+    assert not routing.ipv6_is_on() and routing.problems(closed) == []
 
 
 IS_ON = "from tproxy_relay.intercept import routing; print(routing.ipv6_is_on())"
