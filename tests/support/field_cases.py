@@ -174,9 +174,14 @@ def published(lab: Lab, family: int) -> Transfer:
 
 
 def flushed(way: str, first: str) -> Trial:
-    """A live connection, before and after conntrack's table is emptied; `first` (client or server) is the first to send
-    then."""
-    Case("conntrack -F, preserve-source to a server here", (*INBOUND, *KEEPS), flushed("host", "client"), NOTHING, NOTHING),
+    """A live connection, before and after conntrack's table is emptied; `first` sends then."""
+    Case(
+        "conntrack -F, preserve-source to a server here",
+        (*INBOUND, *KEEPS),
+        flushed("host", "client"),
+        NOTHING,
+        NOTHING,
+    ),
 
     def trial(lab: Lab, family: int) -> Transfer:
         began = time.monotonic()
@@ -295,7 +300,13 @@ CASES = (
         relayed="reset",
         reason="its packet goes to the server, which knows nothing of it",
     ),
-    Case("conntrack -F, preserve-source to a server here", (*INBOUND, *KEEPS), flushed("host", "client"), NOTHING, NOTHING),
+    Case(
+        "conntrack -F, preserve-source to a server here",
+        (*INBOUND, *KEEPS),
+        flushed("host", "client"),
+        NOTHING,
+        NOTHING,
+    ),
     Case(
         "conntrack -F, mode redirect",
         (*BOTH_WAYS, "--mode", "redirect"),
