@@ -73,7 +73,7 @@ class Interception:
         self._answer: Replaced | Refused | None = None
         self._chosen: str | None = None
         self._trouble: str | None = None
-        self.reports, self._log = Reports(), GuardLog()
+        self.reports, self._log = Reports(None if talk else messages.Counted()), GuardLog()
         self._ending = self._handed_over = self._orphaned = False
         self._stderr = [2] if talk and sys.__stderr__ else []
         """For the guard, in the place of the other relay's."""
@@ -118,17 +118,17 @@ class Interception:
                 self._ending = True
                 raise self._failure or RelayError("the guard of the ruleset has not installed it")
 
-    def replace(self, plan: Plan) -> None:
-        """Have another plan in the place of this one, while connections go on. Raises what kept it from that; then
-        this one is still in force."""
+    def replace(self, plan: Plan, timeout: float | None = None) -> None:
+        """Have another plan in the place of this one, while connections go on. Raises what kept it from that, as that
+        it has taken so many seconds (None: INSTALL_TIMEOUT); then this one is still in force, or will be put back."""
         with self._changed:
             self._asked, self._answer = plan, None
             try:
                 if not messages.send_order(self._talk, self._order_to_replace(plan), *self._stderr):
                     raise RelayError("the guard of the ruleset has died, try again")
                 self._stderr = []
-                self._changed.wait_for(lambda: self._answer, INSTALL_TIMEOUT)
-                _check(self._answer)
+                self._changed.wait_for(lambda: self._answer, timeout or INSTALL_TIMEOUT)
+                _check(self._answer, timeout or INSTALL_TIMEOUT)
             finally:
                 self._asked = None
             self._plan = plan
@@ -330,9 +330,9 @@ def _remove_without_guard() -> bool:
         return False
 
 
-def _check(answer: Replaced | Refused | None) -> None:
+def _check(answer: Replaced | Refused | None, timeout: float) -> None:
     """Raise what kept the guard from replacing the plan."""
     if answer is None:
-        raise RelayError(f"the guard of the ruleset did not answer within {INSTALL_TIMEOUT:g} s")
+        raise RelayError(f"the guard of the ruleset did not answer within {timeout:g} s")
     if isinstance(answer, Refused):
         raise errors.of_exit_code(answer.exit_code, answer.message)

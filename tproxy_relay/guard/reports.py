@@ -8,10 +8,11 @@ from tproxy_relay.guard.messages import Counted, HostChanged
 class Reports:
     """Filled by the thread that receives; safe to use from several."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Counted | None) -> None:
+        """`counted`: what the rules have taken up to now; None for those that were another relay's."""
         self._lock = threading.Lock()
         self._changes = 0
-        self._counted: Counted | None = None
+        self._counted = counted
 
     def take(self, event: Counted | HostChanged) -> None:
         """An event of the guard."""
@@ -29,6 +30,7 @@ class Reports:
 
     @property
     def counted(self) -> Counted | None:
-        """What the rules had taken when the guard looked last; None: it has not said yet."""
+        """What the rules had taken when the guard looked last; None: it has not said yet, and they were another
+        relay's before."""
         with self._lock:
             return self._counted

@@ -50,6 +50,8 @@ class Since(NamedTuple):
 
     problem: Problem
     since: float
+    began_at: float
+    """The same by time.monotonic(): the other clock may be set."""
 
     def as_json(self) -> Mapping[str, object]:
         """For the document of /status."""
@@ -70,11 +72,11 @@ class Health:
 
     def put(self, source: str, problems: Iterable[Problem], *, logs: bool = True) -> None:
         """What that source has found, in the place of what it found before. Without `logs` others have said so."""
-        before, now = self._found.get(source, {}), time.time()
+        before, now = self._found.get(source, {}), (time.time(), time.monotonic())
         there = {}
         for one in problems:
             known = before.get(one.identity)
-            there[one.identity] = Since(one, known.since if known else now)
+            there[one.identity] = Since(one, *(known[1:] if known else now))
         self._found[source] = there
         if logs:
             for key in there.keys() - before.keys():
@@ -102,7 +104,7 @@ def _say_begun(one: Problem) -> None:
 
 
 def _say_over(one: Since) -> None:
-    seconds = round(time.time() - one.since)
+    seconds = round(time.monotonic() - one.began_at)
     log.info("no longer degraded", extra={"problem": one.problem.name, "what": one.problem.what, "seconds": seconds})
 
 

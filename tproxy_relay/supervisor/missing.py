@@ -29,7 +29,7 @@ class Missing:
         self._unfinished = unfinished
         self._traces = unfinished()
         """When all was well last."""
-        self._counted = Counted()
+        self._counted: Counted | None = Counted()
         self._taken = self._accepted = 0
         """When all was well last."""
         self._accepted_now = self._accepted_then = 0
@@ -39,14 +39,19 @@ class Missing:
         self._since: float | None = None
         self._now = self._grew_at = 0.0
 
-    def note(self, counted: Counted, accepted: int, now: float) -> bool:
+    def note(self, counted: Counted | None, accepted: int, now: float) -> bool:
         """Compare what the rules have taken with what was accepted. True if there is something new, and suspicious.
-        The first number comes late, and with it the comparison."""
+        The first number comes late, and with it the comparison. `counted` is None until the guard has said what rules
+        have taken that were another relay's: with that it begins."""
         accepted -= self._tried
         self._accepted_now, self._now = accepted, now
         if counted == self._counted:
             return False
+        is_first = self._counted is None or counted is None
         self._counted, self._grew_at = counted, now
+        if is_first:
+            self._begin(accepted)
+            return False
         came, went = accepted - self._accepted, self.number
         if went < 0 or 2 * came >= went:  # the rules were loaded anew, or most have come
             self._begin(max(accepted - max(0, came - went), accepted - CREDIT))
@@ -69,7 +74,8 @@ class Missing:
 
     @property
     def _taken_now(self) -> int:
-        return self._counted.inbound + self._counted.outbound - self._tried
+        counted = self._counted or Counted()
+        return counted.inbound + counted.outbound - self._tried
 
     @property
     def number(self) -> int:

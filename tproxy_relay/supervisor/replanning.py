@@ -14,6 +14,10 @@ from tproxy_relay.supervisor.state import RelayState
 MOST, PERIOD = 5, 600.0
 """So often within so many seconds; then it is somebody else's turn to see who changes this host again and again."""
 
+ANSWER_TIMEOUT = 10.0
+"""Seconds for the guard, which takes a tenth of one, and waits for other programs' locks. The supervisor waits with it,
+and its service manager for the supervisor (WatchdogSec in etc/systemd)."""
+
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +34,8 @@ class Replanning:
         self._health.put("replanning", [])
 
     def follow(self, plan: Plan, why: str) -> bool:
-        """Put this plan in the place of that in force, for this reason. False if that was not done."""
+        """Put this plan in the place of that in force, for this reason. False if that was not done, and is to be tried
+        again."""
         state, now = self._state, time.monotonic()
         if state.busy is not None or state.interception is None or state.interception.health.state != "active":
             return False
@@ -39,12 +44,12 @@ class Replanning:
             one = Problem("host-changes", what, f"kill -HUP {os.getpid()}", about="all")
             self._health.put("replanning", [one])
             return False
-        self._times.append(now)
         try:
-            state.interception.replace(plan)
+            state.interception.replace(plan, ANSWER_TIMEOUT)
         except RelayError as error:
             self._health.put("replanning", [Problem("replanning", f"the ruleset cannot be planned again: {error}")])
             return False
+        self._times.append(now)
         state.current = replace(state.generation, plan=plan)
         self.settled()
         log.warning("ruleset planned again", extra={"why": why, "plan": plan.digest})

@@ -2,7 +2,7 @@
 
 When a terminal is hung up (ssh dies, a window is closed), the kernel and the shell send HUP; some shells send one when
 they exit. Programs that do not ask for it end of that. This one asks, because kill -HUP and service managers mean a
-reload; so it has to see whether the terminal has gone at the same time. Who was started by nohup(1) is to go on, and so
+reload; so it has to see whether the terminal goes at the same time. Who was started by nohup(1) is to go on, and so
 is who gets no HUP when the terminal goes: after `disown`, or in another session.
 """
 
@@ -17,7 +17,10 @@ from collections.abc import Callable
 LOOK_INTERVAL = 1.0
 """Seconds between two looks at the terminal."""
 HUP_DELAY = 2.0
-"""Seconds between the end of a terminal and the HUP that is about it, whichever comes first; milliseconds as a rule."""
+"""Seconds between the end of a terminal and a HUP that is about it; milliseconds as a rule."""
+GOING_DELAY = 0.3
+"""Seconds that a terminal may still be there after the HUP that is about its end: zsh sends one to its jobs, saves its
+history, and exits. The one who gets it waits for so long, and only then it is a wish to reload."""
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +36,19 @@ class Terminal:
         self._has_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # which programs inherit
         self._fd = _open()
         self._gone_at = math.inf
-        self._hup_at = -math.inf
+        self._hup = False
+        """One has come that is about its end."""
         self._ending = False
         if self._fd is not None:
             self.deadline = time.monotonic()
 
     def takes_hup(self) -> bool:
-        """A HUP has come: True if it is about the terminal, and all that is to be done about it is done."""
-        now = self._hup_at = time.monotonic()
-        self.tick(now)
+        """A HUP has come: True if it is about the terminal, and all that is to be done about it is done. With a
+        terminal that stays there, this takes GOING_DELAY."""
+        if self._fd is not None and self._gone_at == math.inf and not _is_hung_up(self._fd, GOING_DELAY):
+            return False
+        self._hup = True
+        self.tick(time.monotonic())
         return self._ending or self._gone_at < math.inf and self._fd is not None
 
     def tick(self, now: float) -> None:
@@ -52,7 +59,7 @@ class Terminal:
             self._gone_at = now
         if self._gone_at == math.inf:
             self.deadline = now + LOOK_INTERVAL
-        elif not self._has_nohup and self._hup_at > self._gone_at - HUP_DELAY:
+        elif not self._has_nohup and self._hup:
             self._end()
         elif now > self._gone_at + HUP_DELAY:
             self._let_go()
@@ -85,7 +92,8 @@ def _open() -> int | None:
         return None
 
 
-def _is_hung_up(fd: int) -> bool:
+def _is_hung_up(fd: int, seconds: float = 0.0) -> bool:
+    """Or it is so within that time."""
     looks = select.poll()
     looks.register(fd, 0)  # what is always told: POLLERR and POLLHUP
-    return bool(looks.poll(0))
+    return bool(looks.poll(1000 * seconds))

@@ -5,7 +5,7 @@ from tproxy_relay.guard.reports import Reports
 
 
 def test_changes_are_counted_and_the_last_count_is_kept() -> None:
-    reports = Reports()
+    reports = Reports(None)
     assert (reports.changes, reports.counted) == (0, None)
     for event in (HostChanged(), Counted(1, 2), HostChanged(), Counted(3, 2)):
         reports.take(event)

@@ -16,7 +16,7 @@ from tproxy_relay.guard.messages import Counted, HostChanged
 from tproxy_relay.guard.reports import Reports
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept.plan import Plan
-from tproxy_relay.supervisor import doctor, doctor_hours
+from tproxy_relay.supervisor import doctor, doctor_hours, doctor_visit
 from tproxy_relay.supervisor.doctor import Doctor
 from tproxy_relay.supervisor.health import Health
 from tproxy_relay.supervisor.missing import Missing
@@ -32,11 +32,11 @@ class Ruleset:
     """In the place of an Interception."""
 
     def __init__(self) -> None:
-        self.reports = Reports()
+        self.reports = Reports(Counted())
         self.plan = PLAN
         self.health = RulesetHealth("active", "nft", PLAN.digest, None)
 
-    def replace(self, plan: Plan) -> None:
+    def replace(self, plan: Plan, timeout: float) -> None:
         """As Interception's."""
         self.plan = plan
 
@@ -55,7 +55,7 @@ class Practice:
         self.health = Health()
         self.doctor = Doctor(hands.selector, self.state, self.health)
         self.script = ""
-        monkeypatch.setattr(doctor.children, "module_command", lambda _: [sys.executable, "-c", self.script])
+        monkeypatch.setattr(doctor_visit.children, "module_command", lambda _: [sys.executable, "-c", self.script])
 
     def says(self, *lines: dict[str, Any]) -> None:
         """From now on; it echoes the parts that it was asked for in a line of its own."""
@@ -168,7 +168,7 @@ def test_one_that_hangs_is_killed(practice: Practice, monkeypatch: pytest.Monkey
     practice.doctor.tick(now)
     practice.doctor.tick(now + 1)
     assert practice.doctor._visit is not None and practice.doctor.deadline == practice.doctor._visit.until
-    practice.doctor.tick(now + doctor.TIMEOUT + 1)
+    practice.doctor.tick(now + doctor_visit.TIMEOUT + 1)
     assert practice.doctor._visit is None
 
 
@@ -181,3 +181,102 @@ def test_none_is_sent_by_a_relay_that_ends_or_takes_nothing(practice: Practice) 
     practice.state.phase = Phase.DRAINING
     practice.doctor.tick(time.monotonic())
     assert practice.doctor.deadline is None
+
+
+LATER = replace(PLAN, route_priority=5267)
+DROPPER = {**FOUND, "name": "filter", "level": "warning", "what": "chain x drops some", "remedy": "nft delete y"}
+
+
+def reload(practice: Practice, **settings: Any) -> None:
+    """As far as the doctor sees it: the next generation, with another plan."""
+    before = practice.state.generation
+    plan, of_next = replace(PLAN, route_table=77), replace(before.settings, **settings)
+    practice.state.current = replace(before, number=before.number + 1, plan=plan, settings=of_next)
+
+
+def test_what_was_looked_at_before_a_reload_is_not_for_the_plan_after_it(practice: Practice) -> None:
+    practice.says({"plan": plans.to_json(LATER), "why": "a VPN"}, {"finding": FOUND}, DONE)
+    practice.doctor.tick(time.monotonic())
+    reload(practice)
+    practice.hands.turn_until(lambda: practice.doctor._visit is None, "it has ended")
+    assert practice.ruleset.plan == PLAN and practice.state.generation.plan != LATER and practice.problems == []
+    practice.visited(time.monotonic() + 4)
+    assert practice.ruleset.plan == LATER == practice.state.generation.plan, "it is looked again at once"
+
+
+def test_one_that_is_there_when_a_reload_begins_is_ended(practice: Practice) -> None:
+    practice.script = "import time; time.sleep(1000)"
+    now = time.monotonic()
+    practice.doctor.tick(now)
+    practice.state.phase = Phase.ROLLING_OUT
+    practice.doctor.tick(now + 0.1)
+    assert practice.doctor._visit is None and practice.doctor.deadline is None
+    practice.doctor.tick(now + 100)
+    assert practice.doctor._visit is None and not practice.hands.logged("this host could not be looked at")
+    practice.state.phase = Phase.RUNNING  # it was refused
+    practice.says({"finding": FOUND}, DONE)
+    practice.visited(now + 100)
+    assert len(practice.problems) == 1
+
+
+@pytest.mark.parametrize("how", ["crashed", "not followed"])
+def test_what_did_not_work_is_tried_again_soon(
+    practice: Practice, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    practice.says(*([] if how == "crashed" else [{"plan": plans.to_json(LATER), "why": "a VPN"}, DONE]))
+    if how != "crashed":
+        monkeypatch.setattr(practice.ruleset, "health", RulesetHealth("draining", "nft", PLAN.digest, None))
+    practice.visited(time.monotonic())
+    assert practice.doctor.deadline is not None and practice.doctor.deadline < time.monotonic() + 10
+
+
+def test_who_cannot_look_says_so_until_it_can(practice: Practice) -> None:
+    for number in range(1, doctor.BLIND + 3):
+        practice.script = "import os; os._exit(3)"
+        practice.visited(time.monotonic() + 100 * number)
+        assert len(practice.problems) == (number >= doctor.BLIND)
+    assert "could not be looked at" in practice.problems[0]
+    assert len(practice.hands.logged("this host could not be looked at")) == 1, "once"
+    practice.says(DONE)
+    practice.visited(time.monotonic() + 10000)
+    assert practice.problems == [] and practice.hands.logged("this host can be looked at again")
+
+
+def test_who_tries_nothing_any_more_knows_nothing_of_it(practice: Practice) -> None:
+    practice.says({"finding": LOST}, DONE)
+    practice.visited(time.monotonic())
+    assert len(practice.problems) == 1
+    reload(practice, self_probe=0.0)
+    practice.doctor.tick(time.monotonic())
+    assert practice.problems == [] and practice.health.self_probe is None and not practice.doctor._can_try
+
+
+def test_a_relay_that_takes_nothing_any_more_has_no_trouble_with_it(practice: Practice) -> None:
+    practice.says({"finding": FOUND}, {"finding": LOST}, DONE)
+    practice.visited(time.monotonic())
+    assert len(practice.problems) == 2
+    practice.state.interception = None
+    practice.doctor.tick(time.monotonic())
+    assert practice.problems == []
+
+
+def test_what_is_uncertain_explains_lost_connections(practice: Practice) -> None:
+    practice.says({"finding": DROPPER}, {"finding": LOST}, DONE)
+    practice.visited(time.monotonic())
+    (one,) = practice.health.serious
+    assert one.what == "an inbound connection is lost; perhaps because chain x drops some"
+    assert one.remedy == "nft delete y"
+
+
+def test_an_order_of_any_size_keeps_nobody_waiting(practice: Practice, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = ["x" * 1000] * 1000
+    monkeypatch.setattr(practice.doctor._state.generation.settings.__class__, "to_json", lambda _: {"long": long})
+    practice.script = "import time; time.sleep(1000)"
+    now = time.monotonic()
+    practice.doctor.tick(now)
+    assert practice.doctor._visit is not None and time.monotonic() < now + 10, "it does not read"
+    practice.doctor.tick(now + doctor_visit.TIMEOUT + 1)
+    text = json.dumps({"finding": FOUND}) + "\n" + json.dumps(DONE)
+    practice.script = f"import json, sys; json.loads(sys.stdin.readline())['settings']['long'][999]; print({text!r})"
+    practice.visited(now + 200)
+    assert len(practice.problems) == 1, "it had the whole order"

@@ -14,6 +14,7 @@ OTHER = Problem("full", "full: 1 connections", kind=MINOR)
 def test_a_problem_is_told_when_it_begins_and_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(health.time, "time", lambda: clock[0])
+    monkeypatch.setattr(health.time, "monotonic", lambda: clock[0])
     found = Health()
     with lines_module.collected() as said:
         for problems in ([ONE], [ONE], []):
@@ -28,6 +29,7 @@ def test_a_problem_is_told_when_it_begins_and_when_it_is_over(monkeypatch: pytes
 def test_a_number_that_grows_is_no_other_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(health.time, "time", lambda: clock[0])
+    monkeypatch.setattr(health.time, "monotonic", lambda: clock[0])
     found = Health()
     with lines_module.collected() as said:
         for number in (12, 16, 18):
@@ -57,3 +59,14 @@ def test_in_words_and_in_json() -> None:
     assert str(ONE) == "nft rule x uses bits of mark-mask; do: nft delete rule x" and str(OTHER) == OTHER.what
     (document,) = (one.as_json() for one in found.problems)
     assert set(document) == {"name", "what", "remedy", "since", "class"} and document["class"] == "relay"
+
+
+def test_how_long_it_lasted_is_not_by_the_clock_that_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(health.time, "time", lambda: clock[0])
+    found = Health()
+    with lines_module.collected() as said:
+        found.put("look", [ONE])
+        clock[0] -= 900
+        found.put("look", [])
+    assert fields(said.records[-1])["seconds"] == 0

@@ -94,3 +94,12 @@ def test_nothing_is_known_without_numbers_of_the_kernel() -> None:
     assert missing.certain and missing.traced is None
     missing.tried(2, 12.0, changed=False)
     assert missing.number == 0
+
+
+def test_what_was_taken_for_another_relay_is_not_missed() -> None:
+    missing = Missing(lambda: None)
+    assert not missing.note(None, 0, 0.0), "its guard has not said yet"
+    assert not missing.note(Counted(1_000_001, 0), 1, 5.0)
+    assert missing.number == 0
+    assert not missing.note(Counted(1_000_002, 0), 2, 30.0) and not missing.certain
+    assert missing.note(Counted(1_000_012, 0), 2, 60.0), "and yet these are missed"

@@ -17,6 +17,9 @@ from tproxy_relay.supervisor.health import Health
 from tproxy_relay.supervisor.replanning import Replanning
 from tproxy_relay.supervisor.state import Phase, RelayState
 
+WATCHDOG_SECONDS = 30
+"""etc/systemd/tproxy-relay.service."""
+
 LATER = replace(PLAN, route_priority=5267)
 
 
@@ -28,8 +31,9 @@ class Ruleset:
         self.refuses = False
         self.health = RulesetHealth("active", "nft", PLAN.digest, None)
 
-    def replace(self, plan: Plan) -> None:
+    def replace(self, plan: Plan, timeout: float) -> None:
         """As Interception's."""
+        assert timeout == replanning.ANSWER_TIMEOUT < WATCHDOG_SECONDS / 2
         if self.refuses:
             raise RelayError("no")
         self.plans.append(plan)
@@ -78,3 +82,13 @@ def test_who_changes_the_host_without_end_is_not_followed(state: RelayState) -> 
     (found,) = health.problems
     assert found.problem.name == "host-changes" and "two VPNs" in found.problem.what
     assert found.problem.remedy.startswith("kill -HUP ")
+
+
+def test_what_was_not_done_does_not_count(state: RelayState) -> None:
+    health = Health()
+    one = Replanning(state, health)
+    state.interception.refuses = True  # type: ignore[union-attr]
+    assert not any(one.follow(LATER, "a VPN") for _ in range(2 * replanning.MOST))
+    assert [found.problem.name for found in health.problems] == ["replanning"], "nobody changes this host all the time"
+    state.interception.refuses = False  # type: ignore[union-attr]
+    assert one.follow(LATER, "a VPN") and health.problems == []

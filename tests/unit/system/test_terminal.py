@@ -14,7 +14,7 @@ from deadlines import PATIENCE
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 CODE = """
-import os, signal, sys, time
+import os, signal, time
 from tproxy_relay.system.terminal import Terminal
 
 def say(*words):
@@ -22,9 +22,9 @@ def say(*words):
 
 terminal = Terminal(lambda number: say("notified", number.name))
 signal.signal(signal.SIGHUP, lambda number, frame: say("HUP", "terminal" if terminal.takes_hup() else "reload"))
-say("ready", terminal.deadline is not None)
-end = time.monotonic() + 60
-while os.getppid() == int(sys.argv[1]) and time.monotonic() < end:
+say("ready", os.getpid(), terminal.deadline is not None)
+end, parent = time.monotonic() + 60, os.getppid()
+while os.getppid() == parent and time.monotonic() < end:
     if terminal.deadline is not None and time.monotonic() >= terminal.deadline:
         terminal.tick(time.monotonic())
         if terminal.deadline is None:
@@ -33,19 +33,39 @@ while os.getppid() == int(sys.argv[1]) and time.monotonic() < end:
 """
 
 
+LEADER = """
+import os, signal, subprocess, sys
+signal.signal(signal.SIGHUP, lambda number, frame: None)
+subprocess.Popen(sys.argv[1:], preexec_fn=os.setpgrp).wait()
+"""
+DISOWNED = (sys.executable, "-c", LEADER)
+"""A job of a session whose leader lives on: the kernel sends HUP to that one only."""
+
+
 class Child:
     """A process that says what comes, with a terminal or without."""
 
     def __init__(self, prefix: tuple[str, ...], stdin: int) -> None:
-        command = [*prefix, sys.executable, "-c", CODE, str(os.getpid())]
+        command = [*prefix, sys.executable, "-c", CODE]
         self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, text=True, env=environment())
 
     def says(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
+    def is_ready(self) -> bool:
+        """True if it has a terminal."""
+        word, pid, has_terminal = self.says().split()
+        assert word == "ready"
+        self.job = int(pid)
+        return has_terminal == "True"
+
     def hup(self) -> None:
         self.process.send_signal(signal.SIGHUP)
+
+    def hup_job(self) -> None:
+        """Where it is the shell's, and not ours."""
+        os.kill(self.job, signal.SIGHUP)
 
     def end(self) -> None:
         self.process.kill()
@@ -60,7 +80,7 @@ def in_terminal(*prefix: str) -> Iterator[tuple[Child, int]]:
     child = Child(("setsid", "--ctty", *prefix), slave)
     os.close(slave)
     try:
-        assert child.says() == "ready True"
+        assert child.is_ready()
         yield child, master
     finally:
         child.end()
@@ -85,11 +105,18 @@ def test_the_end_of_the_terminal_is_to_be_the_end() -> None:
 
 def test_a_hup_right_before_the_terminal_goes_is_about_that() -> None:
     """zsh sends one to its jobs when it exits, and then the terminal goes. Jobs get no second one."""
-    with in_terminal() as (child, master):
-        child.hup()
-        assert child.says() == "HUP reload"
+    with in_terminal(*DISOWNED) as (child, master):
+        child.hup_job()
         os.close(master)
         assert {child.says(), child.says()} == {"notified SIGTERM", "HUP terminal"}
+
+
+def test_a_hup_that_was_a_wish_to_reload_is_not_about_the_end_that_comes_later() -> None:
+    with in_terminal(*DISOWNED) as (child, master):
+        child.hup_job()
+        assert child.says() == "HUP reload"
+        os.close(master)
+        assert child.says() == "closed", "nobody has sent another one"
 
 
 def test_under_nohup_it_goes_on() -> None:
@@ -104,7 +131,7 @@ def test_under_nohup_it_goes_on() -> None:
 def test_without_a_terminal_every_hup_is_a_wish_to_reload() -> None:
     child = Child(("setsid",), subprocess.DEVNULL)
     try:
-        assert child.says() == "ready False"
+        assert not child.is_ready()
         child.hup()
         assert child.says() == "HUP reload"
     finally:
