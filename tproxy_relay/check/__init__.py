@@ -31,7 +31,6 @@ from tproxy_relay.check import (
 )
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
-from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import planning
 from tproxy_relay.settings import Settings
 
@@ -103,7 +102,7 @@ def ask(case: Case, probes: Iterable[Probe]) -> Iterator[Finding]:
             for found in probe(case):
                 yield selfprobe.explained(found, cause)
                 cause = cause or (found if found.level == PROBLEM and found.name != selfprobe.NAME else None)
-        except (RelayError, OSError, ValueError) as error:
+        except Exception as error:  # a fault in one, too, must not silence the others
             yield _not_examined(probe, error)
 
 

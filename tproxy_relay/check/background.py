@@ -48,14 +48,19 @@ def order_of(values: dict[str, Any]) -> Order:
 def carry_out(order: Order) -> Iterator[Line]:
     """The lines of the answer. No connection is tried through rules that are to be replaced first."""
     wanted = _wanted(order)
+    if wanted != order.plan:
+        yield _plan_line(order, wanted)
     found = list(check.ask(Case(order.settings, wanted), _probes(order, wanted)))
     if (later := _wanted(order)) != wanted:  # others were at work meanwhile
-        wanted = later
-        found = list(check.ask(Case(order.settings, wanted), _probes(order, wanted)))
-    if wanted != order.plan:
-        yield {"plan": plans.to_json(wanted), "why": planning.why(order.plan, wanted)}
+        if wanted == order.plan:
+            yield _plan_line(order, later)
+        found = list(check.ask(Case(order.settings, later), _probes(order, later)))
     yield from ({"finding": one.as_json()} for one in found)
     yield {"done": True}
+
+
+def _plan_line(order: Order, wanted: Plan) -> Line:
+    return {"plan": plans.to_json(wanted), "why": planning.why(order.plan, wanted)}
 
 
 def _wanted(order: Order) -> Plan:

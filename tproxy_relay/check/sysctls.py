@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tproxy_relay.check import host
 from tproxy_relay.check.context import Case
-from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
+from tproxy_relay.check.finding import Finding, ok, problem, set_link, set_sysctl, warning
 from tproxy_relay.check.host import number, of_interface
 from tproxy_relay.net import proc_net
 
@@ -82,7 +82,7 @@ def probe_interface(case: Case) -> Iterator[Finding]:
     name = case.settings.interface
     for interface in case.host.interfaces if name else ():
         if interface.name == name and not interface.up:
-            yield problem("interface", f"interface {name} is down", "nothing arrives there", f"ip link set {name} up")
+            yield problem("interface", f"interface {name} is down", "nothing arrives there", set_link(name, "up"))
 
 
 def probe_forwarding(case: Case) -> Iterator[Finding]:
