@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from tproxy_relay.check import host
 from tproxy_relay.check.context import Case
-from tproxy_relay.check.finding import PROBLEM, Finding, ok, problem, warning
+from tproxy_relay.check.finding import PROBLEM, WARNING, Finding, ok, problem, warning
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import programs, ruleset
@@ -32,6 +32,8 @@ _TURN = "tproxy_relay/self-probe"
 """The abstract name (unix(7)) that whoever tries has in this network namespace."""
 
 NAME = "self-probe"
+_PERHAPS = {"lost-marks", "tracking", "filter", "other-proxy"}
+"""The names of warnings that may explain why a connection does not get through."""
 
 CLIENT_LINK, SERVER_LINK = "tprchk0", "tprchk1"
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -127,11 +129,21 @@ def _again(case: Case) -> str:
     return f"kill -HUP {case.holder}" if case.holder else case.command("rules apply")
 
 
-def explained(found: Finding, cause: Finding | None) -> Finding:
-    """A finding of this probe beside the first problem that others have found, which is then what is to be mended."""
-    if found.name != NAME or found.level != PROBLEM or cause is None or not cause.remedy:
+def likelier(cause: Finding | None, found: Finding) -> Finding | None:
+    """What may be why a connection does not get through: the first problem that others have found, or else the first
+    warning of something that takes or drops some packets."""
+    if found.name == NAME or (cause is not None and cause.level == PROBLEM):
+        return cause
+    if found.level == PROBLEM:
         return found
-    return replace(found, why=cause.what, remedy=cause.remedy)
+    return cause or (found if found.level == WARNING and found.name in _PERHAPS else None)
+
+
+def explained(found: Finding, cause: Finding | None) -> Finding:
+    """A finding of this probe beside what may be the cause of it, which is then what is to be mended."""
+    if found.name != NAME or found.level != PROBLEM or cause is None:
+        return found
+    return replace(found, why=cause.what, remedy=cause.remedy or found.remedy)
 
 
 def attempt(

@@ -7,6 +7,7 @@ import pytest
 from doctor import case
 
 from tproxy_relay.check import selfprobe
+from tproxy_relay.check.finding import Finding, ok, problem, warning
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.intercept import programs
 from tproxy_relay.lab import LabError, needs
@@ -65,3 +66,24 @@ def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.level == "warning" and "somebody else" in found.what
     with selfprobe._alone():
         assert True, "its turn is over"
+
+
+def test_what_may_be_the_cause() -> None:
+    """The first problem, or else a warning of what takes or drops some packets."""
+    lost = problem(selfprobe.NAME, "it is lost", "no answer", "again")
+    other, marks = warning("path-mtu", "m", "", "r"), warning("lost-marks", "marks", "", "spare it")
+    bad, worse = problem("lo", "down", "", "up"), problem("nat", "n", "", "x")
+    proxy = warning("other-proxy", "proxy", "")
+
+    def blamed(*found: Finding) -> tuple[str, str]:
+        cause: Finding | None = None
+        for one in found:
+            cause = selfprobe.likelier(cause, one)
+        told = selfprobe.explained(lost, cause)
+        return told.why, told.remedy
+
+    assert blamed(ok("filter", "fine"), other) == ("no answer", "again")
+    assert blamed(other, marks, proxy) == ("marks", "spare it")
+    assert blamed(proxy) == ("proxy", "again"), "nothing is known that would mend it"
+    assert blamed(marks, bad, worse) == ("down", "up")
+    assert selfprobe.explained(bad, worse) is bad
