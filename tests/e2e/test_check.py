@@ -43,7 +43,8 @@ class Bad:
 
 
 OFF = "sysctl -w net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0"
-BRIDGE = "ip link add br0 up type bridge"
+BRIDGE = "ip link add br0 up type bridge && ip route add default dev br0 && ip -6 route add default dev br0"
+"""By which clients come."""
 WAYS = (
     Bad("lo down", ("ip link set lo down",), "lo"),
     Bad("no IPv6 on lo", ("sysctl -w net.ipv6.conf.lo.disable_ipv6=1",), "lo"),

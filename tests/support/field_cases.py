@@ -175,13 +175,6 @@ def published(lab: Lab, family: int) -> Transfer:
 
 def flushed(way: str, first: str) -> Trial:
     """A live connection, before and after conntrack's table is emptied; `first` sends then."""
-    Case(
-        "conntrack -F, preserve-source to a server here",
-        (*INBOUND, *KEEPS),
-        flushed("host", "client"),
-        NOTHING,
-        NOTHING,
-    ),
 
     def trial(lab: Lab, family: int) -> Transfer:
         began = time.monotonic()

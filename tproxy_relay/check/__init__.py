@@ -31,7 +31,6 @@ from tproxy_relay.check import (
 )
 from tproxy_relay.check.context import Case, Probe
 from tproxy_relay.check.finding import PROBLEM, Finding, ok, warning
-from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import planning
 from tproxy_relay.settings import Settings
 
@@ -76,6 +75,11 @@ PROBES: tuple[Probe, ...] = (
 )
 """In the order of the lines."""
 
+LOSE_NOTHING_NOW: frozenset[Probe] = frozenset(
+    {sysctls.probe_nonlocal_bind, sysctls.probe_forwarding, foreign_rules.probe_masquerade}
+)
+"""Their problems are of another day, or of another kind: the connections of a running relay work."""
+
 
 def run(settings: Settings, *, as_json: bool) -> int:
     """Examine this host and print the answers: 1 if there is a problem, else 0."""
@@ -98,13 +102,14 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 def ask(case: Case, probes: Iterable[Probe]) -> Iterator[Finding]:
     """What these find, one after the other. What the self-probe meets is explained by what was found before."""
-    cause = None
+    cause: Finding | None = None
     for probe in probes:
         try:
             for found in probe(case):
                 yield selfprobe.explained(found, cause)
-                cause = cause or (found if found.level == PROBLEM and found.name != selfprobe.NAME else None)
-        except (RelayError, OSError, ValueError) as error:
+                if probe not in LOSE_NOTHING_NOW:
+                    cause = selfprobe.likelier(cause, found)
+        except Exception as error:  # a fault in one, too, must not silence the others
             yield _not_examined(probe, error)
 
 

@@ -1,8 +1,8 @@
 """The doctor for a running relay: does something on this host keep connections from it, and does one come through?
 
 The relay's supervisor starts a process for one look (__main__.py), and acts on what is found (supervisor/doctor.py). It
-asks for the findings about others on this host; what only a start needs to know (limits, programs, the kernel) is left
-out, and so is the ruleset, which has its guard.
+asks for the findings about what loses connections now; what only a start needs to know (limits, programs, the kernel)
+is left out, what matters when the relay stops, and the ruleset, which has its guard.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,14 +48,19 @@ def order_of(values: dict[str, Any]) -> Order:
 def carry_out(order: Order) -> Iterator[Line]:
     """The lines of the answer. No connection is tried through rules that are to be replaced first."""
     wanted = _wanted(order)
+    if wanted != order.plan:
+        yield _plan_line(order, wanted)
     found = list(check.ask(Case(order.settings, wanted), _probes(order, wanted)))
     if (later := _wanted(order)) != wanted:  # others were at work meanwhile
-        wanted = later
-        found = list(check.ask(Case(order.settings, wanted), _probes(order, wanted)))
-    if wanted != order.plan:
-        yield {"plan": plans.to_json(wanted), "why": planning.why(order.plan, wanted)}
+        if wanted == order.plan:
+            yield _plan_line(order, later)
+        found = list(check.ask(Case(order.settings, later), _probes(order, later)))
     yield from ({"finding": one.as_json()} for one in found)
     yield {"done": True}
+
+
+def _plan_line(order: Order, wanted: Plan) -> Line:
+    return {"plan": plans.to_json(wanted), "why": planning.why(order.plan, wanted)}
 
 
 def _wanted(order: Order) -> Plan:
@@ -66,6 +71,7 @@ def _wanted(order: Order) -> Plan:
 
 def _probes(order: Order, wanted: Plan) -> Iterable[Probe]:
     if LOOK in order.parts:
-        yield from (probe for probe in check.PROBES if probe.__module__ not in _OF_THE_START)
+        asked = (probe for probe in check.PROBES if probe not in check.LOSE_NOTHING_NOW)
+        yield from (probe for probe in asked if probe.__module__ not in _OF_THE_START)
     if TRY in order.parts and wanted == order.plan:
         yield selfprobe.try_connections

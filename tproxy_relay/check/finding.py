@@ -43,7 +43,9 @@ class Finding:
     def __str__(self) -> str:
         text = f"{self.level}: {self.what}"
         text += f": {self.why}" if self.why else ""
-        return text + (f". Mend: {self.remedy}" if self.remedy else "")
+        text += f". Mend: {self.remedy}" if self.remedy else ""
+        # Names and comments that others chose are no orders to a terminal.
+        return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def ok(name: str, what: str) -> Finding:
@@ -77,6 +79,12 @@ def command(settings: Settings, words: str = "check", **changes: Any) -> str:
 def set_sysctl(name: str, value: object) -> str:
     """The command that sets it. Names with slashes are for interfaces with a dot in their name (sysctl(8))."""
     return shlex.join(["sysctl", "-w", f"{name}={value}"])
+
+
+def set_link(name: str, words: str) -> str:
+    """The command that changes an interface, whatever its name is: the kernel takes all but spaces, colons and slashes
+    (dev_valid_name() in net/core/dev.c)."""
+    return shlex.join(["ip", "link", "set", "dev", name, *words.split()])
 
 
 def install(package: str) -> str:

@@ -4,7 +4,7 @@ A condition that is not understood here, or that depends on what the packet does
 false. So a verdict is certain only where no such condition stands in the way; `maybe` says that it may be accepted.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,6 +75,11 @@ class Change(NamedTuple):
         return (self.of_mark & packet.mark ^ self.of_ct_mark & (packet.ct_mark or 0) ^ self.value) & packet.mask
 
 
+def no_command(*_: object) -> str:
+    """For what no command can be given for."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule in a chain of another program: its conditions, and what is done where they are fulfilled."""
@@ -88,14 +93,12 @@ class Rule:
     """Value and mask of each firewall mark that it sets or asks for."""
     where: str
     """The rule in the words of its program."""
-    delete: str
-    """The command that deletes it."""
     changes: tuple[Change, ...] = ()
     untracks: bool = False
     """True if connections of its packets are not tracked."""
-    spare: str = ""
-    """The command that has the same rule leave certain bits of marks alone: {mask} for those that matter to it, {ours}
-    for all of the relay's, {keep} for all others."""
+    spare: Callable[[int, int], str] = no_command
+    """The command that has the same rule leave bits of marks alone: given those that matter to it, and all of the
+    relay's; '' if there is none that is safe to give."""
 
     def matches(self, packet: Packet) -> bool | None:
         """True, False, or None if that is not known."""
@@ -118,12 +121,17 @@ class Chain:
     drops: bool
     """What its policy does."""
     rules: tuple[Rule, ...]
-    insert: str
-    """The command that lets in packets with any of certain bits in their mark, with {mask} for the bits."""
+    insert: Callable[[int], str] = no_command
+    """The command that lets in packets with any of these bits in their mark; or ''."""
     priority: int = 0
     """Of its hook: the lower, the earlier (linux/netfilter_ipv4.h)."""
-    let_pass: str = ""
-    """The command that lets pass what fulfils a condition, {condition} in the words of the chain's program."""
+    let_pass: Callable[[str], str] = no_command
+    """The command that lets pass what fulfils a condition, which is in the words of the chain's program; or ''."""
+
+    @property
+    def is_of_nft(self) -> bool:
+        """False for one of iptables."""
+        return self.title.startswith("nft ")
 
 
 Firewall = Mapping[str, Mapping[str, Chain]]
@@ -144,16 +152,6 @@ def verdict(chain: Chain, table: Mapping[str, Chain], packet: Packet) -> tuple[s
     if decided:
         return decided
     return (DROP, f"policy drop of {chain.title}") if chain.drops else (ACCEPT, "")
-
-
-def takers(firewall: Firewall, hook: str, packet: Packet, actions: frozenset[str] = _TO_US) -> Iterator[Rule]:
-    """The rules at that hook that could take this packet to some port of this host, or rewrite it."""
-    for table in firewall.values():
-        reached = _reached(table, hook)
-        for name in reached:
-            yield from (
-                rule for rule in table[name].rules if rule.action in actions and rule.matches(packet) is not False
-            )
 
 
 def rewrites_source(firewall: Firewall, packet: Packet) -> Iterator[tuple[Rule, bool]]:
@@ -243,16 +241,6 @@ def _taken(
             return
 
 
-def _reached(table: Mapping[str, Chain], hook: str) -> list[str]:
-    """The names of the chains that packets of a hook can come to."""
-    names = [name for name, chain in table.items() if chain.hook == hook]
-    for name in names:
-        for rule in table[name].rules:
-            if rule.target in table and rule.target not in names:
-                names.append(rule.target)
-    return names
-
-
 def _holds(condition: Condition, packet: Packet) -> bool | None:
     kind, values = condition.kind, condition.values
     if kind == "proto":
@@ -283,11 +271,14 @@ def _in_state(state: str, values: tuple[object, ...]) -> bool | None:
 
 
 def _same_interface(name: str | None, values: tuple[object, ...]) -> bool | None:
-    if any(str(value).endswith(("+", "*")) for value in values):
-        return None
     if name is None:
         return False if set(values) == {"lo"} else None
-    return name in values
+    return any(name == value or _begins(name, str(value)) for value in values)
+
+
+def _begins(name: str, value: str) -> bool:
+    """True for `eth*` of nft and `eth+` of iptables, if the name begins so."""
+    return value.endswith(("+", "*")) and name.startswith(value[:-1])
 
 
 def _same_mark(bits: int, known: int, values: tuple[object, ...]) -> bool | None:

@@ -1,9 +1,13 @@
-"""What `iptables-save` prints, as chains that firewall.py can judge (iptables-extensions(8))."""
+"""What `iptables-save` prints, as chains that firewall.py can judge (iptables-extensions(8)).
 
+Comments and names are other people's text: in a command each is one word, whatever is in it.
+"""
+
+import functools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from tproxy_relay.check.firewall import ALL_BITS, Chain, Change, Condition, Rule
 from tproxy_relay.intercept.iptables_save import PREFIX
@@ -26,6 +30,8 @@ _NAT = {"PREROUTING": -100, "OUTPUT": -100, "INPUT": 100, "POSTROUTING": 100}
 _SETS_MARKS = {"--set-xmark", "--set-mark", "--or-mark", "--tproxy-mark"}
 _SAY_NOTHING = {"-m", "--comment"}
 _FREE_TEXT = {"--comment", "--log-prefix", "--nflog-prefix"}
+_WORDS = re.compile(r'"((?:\\.|[^"\\])*)"(?=\s|$)|(\S+)')
+_WHOLE = re.compile(r"(?<=/)0xffffffff$")
 
 
 def chains(program: str, saved: str) -> Mapping[str, dict[str, Chain]]:
@@ -36,7 +42,7 @@ def chains(program: str, saved: str) -> Mapping[str, dict[str, Chain]]:
     numbers: Counter[tuple[str, str]] = Counter()
     heads: list[tuple[str, str, str]] = []
     table = ""
-    for line in saved.splitlines():
+    for line in saved.split("\n"):
         if line.startswith("*"):
             table = line[1:].strip()
         elif line.startswith(":"):
@@ -60,7 +66,11 @@ def chains(program: str, saved: str) -> Mapping[str, dict[str, Chain]]:
 def _chain(program: str, table: str, name: str, policy: str, rules: tuple[Rule, ...], number: int) -> Chain:
     """`number`: where a rule may be put in, after the relay's, which come first."""
     built_in = policy != "-"
-    place = f"{program} -w -t {table} -I {name}{f' {number}' if number > 1 else ''}"
+    place = [program, "-w", "-t", table, "-I", name, *([str(number)] if number > 1 else [])]
+
+    def let_pass(condition: str) -> str:
+        return _joined([*place, *condition.split(), "-j", "ACCEPT"])
+
     return Chain(
         name=name,
         title=f"{program} -t {table}, chain {name}",
@@ -69,9 +79,9 @@ def _chain(program: str, table: str, name: str, policy: str, rules: tuple[Rule, 
         families=(6,) if program.startswith("ip6") else (4,),
         drops=policy == "DROP",
         rules=rules,
-        insert=f"{place} -m mark ! --mark 0x0/{{mask:#010x}} -j ACCEPT",
+        insert=lambda mask: let_pass(f"-m mark ! --mark 0x0/{mask:#010x}"),
         priority=_NAT.get(name, 0) if table == "nat" else _PRIORITIES.get(table, 0),
-        let_pass=f"{place} {{condition}} -j ACCEPT",
+        let_pass=let_pass,
     )
 
 
@@ -80,8 +90,11 @@ def _rule(program: str, table: str, line: str, number: int) -> Rule:
     conditions: list[Condition] = []
     marks: list[tuple[int, int]] = []
     action = target = word = ""
-    for option, arguments, negated in _options(shlex.split(line)[2:]):
-        words = tuple(arguments[0].split(",")) if arguments else ()
+    words = _words(line)
+    options = list(_options(words[2:]))
+    modules = {arguments[0] for option, arguments, _ in options if option == "-m" and arguments}
+    for option, arguments, negated in options:
+        values = tuple(arguments[0].split(",")) if arguments else ()
         if option in ("-j", "-g"):
             word = arguments[0]
             action = _ACTIONS.get(word, "" if word in _DECIDES_NOTHING else "jump" if option == "-j" else "goto")
@@ -91,35 +104,34 @@ def _rule(program: str, table: str, line: str, number: int) -> Rule:
         elif option == "--mark":
             marks.append(_mark(arguments[0]))
             # connmark's option has the same name
-            kind = "ct_mark" if "-m connmark" in line else "mark"
-            both = "-m connmark" in line and "-m mark" in line
-            conditions.append(Condition("unknown" if both else kind, (_mark(arguments[0]),), negated))
+            kind = "ct_mark" if "connmark" in modules else "mark"
+            kind = "unknown" if {"connmark", "mark"} <= modules else kind
+            conditions.append(Condition(kind, (_mark(arguments[0]),), negated))
         elif option in _KINDS and arguments:
-            kind = _KINDS[option]
-            values = tuple(map(_range, words)) if kind in ("ports", "sports") else tuple(word.lower() for word in words)
-            conditions.append(Condition(kind, words if kind in ("iif", "oif") else values, negated))
+            conditions.append(_condition(_KINDS[option], values, negated))
         elif option not in _SAY_NOTHING and not word:  # what comes after the target is the target's
             conditions.append(Condition("unknown"))
-    delete = f"{program} -w -t {table} -D {line.removeprefix('-A ')}"
-    title = f"{program} -t {table} {line}"
+    given = {option: arguments[0] if arguments else "" for option, arguments, _ in options}
     return Rule(
         conditions=tuple(conditions),
         action=action,
         target=target,
         marks=tuple(marks),
-        where=title,
-        delete=delete,
-        changes=tuple(_changes(line)),
-        untracks=bool(re.search(r"-j (NOTRACK|CT\b.* --notrack)", line)),
-        spare=_spare(f"{program} -w -t {table}", line, number),
+        where=f"{program} -t {table} {line}",
+        changes=tuple(_changes(word, given)),
+        untracks=word == "NOTRACK" or (word == "CT" and "--notrack" in given),
+        spare=functools.partial(_spare, [program, "-w", "-t", table, "-R", words[1], str(number)], line),
     )
 
 
-def _changes(line: str) -> Iterator[Change]:
-    """What the rule does to a mark (iptables-extensions(8), MARK and CONNMARK)."""
-    words = shlex.split(line)
-    target = next((after for word, after in zip(words, words[1:]) if word == "-j"), "")
-    given = {word: after for word, after in zip(words, [*words[1:], ""]) if word.startswith("--")}
+def _condition(kind: str, words: tuple[str, ...], negated: bool) -> Condition:
+    if kind in ("ports", "sports"):
+        return Condition(kind, tuple(map(_range, words)), negated)
+    return Condition(kind, words if kind in ("iif", "oif") else tuple(word.lower() for word in words), negated)
+
+
+def _changes(target: str, given: Mapping[str, str]) -> Iterator[Change]:
+    """What the rule does to a mark, by its options (iptables-extensions(8), MARK and CONNMARK)."""
     of_packet, of_connection = (int(given.get(name, hex(ALL_BITS)), 0) for name in ("--nfmask", "--ctmask"))
     if "--set-xmark" in given and target in ("MARK", "CONNMARK"):
         value, mask = _mark(given["--set-xmark"])
@@ -135,19 +147,43 @@ def _changes(line: str) -> Iterator[Change]:
         yield Change("mark", 0, 0, 0, known=False)
 
 
-_WHOLE = re.compile(r"(?<=[-a-z]mask )0xffffffff\b|(?<=/)0xffffffff\b")
-
-
-def _spare(command: str, line: str, number: int) -> str:
+def _spare(command: list[str], line: str, bits: int, ours: int) -> str:
     """The same rule in its place: without these bits in its masks, or, where it has none, for packets without them."""
-    _, chain, rest = line.split(maxsplit=2) if line.count(" ") > 1 else (*line.split(), "")
-    match, jump, target = f" {rest}".partition(" -j ")
-    bits = "-m mark --mark 0x0/{mask:#010x}"
-    text = f"{match.strip()} ".lstrip().replace("{", "{{").replace("}", "}}")
-    masked = _WHOLE.sub("{keep:#x}", target)
-    if masked != target:
-        return f"{command} -R {chain} {number} {text}{jump.strip()} {masked}"
-    return f"{command} -R {chain} {number} {text}{bits}{jump}{target}"
+    if '"' in _WORDS.sub("", line) or not line.isprintable():
+        return ""  # a comment of several lines
+    words = _words(line)[2:]
+    at = _target_at(words)
+    match, target = words[:at], words[at:]
+    keep = f"{ALL_BITS & ~ours:#x}"
+    masked = [
+        keep if word == "0xffffffff" and before.endswith("mask") else _WHOLE.sub(keep, word)
+        for before, word in zip(["", *target], target)
+    ]
+    if masked == target:
+        match += ["-m", "mark", "--mark", f"0x0/{bits:#010x}"]
+    return _joined([*command, *match, *masked])
+
+
+def _target_at(words: list[str]) -> int:
+    """Where the target begins; at the end, if there is none."""
+    for number, (before, word) in enumerate(zip(["", *words], words)):
+        if word in ("-j", "-g") and before not in _FREE_TEXT:
+            return number
+    return len(words)
+
+
+def _words(line: str) -> list[str]:
+    """As iptables-restore takes it: a word may be in double quotes, and there a backslash is before what follows it
+    (xtables_save_string() of libxtables)."""
+    return [
+        found[2] if found[1] is None else re.sub(r"\\(.)", r"\1", found[1]) for found in _WORDS.finditer(line)
+    ]
+
+
+def _joined(words: Iterable[str]) -> str:
+    """The command for a shell; '' if a person would not see what it is."""
+    command = " ".join(word if word == "!" else shlex.quote(word) for word in words)
+    return command if command.isprintable() else ""
 
 
 def _options(words: list[str]) -> Iterator[tuple[str, list[str], bool]]:

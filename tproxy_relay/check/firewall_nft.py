@@ -1,6 +1,12 @@
-"""What `nft -j list ruleset` prints, as chains that firewall.py can judge (libnftables-json(5))."""
+"""What `nft -j list ruleset` prints, as chains that firewall.py can judge (libnftables-json(5)).
 
+nft joins the words of its command line and reads them as one text, so names that others chose stand there only if they
+are plain. Else the same is said in JSON, where a name is a string.
+"""
+
+import functools
 import json
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -12,12 +18,12 @@ _FAMILIES = {"ip": (4,), "ip6": (6,), "inet": (4, 6)}
 _ACTIONS = {"accept", "drop", "return", "jump", "goto", "reject", "tproxy", "redirect", "dnat", "snat"}
 _ACTIONS |= {"masquerade", "synproxy"}
 _STATEMENTS = {"counter", "log", "mangle", "set", "notrack", "meter", "quota", "ct helper", "flow"}
+"""They say neither yes nor no."""
 _PORTS = {"tcp dport": "ports", "th dport": "ports", "tcp sport": "sports", "th sport": "sports"}
-_BITS, _ALL_OURS = "some bits", "all bits"
-"""In the place of numbers that are not known yet."""
 _REVERSE = {"saddr", "iif"}
 """The flags of a `fib` that asks for the way back."""
-"""Statements that say neither yes nor no."""
+_PLAIN = re.compile("[A-Za-z][A-Za-z0-9/_.-]*")
+"""A name that nft reads as one word."""
 
 
 def chains(objects: Iterable[dict[str, Any]], leave_out: Iterable[tuple[str, str]]) -> Mapping[str, dict[str, Chain]]:
@@ -41,6 +47,9 @@ def _family(one: dict[str, Any]) -> str:
 
 def _chain(one: dict[str, Any], rules: list[Rule]) -> Chain:
     place = f"{one['family']} {shlex.quote(one['table'])} {shlex.quote(one['name'])}"
+    plain = all(_PLAIN.fullmatch(one[key]) for key in ("table", "name"))
+    ids = {"family": one["family"], "table": one["table"], "chain": one["name"]}
+    insert = f"nft insert rule {place}"
     return Chain(
         name=one["name"],
         title=f"nft chain {place}",
@@ -49,9 +58,9 @@ def _chain(one: dict[str, Any], rules: list[Rule]) -> Chain:
         families=_FAMILIES[one["family"]],
         drops=one.get("policy") == "drop",
         rules=tuple(rules),
-        insert=f"nft insert rule {place} 'meta mark & {{mask:#010x}} != 0 accept'",
+        insert=lambda mask: f"{insert} 'meta mark & {mask:#010x} != 0 accept'" if plain else _let_in(ids, mask),
         priority=one["prio"] if isinstance(one.get("prio"), int) else 0,
-        let_pass=f"nft insert rule {place} '{{condition}} accept'",
+        let_pass=lambda condition: f"{insert} '{condition} accept'" if plain else "",
     )
 
 
@@ -89,10 +98,9 @@ def _rules(one: dict[str, Any]) -> Iterator[Rule]:
         target=target,
         marks=tuple(marks),
         where=f"nft rule {place}",
-        delete=f"nft delete rule {place}",
         changes=tuple(changes),
         untracks=any("notrack" in expression for expression in one.get("expr", ())),
-        spare=_spare(one),
+        spare=functools.partial(_spare, one),
     )
     for condition, action, target in verdicts:
         yield replace(plain, conditions=(*conditions, condition), action=action, target=target)
@@ -100,25 +108,32 @@ def _rules(one: dict[str, Any]) -> Iterator[Rule]:
         yield plain
 
 
-def _spare(one: dict[str, Any]) -> str:
+def _let_in(ids: dict[str, Any], mask: int) -> str:
+    """The command that lets in packets with any of these bits in their mark, for a chain with an odd name."""
+    bits = {"match": {"op": "!=", "left": {"&": [{"meta": {"key": "mark"}}, mask]}, "right": 0}}
+    return _in_json({"insert": {"rule": {**ids, "expr": [bits, {"accept": None}]}}})
+
+
+def _spare(one: dict[str, Any], bits: int, ours: int) -> str:
     """The rule in its place, as nft has given it (libnftables-json(5)): it keeps these bits where it sets a mark to a
     number, or else is for packets without them."""
-    expressions = [_keeping(expression) for expression in one.get("expr", ())]
+    expressions = [_keeping(expression, ours) for expression in one.get("expr", ())]
     if expressions == one.get("expr"):
-        bits = {"match": {"op": "==", "left": {"&": [{"meta": {"key": "mark"}}, _BITS]}, "right": 0}}
-        expressions = [bits, *expressions]
-    text = json.dumps({"nftables": [{"replace": {"rule": {**one, "expr": expressions}}}]})
-    text = text.replace("{", "{{").replace("}", "}}")
-    for word, field in ((_BITS, "{mask}"), (_ALL_OURS, "{ours}")):
-        text = text.replace(json.dumps(word), field)
-    return f"echo {shlex.quote(text)} | nft -j -f -"
+        without = {"match": {"op": "==", "left": {"&": [{"meta": {"key": "mark"}}, bits]}, "right": 0}}
+        expressions = [without, *expressions]
+    return _in_json({"replace": {"rule": {**one, "expr": expressions}}})
 
 
-def _keeping(expression: dict[str, Any]) -> dict[str, Any]:
+def _in_json(change: dict[str, Any]) -> str:
+    """The command for that change. printf leaves backslashes alone, echo not everywhere."""
+    return f"printf %s {shlex.quote(json.dumps({'nftables': [change]}))} | nft -j -f -"
+
+
+def _keeping(expression: dict[str, Any], ours: int) -> dict[str, Any]:
     change = expression.get("mangle", {})
     if not isinstance(change.get("value"), int) or _name(change["key"]) not in ("meta mark", "ct mark"):
         return expression
-    kept = {"|": [{"&": [change["key"], _ALL_OURS]}, change["value"]]}
+    kept = {"|": [{"&": [change["key"], ours]}, change["value"]]}
     return {"mangle": {"key": change["key"], "value": kept}}
 
 

@@ -26,16 +26,16 @@ def probe_nat(case: Case) -> Iterator[Finding]:
         for ports in plan.inbound:
             packet = Packet(family, ports.first, plan.marks.inbound, plan.mark_mask, plan.interface, None)
             for chain, table in firewall.base_chains(case.firewall, "prerouting", "nat", family):
-                if chain.insert in seen or not _comes_first(case, chain, family):
+                if chain.title in seen or not _comes_first(case, chain, family):
                     continue
                 for rule, _ in firewall.met(chain, table, packet):
-                    if rule.action in _REWRITES and chain.insert not in seen:
-                        seen.add(chain.insert)
+                    if rule.action in _REWRITES and chain.title not in seen:
+                        seen.add(chain.title)
                         yield problem(
                             "nat",
                             f"{rule.where} rewrites where connections to port {ports} go, before the relay's rules",
                             "clients of the relay are connected, and then hear nothing",
-                            chain.insert.format(mask=plan.marks.inbound),
+                            chain.insert(plan.marks.inbound),
                         )
     if not seen:
         yield ok("nat", "the destinations of relayed connections are kept from the NAT of others")

@@ -33,13 +33,13 @@ def probe_filters(case: Case) -> Iterator[Finding]:
     for what, station, packet, bits in _filtered(case):
         for chain, table in station.chains(case, packet):
             decision, by = firewall.verdict(chain, table, packet)
-            if decision == firewall.DROP and chain.insert not in seen:
-                seen.add(chain.insert)
+            if decision == firewall.DROP and chain.title not in seen:
+                seen.add(chain.title)
                 yield problem(
                     "filter",
                     f"{by} drops {what}",
                     "such packets keep their original port, and are to be let in by their mark",
-                    chain.insert.format(mask=bits),
+                    chain.insert(bits),
                 )
     if not seen:
         yield ok("filter", "no filter of this host drops relayed connections for certain")
@@ -53,9 +53,7 @@ def probe_lost_marks(case: Case) -> Iterator[Finding]:
         why = "without it the kernel does not take them to the relay: they hang, go direct or come round again"
         if loss.maybe:
             why += f" ({loss.maybe})"
-        remedy = loss.rule.spare.format(
-            mask=loss.bits, ours=case.plan.mark_mask, keep=firewall.ALL_BITS & ~case.plan.mark_mask
-        )
+        remedy = loss.rule.spare(loss.bits, case.plan.mark_mask)
         make = warning if loss.maybe else problem
         yield make("lost-marks", f"{loss.rule.where} takes away {whose} {loss.whose}", why, remedy)
     if case.intercepts and not found:
@@ -74,9 +72,9 @@ def probe_tracking(case: Case) -> Iterator[Finding]:
                         continue
                     seen.add((rule.where, journey.what))
                     make, why = (warning, _FLOOD) if journey.in_floods else (problem, _UNKNOWN)
-                    condition = _in_words(case, journey, nft=chain.let_pass.startswith("nft"))
+                    condition = _in_words(case, journey, nft=chain.is_of_nft)
                     what = f"{rule.where} leaves {journey.what} untracked"
-                    yield make("tracking", what, why, chain.let_pass.format(condition=condition))
+                    yield make("tracking", what, why, chain.let_pass(condition))
     if not seen and any(journey.tracked for journey in journeys.of(case)):
         yield ok("tracking", "no rule keeps relayed connections from being tracked for certain")
 
@@ -91,7 +89,7 @@ def probe_redirects(case: Case) -> Iterator[Finding]:
                         "other-proxy",
                         f"{rule.where} takes {what}",
                         "they come to another program of this host, or to the relay with an address that it denies",
-                        chain.insert.format(mask=case.plan.marks.outbound | case.plan.marks.relay),
+                        chain.insert(case.plan.marks.outbound | case.plan.marks.relay),
                     )
                     return
 

@@ -3,13 +3,15 @@
 What belongs to somebody else is not taken away by a remedy, if other settings can keep clear of it.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from tproxy_relay.check import firewall
 from tproxy_relay.check.context import Case
 from tproxy_relay.check.finding import Finding, ok, problem, warning
-from tproxy_relay.check.firewall import ALL_BITS, Packet
+from tproxy_relay.check.firewall import ALL_BITS, Packet, Rule
+from tproxy_relay.check.journeys import ALWAYS, Station
 from tproxy_relay.intercept import foreign_routing, routing
 from tproxy_relay.intercept.plan import Family
 from tproxy_relay.settings import PortRange
@@ -84,21 +86,38 @@ def probe_marks(case: Case) -> Iterator[Finding]:
 
 
 def probe_other_proxies(case: Case) -> Iterator[Finding]:
-    """Rules that would take the same connections to another listener."""
+    """Rules that would take the same connections to another listener. Whether they do is not certain of those that are
+    about some addresses only, as those for the services of Kubernetes are."""
+    found = sorted(_other_proxies(case), key=lambda one: not one[-1])
+    for rule, ports, remedy, certain in found[:1]:
+        if certain:
+            yield problem(
+                "other-proxy",
+                f"{rule.where} takes connections to port {ports} too",
+                "whichever rule comes first has them, and the other program has none",
+                remedy,
+            )
+        else:
+            yield warning(
+                "other-proxy",
+                f"{rule.where} may take some connections to port {ports}",
+                "whichever rule comes first has those",
+            )
+
+
+def _other_proxies(case: Case) -> Iterator[tuple[Rule, PortRange, str, bool]]:
+    """Each rule with the ports, the command that lets them pass by it, and whether it takes them for certain."""
     plan = case.plan
+    actions = {"tproxy"} if plan.mode == "tproxy" else {"tproxy", "redirect", "dnat"}
     for hook, ranges in (("prerouting", plan.inbound), ("output", plan.outbound if plan.mode == "redirect" else ())):
-        actions = frozenset({"tproxy"} if plan.mode == "tproxy" else {"tproxy", "redirect", "dnat"})
-        for ports in ranges:
-            for family in plan.families:
-                packet = _packet(case, family, ports, 0, iif=plan.interface)
-                for rule in firewall.takers(_of_family(case, family), hook, packet, actions):
-                    yield problem(
-                        "other-proxy",
-                        f"{rule.where} takes connections to port {ports} too",
-                        "whichever rule comes first has them, and the other program has none",
-                        rule.delete,
-                    )
-                    return
+        for family, ports in itertools.product(plan.families, ranges):
+            packet = _packet(case, family, ports, 0, iif=plan.interface)
+            for chain, table in Station(hook, *ALWAYS).chains(case, packet):
+                for rule, certain in firewall.met(chain, table, packet):
+                    if rule.action in actions:
+                        words = "tcp dport {}" if chain.is_of_nft else "-p tcp --dport {}"
+                        listed = str(ports) if chain.is_of_nft else str(ports).replace("-", ":")
+                        yield rule, ports, chain.let_pass(words.format(listed)), certain
 
 
 def probe_masquerade(case: Case) -> Iterator[Finding]:
@@ -127,13 +146,6 @@ def free_mask(taken: int) -> int:
 
 def _packet(case: Case, family: Family, ports: PortRange, mark: int, *, iif: str | None) -> Packet:
     return Packet(family, ports.first, mark, case.plan.mark_mask, iif, None)
-
-
-def _of_family(case: Case, family: Family) -> dict[str, dict[str, firewall.Chain]]:
-    return {
-        name: {key: chain for key, chain in table.items() if family in chain.families}
-        for name, table in case.firewall.items()
-    }
 
 
 def _foreign_rules(case: Case, family: Family) -> list[dict[str, Any]]:

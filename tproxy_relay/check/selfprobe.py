@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from tproxy_relay.check import host
+from tproxy_relay.check import firewall, host
 from tproxy_relay.check.context import Case
-from tproxy_relay.check.finding import PROBLEM, Finding, ok, problem, warning
+from tproxy_relay.check.finding import PROBLEM, WARNING, Finding, ok, problem, warning
+from tproxy_relay.check.firewall import Packet
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.errors import RelayError
 from tproxy_relay.intercept import programs, ruleset
@@ -28,10 +29,14 @@ CONNECT_TIMEOUT = 0.8
 
 TURN_TIMEOUT = 15.0
 """Seconds for others to finish, who take one, and some more for what gets no answer."""
+ANSWER_TIMEOUT = 0.5
+"""Seconds for one who has just taken the name to listen."""
 _TURN = "tproxy_relay/self-probe"
 """The abstract name (unix(7)) that whoever tries has in this network namespace."""
 
 NAME = "self-probe"
+_PERHAPS = {"lost-marks", "tracking", "filter", "other-proxy"}
+"""The names of warnings that may explain why a connection does not get through."""
 
 CLIENT_LINK, SERVER_LINK = "tprchk0", "tprchk1"
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -83,16 +88,37 @@ def _alone() -> Iterator[None]:
     """The links and the addresses are there once: a relay and a person may both want to try. RelayError if that takes
     too long."""
     deadline = time.monotonic() + TURN_TIMEOUT
+    silent_until = min(deadline, time.monotonic() + ANSWER_TIMEOUT)
     with socket.socket(socket.AF_UNIX) as turn:
         while True:
             try:
                 turn.bind(unix_sockets.abstract(_TURN))
+                turn.listen()
                 break
             except OSError as error:
+                trusted = _await_holder(deadline)
+                if trusted is False or (trusted is None and time.monotonic() > silent_until):
+                    break  # any account may take the name: who does keeps nobody from trying
                 if time.monotonic() > deadline:
                     raise RelayError("somebody else tries connections all the time") from error
                 time.sleep(0.02)
         yield
+
+
+def _await_holder(deadline: float) -> bool | None:
+    """Whether the holder of the name may have it; if so, wait until it is given back. None if there is no telling: it
+    has just been taken, or given back, or its holder does not answer."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            asking.connect(unix_sockets.abstract(_TURN))
+            if not unix_sockets.is_trusted(unix_sockets.peer(asking).uid):
+                return False
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            asking.recv(1)  # ends with the holder
+        return True
 
 
 def _try_all(case: Case, client: Namespace, server: Namespace, families: list[Family]) -> Iterator[Finding]:
@@ -110,7 +136,41 @@ def _try_all(case: Case, client: Namespace, server: Namespace, families: list[Fa
             taken_at = ranges[0].first if plan.mode == "tproxy" else getattr(plan, f"{direction}_port")
             maker = client if direction == "inbound" else None
             result = attempt(maker, server, family, address(case, family, 1).far, ranges[0].first, taken_at)
-            yield _judged(case, f"{direction} IPv{family} connection to port {ranges[0].first}", result)
+            what = f"{direction} IPv{family} connection to port {ranges[0].first}"
+            unsure = result in (LOST, REFUSED, STUCK) and next(_by_interface(case, family, direction), None)
+            yield _untold(what, result, unsure) if unsure else _judged(case, what, result)
+
+
+def _by_interface(case: Case, family: Family, direction: str) -> Iterator[str]:
+    """The filters that do not let in, or out, for certain what is tried, and may do so for others, by the interface."""
+    plan = case.plan
+    ports = (plan.inbound if direction == "inbound" else plan.outbound)[0]
+    leaving = Packet(family, ports.first, plan.marks.relay, plan.mark_mask, None, None)
+    ways = [("output", leaving, leaving._replace(oif=SERVER_LINK))]
+    if direction == "inbound":
+        arriving = leaving._replace(mark=plan.marks.inbound)
+        if plan.mode == "redirect":
+            arriving = arriving._replace(mark=0, port=plan.inbound_port)
+        ways = [(hook, arriving, arriving._replace(iif=CLIENT_LINK)) for hook in ("prerouting", "input")] + ways
+    for hook, anybodys, ours in ways:
+        for chain, table in firewall.base_chains(case.firewall, hook, "filter", family):
+            if firewall.verdict(chain, table, ours)[0] == firewall.ACCEPT:
+                continue
+            if firewall.verdict(chain, table, anybodys)[0] != firewall.DROP and any(
+                condition.kind in ("iif", "oif") and condition.holds(anybodys) is None
+                for rule, _ in firewall.met(chain, table, anybodys)
+                for condition in rule.conditions
+            ):
+                yield chain.title
+
+
+def _untold(what: str, result: str, where: str) -> Finding:
+    word = "out or in" if result == STUCK else "in"
+    return warning(
+        NAME,
+        f"an {what} {_MEANING[result][0]}: whether others are relayed cannot be told by a trial",
+        f"{where} lets {word} by interface, and what is tried has one of its own",
+    )
 
 
 def _judged(case: Case, what: str, result: str) -> Finding:
@@ -127,11 +187,21 @@ def _again(case: Case) -> str:
     return f"kill -HUP {case.holder}" if case.holder else case.command("rules apply")
 
 
-def explained(found: Finding, cause: Finding | None) -> Finding:
-    """A finding of this probe beside the first problem that others have found, which is then what is to be mended."""
-    if found.name != NAME or found.level != PROBLEM or cause is None or not cause.remedy:
+def likelier(cause: Finding | None, found: Finding) -> Finding | None:
+    """What may be why a connection does not get through: the first problem that others have found, or else the first
+    warning of something that takes or drops some packets."""
+    if found.name == NAME or (cause is not None and cause.level == PROBLEM):
+        return cause
+    if found.level == PROBLEM:
         return found
-    return replace(found, why=cause.what, remedy=cause.remedy)
+    return cause or (found if found.level == WARNING and found.name in _PERHAPS else None)
+
+
+def explained(found: Finding, cause: Finding | None) -> Finding:
+    """A finding of this probe beside what may be the cause of it, which is then what is to be mended."""
+    if found.name != NAME or found.level != PROBLEM or cause is None:
+        return found
+    return replace(found, why=cause.what, remedy=cause.remedy or found.remedy)
 
 
 def attempt(

@@ -4,12 +4,16 @@ from collections.abc import Iterator
 
 from tproxy_relay.check import host
 from tproxy_relay.check.context import Case
-from tproxy_relay.check.finding import Finding, ok, problem, set_sysctl, warning
+from tproxy_relay.check.finding import Finding, ok, problem, set_link, set_sysctl, warning
 from tproxy_relay.check.host import number, of_interface
+from tproxy_relay.intercept.plan import Family
 from tproxy_relay.net import proc_net
 
 HARMLESS = ("rp_filter", "src_valid_mark", "tcp_fwmark_accept", "fwmark_reflect")
 """The usual recipes fail with these: their rules of routing match by mark alone (intercept/routing.py)."""
+
+_TABLES = {4: "iptables", 6: "ip6tables"}
+"""As the settings of bridges call the families."""
 
 _CONNTRACK_TIMEOUT = 432_000
 """Seconds: the kernel's own (nf_conntrack_proto_tcp.c, five days)."""
@@ -83,7 +87,7 @@ def probe_interface(case: Case) -> Iterator[Finding]:
     name = case.settings.interface
     for interface in case.host.interfaces if name else ():
         if interface.name == name and not interface.up:
-            yield problem("interface", f"interface {name} is down", "nothing arrives there", f"ip link set {name} up")
+            yield problem("interface", f"interface {name} is down", "nothing arrives there", set_link(name, "up"))
 
 
 def probe_forwarding(case: Case) -> Iterator[Finding]:
@@ -117,32 +121,45 @@ def probe_forwarding(case: Case) -> Iterator[Finding]:
 
 
 def probe_bridges(case: Case) -> Iterator[Finding]:
-    """br_netfilter takes packets through the rules while they are still in a bridge; TPROXY then loses them."""
+    """br_netfilter takes packets through the rules while they are still in a bridge; TPROXY then loses them. Where
+    Docker or Kubernetes have switched it on, clients mostly come by something else, and it is to stay so."""
     if not case.plan.inbound or case.plan.mode != "tproxy":
         return
     bridges = [one for one in case.host.interfaces if one.kind == "bridge"]
-    ours = [one for one in bridges if case.plan.interface in (None, one.name)]
-    if not ours:
+    concerned = [one for one in bridges if case.plan.interface in (None, one.name)]
+    if not concerned:
         return
     found = False
     for family in case.plan.families:
-        word = "iptables" if family == 4 else "ip6tables"
-        switch, attribute = f"net.bridge.bridge-nf-call-{word}", f"nf_call_{word}"
-        why = (
-            f"IPv{family} connections that come in by bridge {', '.join(one.name for one in ours)} are lost or refused"
-        )
-        if number(switch) == 1:
-            others = [one.name for one in bridges if one not in ours]
-            keep = "".join(f" && ip link set {name} type bridge {attribute} 1" for name in others)
-            yield problem(f"bridge-ipv{family}", f"{switch} is 1", why, set_sysctl(switch, 0) + keep)
-            found = True
-        for one in ours:
-            if one.bridge.get(attribute):
-                mend = f"ip link set {one.name} type bridge {attribute} 0"
-                yield problem(f"bridge-ipv{family}", f"bridge {one.name} has {attribute} 1", why, mend)
-                found = True
+        switch, attribute = f"net.bridge.bridge-nf-call-{_TABLES[family]}", f"nf_call_{_TABLES[family]}"
+        on, entries = number(switch) == 1, _entries(case, family)
+        caught = [one.name for one in concerned if on or one.bridge.get(attribute)]
+        ours = [name for name in caught if name in entries]
+        if not caught:
+            continue
+        found = True
+        names = ", ".join(ours or caught)
+        what = f"{switch} is 1" if on else f"bridge {names} has {attribute} 1"
+        why = f"IPv{family} connections that come in by bridge {names} are lost or refused"
+        if ours:
+            wrong = [one.name for one in bridges if one.name in ours and one.bridge.get(attribute)]
+            rest = [one.name for one in bridges if one.name not in ours] if on else []
+            mend = [set_sysctl(switch, 0)] if on else []
+            mend += [set_link(name, f"type bridge {attribute} 0") for name in wrong]
+            mend += [set_link(name, f"type bridge {attribute} 1") for name in rest]
+            yield problem(f"bridge-ipv{family}", what, why, " && ".join(mend))
+        else:
+            others = [name for name in entries if name not in caught]
+            yield warning(f"bridge-ipv{family}", what, why, case.command(interface=others[0]) if others else "")
     if not found:
-        yield ok("bridge", f"bridge {', '.join(one.name for one in ours)}: packets in it do not meet the rules")
+        yield ok("bridge", f"bridge {', '.join(one.name for one in concerned)}: packets in it do not meet the rules")
+
+
+def _entries(case: Case, family: Family) -> list[str]:
+    """The interfaces by which clients are known to come: the one that is listened on, or those to everywhere else."""
+    if case.plan.interface:
+        return [case.plan.interface]
+    return [str(one.get("dev")) for one in case.host.routes(family, "main") if one.get("dst") == "default"]
 
 
 def probe_vrf(case: Case) -> Iterator[Finding]:

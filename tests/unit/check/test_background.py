@@ -1,13 +1,18 @@
 """What the doctor of a running relay says of a host that others change."""
 
+import contextlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from doctor import PORT
 
+from tproxy_relay import check
 from tproxy_relay.check import background
 from tproxy_relay.check.background import LOOK, Line, Order
+from tproxy_relay.check.context import Case
+from tproxy_relay.check.finding import Finding
 from tproxy_relay.intercept import plan as plans
 from tproxy_relay.intercept import planning, programs
 from tproxy_relay.settings import Settings
@@ -56,3 +61,37 @@ def test_what_cannot_be_planned_round_is_a_problem() -> None:
     before = order()
     programs.run("ip rule add pref 2 unreachable".split())
     assert problems(list(background.carry_out(before))) == ["rule-priority-ipv4"]
+
+
+@in_network
+def test_what_loses_no_connections_now_is_no_problem_of_the_relay() -> None:
+    """keepalived, Docker, Kubernetes: such a host is healthy. `check` says what it is to know before a start."""
+    for line in (
+        "link add eth0 up type veth peer name eth1",
+        "link add docker0 up type bridge nf_call_iptables 1",
+        *("addr add 192.0.2.1/30 dev eth0", "addr add 192.0.2.5/30 dev docker0", "route add default dev eth0"),
+    ):
+        programs.run(["ip", *line.split()])
+    for name in ("ip_nonlocal_bind", "ip_forward"):
+        Path("/proc/sys/net/ipv4", name).write_text(str(int(name != "ip_forward")))
+    for name in ("iptables", "ip6tables"):
+        with contextlib.suppress(OSError):
+            Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}").write_text("1")
+    chain = "chain c { type nat hook postrouting priority 100; masquerade; }"
+    programs.run(["nft", "-f", "-"], f"table inet somebodys {{ {chain}; }}")
+    settings = replace(SETTINGS, preserve_source="address")
+    wanted = planning.for_host(settings)
+    assert problems(list(background.carry_out(Order(settings, wanted, (LOOK,))))) == []
+    found = {one.name for one in check.ask(Case(settings, wanted), check.LOSE_NOTHING_NOW) if one.level == "problem"}
+    assert found == {"nonlocal-bind", "forwarding-ipv4", "masquerade"}
+
+
+@in_network
+def test_the_plan_is_told_before_anything_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(_: Case) -> list[Finding]:
+        raise AssertionError("not yet")
+
+    before = order()
+    programs.run("ip rule add pref 5250 unreachable".split())
+    monkeypatch.setattr(check, "ask", never)
+    assert "plan" in next(iter(background.carry_out(before)))

@@ -42,7 +42,9 @@ def test_what_is_printed_and_the_exit_code(monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.parametrize("probe", check.PROBES, ids=lambda probe: probe.__name__)
-@pytest.mark.parametrize("refusal", [OSError(errno.EADDRINUSE, "Address already in use"), ValueError("no JSON")])
+@pytest.mark.parametrize(
+    "refusal", [OSError(errno.EADDRINUSE, "Address already in use"), ValueError("no JSON"), KeyError("x")]
+)
 def test_what_the_host_refuses_is_a_finding(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], probe: Probe, refusal: Exception
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 from foreign_firewalls import IN, MARK, MASK, cleared, nft
 
 from tproxy_relay.check import firewall
-from tproxy_relay.check.firewall import ACCEPT, DROP, MAYBE, Chain, Condition, Packet, Rule
+from tproxy_relay.check.firewall import ACCEPT, DROP, MAYBE, Chain, Condition, Rule
 from tproxy_relay.lab import Lab
 
 
@@ -43,6 +43,7 @@ def test_masquerading(host: Lab, rule: str, certain: bool | None) -> None:
         (Condition("iif", ("lo",)), False),
         (Condition("iif", ("eth0",)), None),
         (Condition("iif", ("eth0",), True), None),
+        (Condition("iif", ("eth*", "lo")), None),
         (Condition("unknown"), None),
         (Condition("unknown", (), True), None),
     ],
@@ -52,11 +53,11 @@ def test_a_condition_holds_or_not_or_nobody_knows(condition: Condition, holds: b
 
 
 def rule(action: str, *conditions: Condition, target: str = "") -> Rule:
-    return Rule(conditions, action, target, (), f"a rule to {action}", "")
+    return Rule(conditions, action, target, (), f"a rule to {action}")
 
 
 def chain(name: str, *rules: Rule, drops: bool = False) -> Chain:
-    return Chain(name, f"chain {name}", "input", "filter", (4, 6), drops, rules, "")
+    return Chain(name, f"chain {name}", "input", "filter", (4, 6), drops, rules)
 
 
 PERHAPS, NEVER = Condition("unknown"), Condition("ports", ((1, 1),))
@@ -78,12 +79,19 @@ def test_a_verdict_says_what_drops_it(rules: list[Rule], drops: bool, expected: 
     assert firewall.verdict(one, {"c": one}, IN) == expected
 
 
-def test_who_takes_a_packet_is_found_behind_jumps() -> None:
+@pytest.mark.parametrize("value", ["eth*", "eth+", "eth1"])
+def test_an_interface_is_known_by_how_it_begins(value: str) -> None:
+    condition = Condition("iif", (value,))
+    assert condition.holds(IN._replace(iif="eth1")) and condition.holds(IN._replace(iif="tprchk0")) is False
+
+
+def test_what_a_packet_meets_is_found_behind_jumps() -> None:
     taking = rule("tproxy", Condition("ports", ((8000, 8000),)))
-    table = {"c": chain("c", rule("jump", target="d")), "d": Chain("d", "", "", "", (4,), False, (taking,), "")}
-    other = Chain("e", "", "", "", (4,), False, (rule("tproxy"),), "")
-    rules = {"t": {**table, "e": other}}
-    assert list(firewall.takers(rules, "input", IN)) == [taking], "nothing leads to the other one"
-    assert not list(firewall.takers(rules, "input", IN._replace(port=22)))
-    assert not list(firewall.takers(rules, "output", Packet(4, 8000, MARK, MASK, None, None)))
-    assert [one.name for one, _ in firewall.all_rules(rules)] == ["c", "d", "e"]
+    inner = Chain("d", "", "", "", (4,), False, (taking,))
+    other = Chain("e", "", "", "", (4,), False, (rule("tproxy"),))
+    for conditions, certain in (((), True), ((PERHAPS,), False)):
+        base = chain("c", rule("jump", *conditions, target="d"))
+        table = {"c": base, "d": inner, "e": other}
+        assert list(firewall.met(base, table, IN))[1:] == [(taking, certain)], "nothing leads to the other one"
+        assert len(list(firewall.met(base, table, IN._replace(port=22)))) == 1
+        assert [one.name for one, _ in firewall.all_rules({"t": table})] == ["c", "d", "e"]

@@ -3,7 +3,10 @@
 The rules are loaded into the kernel and read back, in a network namespace of the lab.
 """
 
+import json
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from foreign_firewalls import MASK, cleared, judged, nft, objects
@@ -76,11 +79,27 @@ def test_marks_are_seen_wherever_they_stand(host: Lab) -> None:
 
 def test_the_commands_for_a_rule_work_as_printed(host: Lab) -> None:
     rules = nft(host, "tcp dport 22 accept", policy="drop")
-    ((_, rule),) = [pair for pair in firewall.all_rules(rules) if pair[0].name == "c"]
     chain = rules["nft inet f"]["c"]
-    host.relay.run(["sh", "-c", rule.delete])
-    host.relay.run(["sh", "-c", chain.insert.format(mask=MASK)])
+    host.relay.run(["sh", "-c", chain.insert(MASK)])
     assert judged(firewall_nft.chains(objects(host), [])) == ACCEPT
+
+
+@pytest.mark.parametrize("name", ["a b accept; flush ruleset; #", "$(touch here)", "a`b`", "it's", 'a"b', "a\\", "{x}"])
+def test_odd_names_are_names_in_the_commands(host: Lab, name: str) -> None:
+    """Only by JSON can others make these. nft would read them as rules of its language."""
+    ids = {"family": "inet", "table": name}
+    base = {"type": "filter", "hook": "input", "prio": 0, "policy": "drop"}
+    made = [{"table": {"family": "inet", "name": name}}, {"chain": {**ids, "name": name, **base}}]
+    made.append({"rule": {**ids, "chain": name, "expr": [{"mangle": {"key": {"meta": {"key": "mark"}}, "value": 1}}]}})
+    host.relay.run(["nft", "-j", "-f", "-"], input=json.dumps({"nftables": [{"add": one} for one in made]}))
+    chain = firewall_nft.chains(objects(host), [])[f"nft inet {name}"][name]
+    (rule,) = chain.rules
+    for command in (rule.spare(MASK, MASK), chain.insert(MASK)):
+        assert json.dumps(name) in shlex.split(command)[2]
+        host.relay.run(["sh", "-c", f"cd /tmp && {command}"])
+    assert not chain.let_pass("tcp dport 1") and not Path("/tmp/here").exists()
+    after = firewall_nft.chains(objects(host), [])
+    assert judged(after) == ACCEPT and len(after[f"nft inet {name}"][name].rules) == 2
 
 
 def test_tables_of_iptables_are_left_to_it(host: Lab) -> None:

@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from doctor import case, levels
+from doctor import PORT, case, levels
 
 from tproxy_relay.check import foreign_rules
 from tproxy_relay.intercept import programs
@@ -78,6 +78,44 @@ def test_another_proxy_is_named() -> None:
     assert found.level == "problem"
     programs.run(shlex.split(found.remedy))
     assert not [*foreign_rules.probe_other_proxies(case())]
+    assert "tproxy to" in programs.run("nft list ruleset".split()).stdout, "it is somebody else's"
+
+
+KUBE_PROXY = """*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-A - [0:0]
+:KUBE-SEP-A - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A KUBE-SERVICES -d 10.96.0.1/32 -p tcp -m comment --comment "kubernetes:https" -m tcp --dport 8000 -j KUBE-SVC-A
+-A KUBE-SVC-A -j KUBE-SEP-A
+-A KUBE-SEP-A -s 10.244.0.2/32 -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-SEP-A -p tcp -m comment --comment "default/kubernetes:https" -m tcp -j DNAT --to-destination 10.244.0.2:6443
+COMMIT
+"""
+
+
+@in_network
+@pytest.mark.parametrize("program", ["iptables-nft-restore", "iptables-legacy-restore"])
+@pytest.mark.parametrize("mode, levels", [("redirect", ["warning"]), ("tproxy", [])])
+def test_services_of_kubernetes_are_left_alone(program: str, mode: str, levels: list[str]) -> None:
+    """They take what goes to addresses of their own."""
+    programs.run([program], KUBE_PROXY)
+    for direction in ({}, {"intercept_inbound": (), "intercept_outbound": (PORT,)}):
+        found = [*foreign_rules.probe_other_proxies(case(mode=mode, **direction))]
+        assert [one.level for one in found] == levels and not any(one.remedy for one in found)
+
+
+@in_network
+@pytest.mark.parametrize("program", ["iptables-nft", "iptables-legacy"])
+def test_another_redirect_lets_the_relays_ports_pass(program: str) -> None:
+    rule = f"{program} -t nat -A PREROUTING -p tcp -m multiport --dports 80,8000 -j REDIRECT --to-ports 3128"
+    programs.run(rule.split())
+    (found,) = foreign_rules.probe_other_proxies(case(mode="redirect"))
+    assert found.level == "problem"
+    programs.run(shlex.split(found.remedy))
+    assert not [*foreign_rules.probe_other_proxies(case(mode="redirect"))]
+    assert "--to-ports 3128" in programs.run([program, "-t", "nat", "-S"]).stdout
 
 
 @in_network

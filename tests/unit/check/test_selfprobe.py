@@ -1,5 +1,10 @@
 """One connection, and what becomes of it; a relay that takes it is in tests/e2e/test_check.py."""
 
+import contextlib
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -7,6 +12,7 @@ import pytest
 from doctor import case
 
 from tproxy_relay.check import selfprobe
+from tproxy_relay.check.finding import Finding, ok, problem, warning
 from tproxy_relay.check.namespace import Namespace
 from tproxy_relay.intercept import programs
 from tproxy_relay.lab import LabError, needs
@@ -65,3 +71,93 @@ def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.level == "warning" and "somebody else" in found.what
     with selfprobe._alone():
         assert True, "its turn is over"
+
+
+def test_what_may_be_the_cause() -> None:
+    """The first problem, or else a warning of what takes or drops some packets."""
+    lost = problem(selfprobe.NAME, "it is lost", "no answer", "again")
+    other, marks = warning("path-mtu", "m", "", "r"), warning("lost-marks", "marks", "", "spare it")
+    bad, worse = problem("lo", "down", "", "up"), problem("nat", "n", "", "x")
+    proxy = warning("other-proxy", "proxy", "")
+
+    def blamed(*found: Finding) -> tuple[str, str]:
+        cause: Finding | None = None
+        for one in found:
+            cause = selfprobe.likelier(cause, one)
+        told = selfprobe.explained(lost, cause)
+        return told.why, told.remedy
+
+    assert blamed(ok("filter", "fine"), other) == ("no answer", "again")
+    assert blamed(other, marks, proxy) == ("marks", "spare it")
+    assert blamed(proxy) == ("proxy", "again"), "nothing is known that would mend it"
+    assert blamed(marks, bad, worse) == ("down", "up")
+    assert selfprobe.explained(bad, worse) is bad
+
+
+ETH0 = 'policy drop; iifname "eth0" accept'
+
+
+@pytest.mark.usefixtures("network")
+@pytest.mark.parametrize(
+    "chain, mode, sure",
+    [
+        (f"input priority 0; {ETH0}", "tproxy", False),
+        (f"input priority 0; {ETH0}", "redirect", False),
+        (f"prerouting priority -300; {ETH0}", "tproxy", False),
+        ('input priority 0; policy drop; iifname "eth*" accept; ip saddr 10.0.0.0/8 accept', "tproxy", False),
+        ('input priority 0; iifname != "eth0" drop', "tproxy", False),
+        ('output priority 0; policy drop; oifname "eth0" accept', "tproxy", False),
+        ("input priority 0; policy drop", "tproxy", True),
+        ('input priority 0; policy drop; iifname "lo" accept', "tproxy", True),
+        (f"input priority 0; tcp dport 8000 drop; {ETH0}", "tproxy", True),
+        (f"input priority 0; {ETH0}; tcp dport 8000 accept", "tproxy", True),
+        (f"input priority 0; {ETH0}; meta mark & 0x07000000 == 0x01000000 accept", "tproxy", True),
+        (f"forward priority 0; {ETH0}", "tproxy", True),
+        ("input priority 0; policy drop; ip saddr 10.0.0.0/8 accept", "tproxy", True),
+    ],
+)
+def test_filters_that_let_in_by_interface_say_nothing_of_others(chain: str, mode: str, sure: bool) -> None:
+    text = f"table inet somebodys {{ chain c {{ type filter hook {chain}; }}; }}"
+    programs.run(["nft", "-f", "-"], text)
+    found = [*selfprobe._by_interface(case(mode=mode), 4, "inbound")]
+    assert found == ([] if sure else ["nft chain inet somebodys c"])
+
+
+SQUAT = """
+import os, socket, sys
+os.setgid(65534), os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as taken:
+    taken.bind("\\0tproxy_relay/self-probe")
+    if sys.argv[1] == "listens":
+        taken.listen()
+    print("taken", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not needs.privileged(), reason="takes another account")
+@pytest.mark.usefixtures("network")
+@pytest.mark.parametrize("how", ["listens", "silent"])
+def test_another_account_does_not_keep_anybody_from_trying(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(selfprobe, "TURN_TIMEOUT", 20 * selfprobe.ANSWER_TIMEOUT)
+    argv = [sys.executable, "-c", SQUAT, how]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
+        assert squatter.stdout and squatter.stdout.readline() == b"taken\n"
+        began = time.monotonic()
+        with selfprobe._alone():
+            assert time.monotonic() - began < 10 * selfprobe.ANSWER_TIMEOUT
+        assert squatter.stdin
+        squatter.stdin.close()
+
+
+@pytest.mark.usefixtures("network")
+def test_who_waits_for_his_turn_gets_it() -> None:
+    with contextlib.ExitStack() as first:
+        first.enter_context(selfprobe._alone())
+        waiting = threading.Thread(target=lambda: contextlib.ExitStack().enter_context(selfprobe._alone()))
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+        first.close()
+        waiting.join(selfprobe.TURN_TIMEOUT)
+        assert not waiting.is_alive()

@@ -1,12 +1,14 @@
 """Settings of the kernel that break interception, in a network whose settings are changed."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from doctor import PORT, case, levels
 
 from tproxy_relay.check import sysctls
+from tproxy_relay.check.context import Case
 from tproxy_relay.intercept import programs
 
 pytestmark = pytest.mark.usefixtures("network")
@@ -119,6 +121,8 @@ def test_a_gateway_forwards() -> None:
 def test_bridges_whose_packets_meet_the_rules() -> None:
     assert not [*sysctls.probe_bridges(case())], "there is none"
     links("bridge")
+    programs.run("ip route add default dev eth0".split())
+    programs.run("ip -6 route add default dev eth0".split())
     for found in sysctls.probe_bridges(case()):
         if found.level == "problem":  # br_netfilter is loaded, and takes packets of bridges unless told otherwise
             assert found.what.startswith("net.bridge.bridge-nf-call-")
@@ -129,3 +133,38 @@ def test_bridges_whose_packets_meet_the_rules() -> None:
     assert (found.name, found.level) == ("bridge-ipv4", "problem")
     mend(found.remedy)
     assert levels([*sysctls.probe_bridges(case())]) == [("bridge", "ok")]
+
+
+def test_bridges_of_containers_are_no_problem_of_clients_that_come_elsewhere() -> None:
+    links("bridge", "veth")
+    for name in ("net.bridge.bridge-nf-call-iptables", "net.bridge.bridge-nf-call-ip6tables"):
+        if sysctls.number(name) is not None:
+            programs.run(["sysctl", "-q", "-w", f"{name}=0"])
+    programs.run("ip link set eth0 type bridge nf_call_iptables 1".split())
+    (found,) = sysctls.probe_bridges(case())
+    assert (found.name, found.level, found.remedy) == ("bridge-ipv4", "warning", "")
+    programs.run("ip route add default dev eth1".split())
+    (found,) = sysctls.probe_bridges(case())
+    assert found.level == "warning" and "--interface eth1" in found.remedy, "Kubernetes needs it as it is"
+    assert not [*sysctls.probe_bridges(case(interface="eth1"))]
+    assert [one.level for one in sysctls.probe_bridges(case(interface="eth0"))] == ["problem"]
+
+
+@pytest.mark.parametrize("name", ["$(>pwned)", "`>pwned`", ";>pwned;", "a'b", "-x", "{x}", "up"])
+def test_the_names_of_interfaces_are_words(tmp_path: Path, name: str) -> None:
+    """In containers others choose them."""
+    programs.run(["ip", "link", "add", "name", "tame0", "type", "bridge", "nf_call_iptables", "1"])
+    programs.run(["ip", "link", "set", "dev", "tame0", "name", name])
+    one = case()
+    one = Case(replace(one.settings, interface=name), one.plan)
+    down = [*sysctls.probe_interface(one)]
+    assert len(down) == 1
+    subprocess.run(["sh", "-c", down[0].remedy], check=True, cwd=tmp_path)
+    for family in "46":
+        programs.run(["ip", f"-{family}", "route", "add", "default", "dev", name])
+    found = [*sysctls.probe_bridges(case())]
+    assert found and {one.level for one in found} == {"problem"}
+    for each in found:
+        subprocess.run(["sh", "-c", each.remedy], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    assert levels([*sysctls.probe_bridges(case())]) == [("bridge", "ok")]
+    assert not [*sysctls.probe_interface(Case(one.settings, one.plan))] and not [*tmp_path.iterdir()]
