@@ -36,8 +36,11 @@ def _only_arm(case: Case) -> str | None:
     """The interface by which clients come, if it is also the one to everywhere else."""
     if not case.plan.inbound or 4 not in case.plan.families:
         return None
-    arms = [one.name for one in case.host.interfaces if one.name != "lo" and one.up and not one.master and one.has(4)]
-    onwards = {str(one.get("dev")) for one in case.host.routes(4, "main") if one.get("dst") == "default"}
+    routes = case.host.routes(4, "main")
+    leading = {str(one.get("dev")) for one in routes}  # those without an address, too
+    outside = [one for one in case.host.interfaces if one.name != "lo" and one.up and not one.master]
+    arms = [one.name for one in outside if one.has(4) or one.name in leading]
+    onwards = {str(one.get("dev")) for one in routes if one.get("dst") == "default"}
     if len(arms) == 1:
         onwards = set(arms)
     elif case.plan.interface is None:
