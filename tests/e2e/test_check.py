@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from accounts import ACCOUNT, HAVE_ACCOUNTS, for_all_accounts
 from doctors import Doctor
+from interception import EchoServer
+from neighbour_trials import RELAYED
+from neighbour_trials import seen as seen_by_client
 from rows import Seen
 
 import tproxy_relay
@@ -407,6 +410,20 @@ def test_a_filter_that_drops_relayed_connections_is_seen_and_mended(doctor: Doct
     (found,) = answer.named("filter")
     doctor.shell(found["remedy"])
     assert doctor.check(*INTERCEPT).code == 0
+
+
+def test_a_filter_that_lets_in_by_interface_makes_no_problem(
+    fresh_lab: Lab, doctor: Doctor, relay: RelayProcess
+) -> None:
+    """What is tried comes by an interface of its own; clients are relayed."""
+    for line in (*INPUT_CHAIN, "nft 'add rule inet f input iifname { rc, rs } accept'"):
+        doctor.shell(line)
+    with contextlib.closing(EchoServer(fresh_lab.server)):
+        assert [seen_by_client(fresh_lab, "gateway", family) for family in ("v4", "v6")] == [RELAYED] * 2
+    answer = doctor.check(*INTERCEPT)
+    found = [one for one in answer.named("self-probe") if one["level"] == "warning"]
+    assert answer.code == 0 and len(found) == 2, "inbound, by both families"
+    assert all("nft chain inet f input lets in by interface" in one["why"] for one in found)
 
 
 def test_a_relay_that_hangs_is_seen(doctor: Doctor, relay: RelayProcess) -> None:
