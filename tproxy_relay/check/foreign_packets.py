@@ -107,7 +107,7 @@ def probe_synproxy(case: Case) -> Iterator[Finding]:
                     seen.add(rule.where)
                     make = problem if certain else warning
                     why = "clients are connected to the kernel's SYNPROXY, and nothing is relayed"
-                    remedy = chain.insert.format(mask=bits)
+                    remedy = chain.insert(bits)
                     yield make("synproxy", f"{rule.where} answers {what}", why, remedy)
 
 
