@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import FileIO
 
 import pytest
 from children import environment
@@ -20,10 +21,10 @@ from tproxy_relay.system.terminal import Terminal
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
+end, parent = time.monotonic() + 60, os.getppid()  # before anybody may end the parent
 terminal = Terminal(lambda number: say("notified", number.name))
 signal.signal(signal.SIGHUP, lambda number, frame: say("HUP", "terminal" if terminal.takes_hup() else "reload"))
 say("ready", os.getpid(), terminal.deadline is not None)
-end, parent = time.monotonic() + 60, os.getppid()
 while os.getppid() == parent and time.monotonic() < end:
     if terminal.deadline is not None and time.monotonic() >= terminal.deadline:
         terminal.tick(time.monotonic())
@@ -73,19 +74,18 @@ class Child:
 
 
 @contextlib.contextmanager
-def in_terminal(*prefix: str) -> Iterator[tuple[Child, int]]:
-    """The child, whose terminal is gone when the descriptor is closed: it is the leader of its session, as what
-    `ssh -t` runs is."""
+def in_terminal(*prefix: str) -> Iterator[tuple[Child, FileIO]]:
+    """The child, whose terminal is gone when the file is closed: it is the leader of its session, as what `ssh -t` runs
+    is."""
     master, slave = os.openpty()
-    child = Child(("setsid", "--ctty", *prefix), slave)
-    os.close(slave)
-    try:
-        assert child.is_ready()
-        yield child, master
-    finally:
-        child.end()
-        with contextlib.suppress(OSError):
-            os.close(master)
+    with FileIO(master, "r+") as terminal:
+        child = Child(("setsid", "--ctty", *prefix), slave)
+        os.close(slave)
+        try:
+            assert child.is_ready()
+            yield child, terminal
+        finally:
+            child.end()
 
 
 def test_a_hup_while_the_terminal_is_there_is_a_wish_to_reload() -> None:
@@ -96,7 +96,7 @@ def test_a_hup_while_the_terminal_is_there_is_a_wish_to_reload() -> None:
 
 def test_the_end_of_the_terminal_is_to_be_the_end() -> None:
     with in_terminal() as (child, master):
-        os.close(master)
+        master.close()
         assert child.says() == "notified SIGTERM"
         assert child.says() == "HUP terminal"
         child.hup()
@@ -107,7 +107,7 @@ def test_a_hup_right_before_the_terminal_goes_is_about_that() -> None:
     """zsh sends one to its jobs when it exits, and then the terminal goes. Jobs get no second one."""
     with in_terminal(*DISOWNED) as (child, master):
         child.hup_job()
-        os.close(master)
+        master.close()
         assert {child.says(), child.says()} == {"notified SIGTERM", "HUP terminal"}
 
 
@@ -115,13 +115,13 @@ def test_a_hup_that_was_a_wish_to_reload_is_not_about_the_end_that_comes_later()
     with in_terminal(*DISOWNED) as (child, master):
         child.hup_job()
         assert child.says() == "HUP reload"
-        os.close(master)
+        master.close()
         assert child.says() == "closed", "nobody has sent another one"
 
 
 def test_under_nohup_it_goes_on() -> None:
     with in_terminal("nohup") as (child, master):
-        os.close(master)
+        master.close()
         assert child.says() == "HUP terminal"
         assert child.says() == "closed"
         child.hup()
