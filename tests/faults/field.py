@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import flush_trials
 from doctors import Doctor, program_in
 from field_cases import CASES, Case
-from health_views import SOON, is_ok, status
+from health_views import SOON, Document, is_ok, status
 from interception import BACKENDS, FAMILIES
 from transfer_trials import Transfer
 
@@ -58,7 +58,7 @@ class Played:
             return direct
         named = []
         for _ in range(TURNS):
-            ill = status(self._lab)
+            ill = self._ill()
             if is_ok(ill):
                 break
             for one in ill["problems"]:
@@ -68,6 +68,13 @@ class Played:
             saw = self._settled(family, direct)
         words = ", ".join(dict.fromkeys(named))
         return f"{saw} after the remedy ({words})" if words else saw
+
+    def _ill(self) -> Document:
+        """What `status` says, as soon as it says that something is wrong, or after a while."""
+        until = time.monotonic() + SOON
+        while is_ok(said := status(self._lab)) and time.monotonic() < until:
+            pass
+        return said
 
     def _settled(self, family: str, direct: str) -> str:
         """What a client sees in the end."""

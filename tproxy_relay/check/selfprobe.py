@@ -48,6 +48,7 @@ _MEANING = {
     REFUSED: ("is refused", "neither relay nor server answers"),
     LOST: ("is lost", "no answer: it is taken by the rules, or dropped by a filter, and reaches nobody"),
     STUCK: ("is taken by the relay and goes no further", "the relay hangs, or cannot connect"),
+    TURNED_AWAY: ("is taken by the relay and reset", "it cannot connect, or its own connection is taken again"),
 }
 
 
@@ -176,10 +177,16 @@ def _untold(what: str, result: str, where: str) -> Finding:
 def _judged(case: Case, what: str, result: str) -> Finding:
     if result == WORKS:
         return ok(NAME, f"an {what} is relayed")
-    if result == TURNED_AWAY:
+    if result == TURNED_AWAY and _refuses_some(case):
         return ok(NAME, f"an {what} comes to the relay, whose settings refuse it")
     meaning, why = _MEANING[result]
     return problem(NAME, f"an {what} {meaning}", why, _again(case))
+
+
+def _refuses_some(case: Case) -> bool:
+    """True if a connection that is reset may be one that the relay does not want."""
+    one = case.settings
+    return bool(one.allow or one.deny or one.max_per_source or one.max_rate_per_source)
 
 
 def _again(case: Case) -> str:

@@ -238,7 +238,7 @@ def _problem(found: dict[str, str]) -> Problem:
 
 
 def _because_of(one: Problem, suspect: dict[str, str] | None) -> Problem:
-    """With who may be to blame, and what mends that."""
-    if suspect is None:
+    """With who may be to blame, and what mends that, unless it says so already."""
+    if suspect is None or suspect["what"] in one.what:
         return one
     return replace(one, what=f"{one.what}; perhaps because {suspect['what']}", remedy=suspect["remedy"] or one.remedy)
