@@ -70,8 +70,9 @@ class Played:
         return f"{saw} after the remedy ({words})" if words else saw
 
     def _ill(self) -> Document:
-        """What `status` says, as soon as it says that something is wrong, or after a while."""
-        until = time.monotonic() + SOON
+        """What `status` says, as soon as it says that something is wrong, or after a while: what numbers tell takes ten
+        lost clients."""
+        until = time.monotonic() + 3 * SOON
         while is_ok(said := status(self._lab)) and time.monotonic() < until:
             pass
         return said

@@ -16,7 +16,7 @@ from rows import Seen
 from swarm import Script, come_and_go, echo_server
 
 from tproxy_relay.lab import Lab, RelayProcess
-from tproxy_relay.logs.writer import QUEUE_LENGTH
+from tproxy_relay.logs.writer import DROP_REPORT_INTERVAL, QUEUE_LENGTH
 
 pytestmark = pytest.mark.slow
 
@@ -283,7 +283,11 @@ def test_the_disk_of_the_log_file_is_full(
         ask_all(clients, "open 1")
         ask_all(clients, "close")
         made = AT_START + 2 * (1 + 3 * CLIENTS + 1)
-        wait_until(lambda: accounted_for(read_log(log)) >= made, "every line is in the log, or counted there as lost")
+        wait_until(
+            lambda: accounted_for(read_log(log)) >= made,
+            "every line is in the log, or counted there as lost",
+            DROP_REPORT_INTERVAL + PATIENCE,
+        )
         lines = read_log(log)
         check_drops(lines, made)
         relay.stop()

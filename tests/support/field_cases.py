@@ -38,6 +38,7 @@ INBOUND = ("--intercept-inbound", str(PORT))
 KEEPS = ("--preserve-source", "address")
 COOKIES = "net.ipv4.tcp_syncookies"
 PROBING = "net.ipv4.tcp_mtu_probing"
+TOLD_BY_NUMBERS = "it hangs on an interface, so only numbers tell: after ten lost clients `status` names it"
 EARLY = "the relay accepts before it connects: what connect() is told directly comes as a reset, as soon"
 
 
@@ -203,6 +204,8 @@ def neighbours() -> Iterator[Case]:
             served(at_relay=way == "host"),
             spoilt(one),
             backends=backends,
+            relayed="no answer" if one.level == "warning" else "",
+            reason=TOLD_BY_NUMBERS if one.level == "warning" else "",
         )
 
 
