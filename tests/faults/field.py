@@ -4,9 +4,9 @@ segments, rules of others.
     python tests/faults/field.py [--keep] [PART OF A NAME ...]
 
 Prints the table: every case by IPv4 and by IPv6, directly and with each kind of rules. --keep writes docs/field.csv,
-which the manual shows. Each case is played in a lab of its own. What does not get through has SECONDS for the relay to
-mend it; then the remedies that `status` prints are run, as they are printed. The exit code is 1 if a case is not as it
-is directly, and nobody has said why.
+which the manual shows. Each case is played in a lab of its own. What does not get through has ten seconds for the
+relay to mend it; then the remedies that `status` prints are run, as they are printed. The exit code is 1 if a case is
+not as it is directly, and nobody has said why.
 """
 
 import contextlib
